@@ -1,0 +1,44 @@
+"""Packaging of spin_jax; tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="spin_jax",
+    version="0.1.0",
+    description="SPIN (Self-Play Fine-Tuning) of Llama and Mistral models in JAX/Flax, from a laptop to a TPU pod",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["spin_jax", "spin_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        # flax 0.12 subclasses a class that jax 0.11.1 removed.
+        "jax>=0.10.0,<0.11.1",
+        "flax>=0.12.7,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.0,<0.13",
+        "transformers>=5.0,<6",
+        "huggingface_hub>=1.0",
+        "datasets>=4.0",
+        "ml-collections>=1.1,<2",
+        "absl-py>=2.1",
+        "etils[epath]>=1.10",
+        "jinja2>=3.1",  # chat templates
+        "matplotlib>=3.9",
+        "ml_dtypes>=0.5",
+        "numpy>=2.0",
+        "pyarrow>=17",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6.2",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda12": ["jax[cuda12]"],
+        "eval": ["lm-eval>=0.4.9"],
+        "tfds": ["tensorflow-datasets>=4.9.6"],
+        "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],
+        "test": ["pytest>=8", "ruff>=0.8", "nbclient>=0.10", "nbformat>=5", "ipykernel>=6"],
+        "parity": ["torch>=2.4"],
+    },
+)

@@ -1,0 +1,15 @@
+"""SPIN (Self-Play Fine-Tuning, arXiv 2401.01335) in JAX/Flax. The Python surface: `load`, `spin` and the `Model` they return."""
+
+_EXPORTS = ("Model", "load", "spin")
+__all__ = ["Model", "UserError", "load", "spin"]
+
+from spin_jax.errors import UserError  # noqa: E402
+
+
+def __getattr__(name: str):
+    """Import jax only when something that needs it is asked for, so that `spin_jax.main --help` stays quick."""
+    if name in _EXPORTS:
+        from spin_jax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'spin_jax' has no attribute {name!r}")

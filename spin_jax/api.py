@@ -1,0 +1,100 @@
+"""The Python surface: load a model, sample from it, run SPIN on a list of examples, save; a few lines each."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+from etils import epath
+
+from spin_jax import models, sharding
+from spin_jax.config import base_config
+from spin_jax.data.chat import ChatFormat
+from spin_jax.data.sources import Message
+from spin_jax.generate import Prompt, generate, make_sampler
+from spin_jax.metrics import write_whole
+from spin_jax.run import load_chat, make_compute
+from spin_jax.self_play import self_play
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A language model: its description, its params (a plain nested dict of arrays) and its chat format."""
+
+    config: models.ModelConfig
+    params: dict
+    chat: ChatFormat
+    directory: epath.Path
+
+    def sample(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> list[str]:
+        """One answer to each prompt: a string (a user turn) or a list of {"role", "content"} messages.
+
+        `temperature=0` is greedy. The answer to prompt i depends on (params, seed, i) and not on the other prompts.
+        """
+        settings = base_config().generate.unlock()
+        settings.update(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+        settings.batch_size = len(prompts)
+        compute = make_compute(base_config().model)
+        messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+        responses = generate(
+            make_sampler(self.config, settings, self.chat.stop_ids, compute.dtype),
+            models.for_compute(self.params, compute.dtype),
+            [Prompt(i, self.chat.generation_prompt(message)) for i, message in enumerate(messages)],
+            settings,
+            seed=seed,
+            iteration=0,
+            mesh=sharding.make_mesh(1, 1, 1),
+        )
+        return self.chat.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
+
+    def save(self, directory: str | os.PathLike, dtype: jnp.dtype = jnp.float32) -> None:
+        """Write a Hugging Face directory that `transformers` and `load` read."""
+        models.save(directory, self.config, self.params, source=self.directory, dtype=dtype)
+
+
+def load(path_or_id: str | os.PathLike, revision: str | None = None) -> Model:
+    """A model from a Hugging Face directory or Hub id, with f32 params.
+
+    Raises:
+        UserError: one line on what is missing or not supported.
+    """
+    directory = epath.Path(models.resolve(path_or_id, revision))
+    config, params = models.load(directory)
+    return Model(config, params, load_chat(directory, "chat"), directory)
+
+
+def spin(
+    model: Model,
+    examples: Sequence[Mapping],
+    workdir: str | os.PathLike,
+    overrides: Mapping[str, object] | None = None,
+) -> Model:
+    """Run SPIN from `model` on `examples`; returns the last iteration's model. Called again with the same, it goes on.
+
+    Args:
+        model: the SFT model.
+        examples: rows as a JSONL file would hold them, such as {"prompt": ..., "response": ...} or {"messages": [...]}.
+        workdir: where data, responses, metrics, plots and models are written.
+        overrides: config fields by their dotted names, such as {"iterations": 1, "train.batch_size": 8}.
+
+    Raises:
+        UserError: one line on what is wrong with the config or an example.
+    """
+    workdir = epath.Path(workdir)
+    write_whole(workdir / "examples.jsonl", "".join(json.dumps(dict(example)) + "\n" for example in examples))
+    config = base_config()
+    config.model.path = os.fspath(model.directory)
+    config.data.train = os.fspath(workdir / "examples.jsonl")
+    config.update_from_flattened_dict(dict(overrides or {}))
+    self_play(config, workdir)
+    return load(workdir / f"iteration_{config.iterations - 1}" / "model")

@@ -1,0 +1,250 @@
+"""The schema of a run: every field with its unit and its reason, and the checks that refuse a wrong one in one line.
+
+A file under `configs/` starts from `base_config()` and changes what it needs. Fields that may differ between
+iterations are tuples: entry t is for iteration t and the last entry serves all later ones.
+"""
+
+import dataclasses
+import difflib
+import math
+
+from ml_collections import ConfigDict
+
+from spin_jax.errors import UserError
+
+
+def base_config() -> ConfigDict:
+    """All fields with their defaults. The defaults are the paper's where the paper has a value (arXiv 2401.01335,
+    section 6.1 and appendix B)."""
+    c = ConfigDict()
+    c.seed = 42  # the authors' seed; responses and data order are functions of it
+    c.iterations = 4  # T of Algorithm 1; the paper's gains shrink to +0.19 points at the fourth
+
+    c.model = ConfigDict()
+    c.model.path = ""  # SFT model: Hugging Face directory or Hub id; "toy:" makes a tiny one
+    c.model.revision = ""  # Hub revision (branch, tag or commit); "" is the default branch
+    # "float32" | "bfloat16" | "auto": bfloat16 on TPU and GPU, float32 on CPU, where bf16 matmuls gain nothing
+    c.model.compute_dtype = "auto"
+    # what the backward pass recomputes, see models.llama.REMAT_POLICIES; "full" needs least memory
+    c.model.remat = "full"
+    # response positions whose logits are held at a time; 0 is all (smaller: less memory, more kernel launches)
+    c.model.logits_chunk = 0
+    # dtype of the exported weights, which are also the next opponent: bfloat16 rounds away most of what lr 1e-7
+    # changes
+    c.model.export_dtype = "float32"
+
+    c.data = ConfigDict()
+    c.data.train = ""  # JSONL, JSON, Parquet, directory, Hub id, "tfds:NAME" or "toy:"
+    c.data.split = "train"  # split of a Hub, TFDS or saved data set
+    # "messages" | "conversations" | "prompt_response" | "alpaca" | "pairs" | "auto" (from the first row's columns)
+    c.data.layout = "auto"
+    # "last": all turns before the last answer are the prompt; "first": first user turn and its answer (the paper)
+    c.data.turn = "last"
+    # "chat": the tokenizer's template everywhere; "paper": Alpaca-style generation prompt, Zephyr training template
+    c.data.template = "chat"
+    c.data.max_rows = 0  # rows used, from a seeded shuffle; 0 is all (the paper: 50,000 of 208,000)
+    c.data.eval_rows = 0  # rows held out of training for reward accuracy and margin
+    c.data.max_length = 1024  # tokens of prompt and response together (the released code; the paper says 2,048)
+    c.data.max_prompt_length = 512  # tokens of a prompt
+    # a prompt over its budget: "keep_end" cuts its beginning (the released code), "skip" leaves the row out
+    c.data.long_prompts = "keep_end"
+
+    c.sft = ConfigDict()
+    c.sft.epochs = 0.0  # passes of supervised fine-tuning before iteration 0; 0 when model.path is an SFT model already
+    c.sft.learning_rate = 2e-5  # peak; the alignment handbook's value for the paper's SFT model
+    # also continue plain SFT from the same start for the FLOPs that SPIN spends, as a baseline beside every iteration
+    c.sft.control = False
+
+    c.generate = ConfigDict()
+    c.generate.temperature = 1.0  # y' ~ p_t needs 1.0 (equation 4.1); 0 is greedy, as the released generate.py
+    c.generate.top_p = 1.0  # nucleus sampling; 1 is off
+    c.generate.top_k = 0  # tokens; 0 is off
+    c.generate.max_new_tokens = 256  # the released code's cap
+    c.generate.batch_size = 64  # prompts decoded together, over all devices (the paper's)
+    # prompts are padded to a multiple of this many tokens; one compiled program a multiple
+    c.generate.prompt_bucket = 64
+
+    c.spin = ConfigDict()
+    c.spin.loss = "logistic"  # one of losses.LOSSES; the paper's choice
+    c.spin.beta = (0.1,)  # lambda of equation 4.7, one entry an iteration
+    # "stored": opponent log-probs computed once an iteration; "live": again in every step, with its params kept on
+    # the devices
+    c.spin.opponent = "stored"
+    c.spin.previous_iterations = 1  # how many earlier iterations' pairs are mixed in (the paper: newest + previous)
+
+    c.train = ConfigDict()
+    c.train.epochs = 2.0  # passes over the pairs per iteration (the paper)
+    c.train.batch_size = 64  # pairs an optimizer step, over all devices (the paper)
+    c.train.micro_batches = 1  # gradient accumulation: the batch is cut into this many parts, one after the other
+    c.train.learning_rate = (5e-7,)  # peak, one entry an iteration
+    # share of the steps in linear warm-up; RMSProp's first steps are ten times too large without
+    c.train.warmup_ratio = 0.1
+    c.train.optimizer = "rmsprop"  # "rmsprop" with torch's semantics (the paper) | "adamw"
+    c.train.weight_decay = 0.0  # adamw only; the paper uses none
+    c.train.clip_norm = 1.0  # global gradient norm; the HF Trainer's default, which the released code keeps
+    # a batch is padded to a multiple of this many tokens (one compiled program each); 0: always max_length
+    c.train.length_multiple = 128
+    # steps between Orbax checkpoints within an iteration; about two minutes of work lost at worst on the paper's
+    # hardware
+    c.train.checkpoint_every = 100
+
+    c.mesh = ConfigDict()
+    c.mesh.data = 1  # devices that hold copies of the params and split the batch
+    c.mesh.fsdp = -1  # devices that split params, optimizer state and the batch; -1: all that remain
+    c.mesh.tensor = 1  # devices that split heads, MLP and vocabulary
+
+    c.toy = ConfigDict()  # the made task of configs/quickstart.py; read only where model.path and data.train are "toy:"
+    c.toy.train_rows = 512  # SFT examples
+    c.toy.eval_prompts = 128  # unseen prompts on which the exact measures are taken
+    c.toy.hidden_size = 64  # width of the tiny Llama
+    c.toy.num_layers = 2  # depth of the tiny Llama
+    return c.lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A field that takes one of a few words."""
+
+    field: str
+    options: tuple[str, ...]
+
+
+CHOICES = (
+    Choice("model.compute_dtype", ("auto", "float32", "bfloat16")),
+    Choice("model.remat", ("none", "full", "dots")),
+    Choice("model.export_dtype", ("float32", "bfloat16")),
+    Choice("data.layout", ("auto", "messages", "conversations", "prompt_response", "alpaca", "pairs")),
+    Choice("data.turn", ("last", "first")),
+    Choice("data.template", ("chat", "paper")),
+    Choice("data.long_prompts", ("keep_end", "skip")),
+    Choice("spin.loss", ("logistic", "hinge", "exponential", "correlation")),
+    Choice("spin.opponent", ("stored", "live")),
+    Choice("train.optimizer", ("rmsprop", "adamw")),
+)
+
+# field -> (lowest allowed, is the lowest itself allowed); the highest is infinity
+LOWER_BOUNDS = {
+    "iterations": (1, True),
+    "model.logits_chunk": (0, True),
+    "data.max_rows": (0, True),
+    "data.eval_rows": (0, True),
+    "data.max_length": (2, True),
+    "data.max_prompt_length": (1, True),
+    "sft.epochs": (0, True),
+    "sft.learning_rate": (0, False),
+    "generate.temperature": (0, True),
+    "generate.top_p": (0, False),
+    "generate.top_k": (0, True),
+    "generate.max_new_tokens": (1, True),
+    "generate.batch_size": (1, True),
+    "generate.prompt_bucket": (1, True),
+    "spin.beta": (0, False),
+    "spin.previous_iterations": (0, True),
+    "train.epochs": (0, False),
+    "train.batch_size": (1, True),
+    "train.micro_batches": (1, True),
+    "train.learning_rate": (0, False),
+    "train.warmup_ratio": (0, True),
+    "train.weight_decay": (0, True),
+    "train.clip_norm": (0, False),
+    "train.length_multiple": (0, True),
+    "train.checkpoint_every": (1, True),
+    "toy.train_rows": (1, True),
+    "toy.eval_prompts": (1, True),
+    "toy.hidden_size": (1, True),
+    "toy.num_layers": (1, True),
+}
+
+
+def at_iteration(values: tuple, iteration: int):
+    """The entry of a per-iteration tuple for `iteration`: the last one serves all later iterations."""
+    return values[min(iteration, len(values) - 1)]
+
+
+def flatten(config: ConfigDict) -> dict[str, object]:
+    """{"section.field": value} of a config, in schema order; tuples stay whole."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update({f"{name}.{inner}": v for inner, v in flatten(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuse what cannot run, before anything is loaded. Needs no device and imports no jax.
+
+    Raises:
+        UserError: one line with the field, its value and what to write instead.
+    """
+    _check_schema(config)
+    flat = flatten(config)
+    for choice in CHOICES:
+        if flat[choice.field] not in choice.options:
+            raise UserError(f"config.{choice.field}={flat[choice.field]!r} is not one of {', '.join(choice.options)}")
+    for field, (lowest, inclusive) in LOWER_BOUNDS.items():
+        values = flat[field] if isinstance(flat[field], tuple) else (flat[field],)
+        if not values:
+            raise UserError(f"config.{field} is empty: write one value an iteration, for example ({lowest or 1},)")
+        for value in values:
+            if not (
+                isinstance(value, (int, float))
+                and math.isfinite(value)
+                and (value > lowest or (inclusive and value == lowest))
+            ):
+                raise UserError(
+                    f"config.{field}={flat[field]!r} must be {'at least' if inclusive else 'above'} {lowest}"
+                )
+    _check_combinations(config)
+
+
+def _check_schema(config: ConfigDict) -> None:
+    schema, given = flatten(base_config()), flatten(config)
+    for field in given:
+        if field not in schema:
+            raise UserError(f"config.{field} is not a field{did_you_mean(field, schema)}")
+    for field, default in schema.items():
+        if field not in given:
+            raise UserError(f"config.{field} is missing: start the config from spin_jax.config.base_config()")
+        accepted = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(given[field], accepted) or (isinstance(given[field], bool) and not isinstance(default, bool)):
+            raise UserError(f"config.{field}={given[field]!r} must be a {type(default).__name__}, like {default!r}")
+
+
+def _check_combinations(config: ConfigDict) -> None:
+    data, generate, train, mesh = config.data, config.generate, config.train, config.mesh
+    for field, value in (("model.path", config.model.path), ("data.train", data.train)):
+        if not value:
+            raise UserError(f"config.{field} is empty: name one, for example --config.{field}=PATH")
+    if (config.model.path == "toy:") != (data.train == "toy:"):
+        raise UserError(
+            "config.model.path and config.data.train must both be 'toy:' or neither: the made task has its own tokenizer"
+        )
+    if config.model.path == "toy:" and not config.sft.epochs:
+        raise UserError("config.sft.epochs=0 leaves the toy model untrained: give the number of SFT passes")
+    if data.max_prompt_length >= data.max_length:
+        raise UserError(
+            f"config.data.max_prompt_length={data.max_prompt_length} leaves no room for a response in config.data.max_length={data.max_length}"
+        )
+    if generate.top_p > 1:
+        raise UserError(f"config.generate.top_p={generate.top_p} must be at most 1 (1 is off)")
+    if train.warmup_ratio >= 1:
+        raise UserError(f"config.train.warmup_ratio={train.warmup_ratio} must be below 1: it is a share of the steps")
+    if train.batch_size % train.micro_batches:
+        raise UserError(
+            f"config.train.micro_batches={train.micro_batches} does not divide config.train.batch_size={train.batch_size}"
+        )
+    if train.optimizer == "rmsprop" and train.weight_decay:
+        raise UserError("config.train.weight_decay works with config.train.optimizer=adamw only: set it to 0")
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise UserError(
+            f"config.mesh={sizes}: each size is a number of devices of at least 1, and at most one may be -1 (all that remain)"
+        )
+
+
+def did_you_mean(field: str, fields) -> str:
+    """': did you mean X?' for the closest known field, or ''."""
+    close = difflib.get_close_matches(field, list(fields), n=1, cutoff=0.5)
+    return f": did you mean config.{close[0]}?" if close else ""

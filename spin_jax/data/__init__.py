@@ -1,0 +1,1 @@
+"""SFT data in, token rows out: `sources` reads files, `chat` turns messages into ids, `pairs` makes batches."""

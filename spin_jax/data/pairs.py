@@ -1,0 +1,77 @@
+"""Pairs of a real and a generated response: as token ids, and on disk in the authors' Parquet layout."""
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+
+from spin_jax.data.sources import Example
+from spin_jax.metrics import write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One prompt x with a real response y and a generated one y', as int32 ids of shape [tokens].
+
+    Attributes:
+        row: row number of the example in its source.
+        iteration: self-play iteration t whose opponent wrote `generated`.
+        prompt: x, within the prompt budget.
+        real, generated: y and y', with their stop id only where they really ended.
+        real_cut, generated_cut: the response was cut at a budget, so it does not end in a stop id.
+        real_logp, generated_logp: the opponent's summed log-probs log p_t(y|x) and log p_t(y'|x), once they are scored.
+    """
+
+    row: int
+    iteration: int
+    prompt: np.ndarray
+    real: np.ndarray
+    generated: np.ndarray
+    real_cut: bool
+    generated_cut: bool
+    real_logp: float | None = None
+    generated_logp: float | None = None
+
+
+def write_pairs_parquet(
+    path: epath.PathLike, examples: Sequence[Example], columns: Mapping[str, Sequence] | None = None
+) -> None:
+    """Write examples with generated responses in the authors' layout (data sets UCLA-AGI/SPIN_iter0 to 3).
+
+    Columns `real` and `generated` are lists of {"role", "content"} turns, the prompt's and then the response. Beside
+    them are our own: `row`, `generated_truncated` and `columns` (name -> one value an example; sampled ids, for
+    instance). The file appears under its name only when it is whole. `load_examples` reads it back.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    turns = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
+
+    def conversations(responses: Sequence[str]) -> pyarrow.Array:
+        answers = ({"role": "assistant", "content": response} for response in responses)
+        return pyarrow.array([[*e.prompt, answer] for e, answer in zip(examples, answers, strict=True)], turns)
+
+    table = pyarrow.table(
+        {
+            "real": conversations([example.response for example in examples]),
+            "generated": conversations([example.generated for example in examples]),
+            "row": pyarrow.array([example.row for example in examples], pyarrow.int64()),
+            "generated_truncated": pyarrow.array([example.truncated for example in examples], pyarrow.bool_()),
+            **(columns or {}),
+        }
+    )
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(table, file)
+    write_whole(path, file.getvalue())
+
+
+def read_sampled(path: epath.PathLike) -> dict[int, tuple[np.ndarray, bool]]:
+    """{row: (sampled token ids, finished)} of a pairs file that a run wrote: the very ids, not their text."""
+    import pyarrow.parquet
+
+    with epath.Path(path).open("rb") as file:
+        table = pyarrow.parquet.read_table(file, columns=["row", "generated_tokens", "generated_truncated"]).to_pydict()
+    columns = zip(table["row"], table["generated_tokens"], table["generated_truncated"], strict=True)
+    return {row: (np.array(tokens, np.int32), not cut) for row, tokens, cut in columns}

@@ -1,0 +1,371 @@
+"""Hugging Face model directories in and out: their names and layouts, and ours.
+
+Loading copies only the slices that live on this host and saving fetches one tensor at a time, so that neither needs
+host memory for more than this host's params and one of them besides.
+"""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spin_jax.errors import UserError
+from spin_jax.models import llama, safetensors
+from spin_jax.models.config import ModelConfig
+
+# Our path -> (their name with `{}` for the layer, how many of our leading axes are a matmul's inputs). torch.nn.Linear
+# stores [outputs, inputs], each flattened to one axis; 0 inputs is a flattened bias; None is stored as it is here.
+_LAYOUT: dict[tuple[str, ...], tuple[str, int | None]] = {
+    ("embed", "embedding"): ("model.embed_tokens.weight", None),
+    ("layers", "attention_norm"): ("model.layers.{}.input_layernorm.weight", None),
+    ("layers", "attention", "q"): ("model.layers.{}.self_attn.q_proj.weight", 1),
+    ("layers", "attention", "k"): ("model.layers.{}.self_attn.k_proj.weight", 1),
+    ("layers", "attention", "v"): ("model.layers.{}.self_attn.v_proj.weight", 1),
+    ("layers", "attention", "o"): ("model.layers.{}.self_attn.o_proj.weight", 2),
+    ("layers", "attention", "q_bias"): ("model.layers.{}.self_attn.q_proj.bias", 0),
+    ("layers", "attention", "k_bias"): ("model.layers.{}.self_attn.k_proj.bias", 0),
+    ("layers", "attention", "v_bias"): ("model.layers.{}.self_attn.v_proj.bias", 0),
+    ("layers", "attention", "q_norm"): ("model.layers.{}.self_attn.q_norm.weight", None),
+    ("layers", "attention", "k_norm"): ("model.layers.{}.self_attn.k_norm.weight", None),
+    ("layers", "mlp_norm"): ("model.layers.{}.post_attention_layernorm.weight", None),
+    ("layers", "mlp", "gate"): ("model.layers.{}.mlp.gate_proj.weight", 1),
+    ("layers", "mlp", "up"): ("model.layers.{}.mlp.up_proj.weight", 1),
+    ("layers", "mlp", "down"): ("model.layers.{}.mlp.down_proj.weight", 1),
+    ("final_norm",): ("model.norm.weight", None),
+    ("lm_head",): ("lm_head.weight", 1),
+}
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+class _Weight(NamedTuple):
+    """One tensor of a checkpoint: one of our params, or one layer of it."""
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]  # ours, without the axis of layers
+    name: str  # theirs
+    inputs: int | None
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        if self.inputs is None:
+            return self.shape
+        outputs = math.prod(self.shape[self.inputs :])
+        return (outputs, math.prod(self.shape[: self.inputs])) if self.inputs else (outputs,)
+
+    def to_ours(self, theirs: np.ndarray) -> np.ndarray:
+        """Always a view, so that a mapped tensor stays unread: axes are swapped, then split."""
+        return (theirs.T if self.inputs else theirs).reshape(self.shape)
+
+    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+        return ours.reshape(self.their_shape[::-1]).T if self.inputs else ours.reshape(self.their_shape)
+
+
+def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+    """The local directory of a model: the one named, or a snapshot of a Hub repository (downloaded once, then cached).
+
+    Raises:
+        UserError: no such directory, or the Hub does not have it or cannot be reached.
+    """
+    name, path = os.fspath(path_or_id), pathlib.Path(path_or_id).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise UserError(f"{name}: a directory has no revision; leave {revision!r} out, or name a Hub repository")
+        return path
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise UserError(f"{name}: no such directory (a Hub repository is written owner/name)")
+
+    import huggingface_hub
+
+    patterns = ["config.json", "generation_config.json", "model*.safetensors", _INDEX, *_TOKENIZER_FILES]
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # every error of the Hub's client is one of the two
+        at = f" at revision {revision!r}" if revision else ""
+        raise UserError(
+            f"{name}{at}: no directory here, and the Hugging Face Hub did not give it ({type(error).__name__}); check "
+            "the name, run `hf auth login` if it is gated, or download it elsewhere and name the directory"
+        ) from error
+
+
+def load(
+    path_or_id: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    dtype: jnp.dtype = jnp.float32,
+    shardings: dict | None = None,
+) -> tuple[ModelConfig, dict]:
+    """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint; `llama.init_params` describes the tree.
+
+    Args:
+        path_or_id: a directory with config.json and safetensors, or a Hub repository.
+        revision: branch, tag or commit of a Hub repository.
+        dtype: of the params, whatever the file's.
+        shardings: a tree of jax.sharding.Sharding like the params'; each process reads only its own devices' slices.
+            None: everything on this process's first device.
+
+    Raises:
+        UserError: not found, not supported, or the tensors are not those that config.json describes.
+    """
+    directory = resolve(path_or_id, revision)
+    config = read_config(directory)
+    stored = _stored_tensors(directory)
+    _check_tensors(directory, config, stored)
+
+    abstract = llama.abstract_params(config, jnp.dtype(dtype))
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, abstract)
+    weights: dict[tuple[str, ...], list[_Weight]] = {}
+    for weight in _weights(config):
+        weights.setdefault(weight.path, []).append(weight)
+
+    def place(path: tuple, param: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        read = _Reader(weights[_names(path)], stored, param)
+        return jax.make_array_from_callback(param.shape, sharding, read)
+
+    return config, jax.tree.map_with_path(place, abstract, shardings)
+
+
+def read_config(directory: pathlib.Path) -> ModelConfig:
+    """The architecture of the model in a directory, from its config.json alone; raises UserError like `load`."""
+    file = directory / "config.json"
+    return ModelConfig.from_huggingface(_read_json(file), str(file))
+
+
+class _Reader:
+    """Reads slices of one param. Devices that hold the same slice share one copy of it."""
+
+    def __init__(
+        self, weights: list[_Weight], stored: dict[str, safetensors.StoredTensor], param: jax.ShapeDtypeStruct
+    ):
+        self._weights, self._stored, self._param = weights, stored, param
+        self._slices: dict[tuple, np.ndarray] = {}
+
+    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(each.indices(size)[:2] for each, size in zip(index, self._param.shape, strict=True))
+        if bounds not in self._slices:
+            self._slices[bounds] = self._read(index, tuple(stop - start for start, stop in bounds))
+        return self._slices[bounds]
+
+    def _read(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+        out = np.empty(shape, self._param.dtype)
+        if self._weights[0].layer is None:
+            out[...] = self._map(self._weights[0])[index]
+        else:
+            for out_of_layer, weight in zip(out, self._weights[index[0]], strict=True):
+                out_of_layer[...] = self._map(weight)[index[1:]]
+        return out
+
+    def _map(self, weight: _Weight) -> np.ndarray:
+        return weight.to_ours(self._stored[weight.name].map())
+
+
+def save(
+    directory: str | os.PathLike,
+    config: ModelConfig,
+    params: dict,
+    *,
+    source: str | os.PathLike | None = None,
+    token_ids: dict[str, int | list[int]] | None = None,
+    dtype: jnp.dtype = jnp.bfloat16,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Writes a directory that `load` and transformers (4 and 5) read. Every process of a multi-host run must call it.
+
+    Files are written beside their names and renamed when whole, and config.json comes last: a directory with a
+    config.json is complete.
+
+    Args:
+        source: the directory that the model came from: its tokenizer is copied, and what its config.json and
+            generation_config.json say beyond the architecture is kept.
+        token_ids: bos_token_id, eos_token_id and pad_token_id to write instead of the source's.
+        dtype: float32, float16 or bfloat16. Casting back to the dtype that the weights came in is exact.
+        max_shard_bytes: weights beyond this start another file; a tensor is never split.
+
+    Raises:
+        UserError: `directory` is `source`, or the dtype is none of the three.
+    """
+    directory, source = pathlib.Path(directory), None if source is None else pathlib.Path(source)
+    dtype = jnp.dtype(dtype)
+    if dtype not in safetensors.DTYPES.values():
+        raise UserError(f"weights cannot be saved as {dtype}; write float32, float16 or bfloat16")
+    if source is not None and source.resolve() == directory.resolve():
+        raise UserError(f"{directory}: would overwrite the model that it is saved from; name another directory")
+
+    writes = jax.process_index() == 0
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").unlink(missing_ok=True)
+    shards = _plan_shards(config, dtype, max_shard_bytes)
+    for file, weights in shards.items():
+        tensors = (_fetch(weight, params, dtype) for weight in weights)
+        if writes:
+            safetensors.write(directory / file, {weight.name: weight.their_shape for weight in weights}, dtype, tensors)
+        else:
+            for _ in tensors:  # take part in the gathering
+                pass
+    if writes:
+        _write_index(directory, shards, dtype)
+        _write_configs(directory, config, source, token_ids or {}, dtype)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("spin_jax.models.save")
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(key.key for key in path)
+
+
+def _weights(config: ModelConfig) -> Iterator[_Weight]:
+    """Every tensor of a checkpoint, those of a layer together."""
+    leaves = jax.tree.leaves_with_path(llama.abstract_params(config))
+    shapes = {_names(path): param.shape for path, param in leaves}
+    layout = [(path, *_LAYOUT[path]) for path in _LAYOUT if path in shapes]
+    for path, name, inputs in layout:
+        if path[0] != "layers":
+            yield _Weight(path, None, shapes[path], name, inputs)
+    for layer in range(config.num_layers):
+        for path, name, inputs in layout:
+            if path[0] == "layers":
+                yield _Weight(path, layer, shapes[path][1:], name.format(layer), inputs)
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; a model directory has config.json and {_WEIGHTS}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def _stored_tensors(directory: pathlib.Path) -> dict[str, safetensors.StoredTensor]:
+    """Every tensor of a model directory by name, from the files' headers alone."""
+    if (directory / _WEIGHTS).exists():
+        return safetensors.read_header(directory / _WEIGHTS)
+    if (directory / _INDEX).exists():
+        stored = {}
+        for file in sorted(set(_read_json(directory / _INDEX).get("weight_map", {}).values())):
+            if not (directory / file).exists():
+                raise UserError(f"{directory / file}: not found, but {_INDEX} names it; download it again")
+            stored |= safetensors.read_header(directory / file)
+        return stored
+    if list(directory.glob("*.bin")):
+        raise UserError(
+            f"{directory}: has only pickled weights (.bin), which can run code when they are read; load them with "
+            "transformers where you trust them, and write model.save_pretrained(directory, safe_serialization=True)"
+        )
+    raise UserError(f"{directory}: has neither {_WEIGHTS} nor {_INDEX}")
+
+
+def _check_tensors(directory: pathlib.Path, config: ModelConfig, stored: dict[str, safetensors.StoredTensor]) -> None:
+    """The checkpoint holds the tensors that config.json describes, and nothing else that would be lost."""
+    expected = {weight.name: weight.their_shape for weight in _weights(config)}
+    if missing := [name for name in expected if name not in stored]:
+        hint = "is config.json that of these weights?"
+        if missing == ["lm_head.weight"]:
+            hint = "if it is the embedding, set tie_word_embeddings to true in config.json"
+        raise UserError(f"{directory}: {_count(missing)} missing; {hint}")
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise UserError(f"{directory}: {name} has the shape {stored[name].shape}; config.json says {shape}")
+    # Old versions of transformers wrote the constant rotary frequencies.
+    unexpected = [name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    if config.tie_embeddings and "lm_head.weight" in unexpected:
+        if not np.array_equal(stored["lm_head.weight"].map(), stored["model.embed_tokens.weight"].map()):
+            raise UserError(
+                f"{directory}: lm_head.weight is not model.embed_tokens.weight, but config.json says that they are "
+                "tied; set tie_word_embeddings to false"
+            )
+        unexpected.remove("lm_head.weight")
+    if unexpected:
+        raise UserError(
+            f"{directory}: {_count(unexpected)} not part of a {config.model_type} model as config.json says"
+        )
+
+
+def _count(names: list[str]) -> str:
+    return f"tensor {names[0]} is" if len(names) == 1 else f"tensor {names[0]} and {len(names) - 1} others are"
+
+
+def _plan_shards(config: ModelConfig, dtype: np.dtype, max_shard_bytes: int) -> dict[str, list[_Weight]]:
+    """File name -> the weights in it, in order."""
+    shards: list[list[_Weight]] = [[]]
+    filled = 0
+    for weight in _weights(config):
+        size = math.prod(weight.shape) * dtype.itemsize
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(weight)
+        filled += size
+    if len(shards) == 1:
+        return {_WEIGHTS: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def _fetch(weight: _Weight, params: dict, dtype: np.dtype) -> np.ndarray:
+    """One tensor in their layout, on every host, from wherever its shards are."""
+    param = functools.reduce(dict.__getitem__, weight.path, params)
+    ours = (param if weight.layer is None else param[weight.layer]).astype(dtype)
+    if isinstance(ours, jax.Array) and not ours.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        ours = multihost_utils.process_allgather(ours, tiled=True)
+    return weight.to_theirs(np.asarray(ours))
+
+
+def _write_index(directory: pathlib.Path, shards: dict[str, list[_Weight]], dtype: np.dtype) -> None:
+    """The index of several shards. Files of an older model that were not replaced go, lest they be read instead."""
+    for old in (*directory.glob("model*.safetensors"), directory / _INDEX):
+        if old.name not in shards:
+            old.unlink(missing_ok=True)
+    if len(shards) > 1:
+        total = sum(math.prod(weight.shape) for shard in shards.values() for weight in shard) * dtype.itemsize
+        weight_map = {weight.name: file for file, shard in shards.items() for weight in shard}
+        _write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_configs(
+    directory: pathlib.Path, config: ModelConfig, source: pathlib.Path | None, token_ids: dict, dtype: np.dtype
+) -> None:
+    """Tokenizer, generation_config.json and, last, config.json."""
+    model, generation = None, {}
+    if source is not None:
+        for file in (file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)):
+            shutil.copyfile(file, directory / file.name)
+        model = _read_json(source / "config.json") if (source / "config.json").exists() else None
+        if (source / "generation_config.json").exists():
+            generation = _read_json(source / "generation_config.json")
+    model = config.to_huggingface(dtype.name, model) | token_ids
+    ids = {key: model[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in model}
+    _write_json(directory / "generation_config.json", ids | generation | token_ids)
+    _write_json(directory / "config.json", model)
+
+
+def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    safetensors.write_whole(file, lambda stream: stream.write(text.encode()))

@@ -1,0 +1,229 @@
+"""What the stages of a run share: the data, the model's description, the mesh, and where things lie in the workdir.
+
+    workdir/
+      config.json                    what the run was started with; a resumed run must agree
+      sft/                           the SFT stage, where the config asks for one
+      iteration_T/
+        generated/part-*.jsonl       responses of the opponent, batch by batch
+        generated/pairs.parquet      the authors' layout, when all are there
+        scores/opponent.npz          the opponent's log-probs of every pair
+        checkpoints/                 of the training state, until model/ is whole
+        metrics.jsonl, tensorboard/
+        model/                       the policy, a Hugging Face directory: the next opponent
+        result.json                  the iteration's line in the summary
+      summary.json, summary.txt, plots/
+
+What exists under its final name is finished: starting again is resuming.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from spin_jax import config as config_lib
+from spin_jax import models, sharding
+from spin_jax.data.chat import ChatFormat, chat_format, fit, generation_prompts
+from spin_jax.data.pairs import Pair
+from spin_jax.data.sources import Example, load_examples, split_examples
+from spin_jax.errors import UserError
+from spin_jax.generate import make_sampler
+from spin_jax.logprobs import Compute
+from spin_jax.metrics import write_whole
+from spin_jax.step import pair_logprobs
+
+# Fields that may differ when a run is resumed: they change speed, memory or the length of the run, and no finished
+# artefact.
+MAY_CHANGE = ("iterations", "mesh.", "model.remat", "model.logits_chunk", "train.checkpoint_every")
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Run:
+    """One run, opened: everything that does not change between iterations."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    source: epath.Path  # directory of the model before any training here, with its tokenizer
+    model: models.ModelConfig
+    chat: ChatFormat
+    train_examples: list[Example]
+    held_out_examples: list[Example]
+    mesh: jax.sharding.Mesh
+    compute: Compute
+    pairs: dict[int, tuple[list[Pair], list[Pair]]] = dataclasses.field(default_factory=dict)  # by iteration, once read
+    _loaded: tuple[epath.Path, dict] | None = None
+
+    def iteration(self, t: int) -> epath.Path:
+        """The directory of iteration t."""
+        return self.workdir / f"iteration_{t}"
+
+    def start_of(self, t: int) -> epath.Path:
+        """The directory of theta_t: the opponent of iteration t, and where its policy starts."""
+        if t:
+            return self.iteration(t - 1) / "model"
+        return self.workdir / "sft" / "model" if self.config.sft.epochs else self.source
+
+    def params(self, directory: epath.Path) -> dict:
+        """The f32 params in `directory`, sharded; the ones used last stay in memory.
+
+        Raises:
+            UserError: there is no whole model in `directory`.
+        """
+        if self._loaded is None or self._loaded[0] != directory:
+            self._loaded = None  # two models at a time are one too many
+            if not (directory / "config.json").exists():
+                raise UserError(f"{directory} holds no model: run the stages before this one first")
+            _, params = models.load(directory, shardings=sharding.param_shardings(self.mesh, self.model))
+            self._loaded = (directory, params)
+        return self._loaded[1]
+
+    def take_params(self, directory: epath.Path) -> dict:
+        """Like `params`, for a caller that donates them."""
+        params = self.params(directory)
+        self._loaded = None
+        return params
+
+    def export(self, directory: epath.Path, params: dict) -> None:
+        """Write params as a Hugging Face directory. From then on they are what the files hold."""
+        dtype = jnp.dtype(self.config.model.export_dtype)
+        models.save(directory, self.model, params, source=self.source, dtype=dtype)
+        self._loaded = (directory, params) if dtype == jnp.float32 else None
+
+    def is_held_out(self, row: int) -> bool:
+        """Whether a row of the data set is held out of training."""
+        return row in self._held_out_rows
+
+    @functools.cached_property
+    def _held_out_rows(self) -> frozenset[int]:
+        return frozenset(example.row for example in self.held_out_examples)
+
+    @functools.cached_property
+    def sampler(self) -> Callable:
+        """The jitted sampling loop; one program a prompt width for all iterations."""
+        return make_sampler(self.model, self.config.generate, self.chat.stop_ids, self.compute.dtype)
+
+    @functools.cached_property
+    def pair_logprobs(self) -> Callable:
+        """The jitted (params, batch) -> log-probs of both responses; one program a batch shape for all iterations."""
+        return jax.jit(lambda params, batch: pair_logprobs(self.model, params, batch, self.compute))
+
+    def pair(self, example: Example, response: np.ndarray | str, finished: bool, iteration: int) -> Pair:
+        """The token ids of an example and its generated response, cut to the budget."""
+        real = self.chat.real_response(example.prompt, example.response)
+        generated = self.chat.generated_response(example.prompt, response, finished)
+        data = self.config.data
+        fitted = fit(
+            self.chat.training_prompt(example.prompt),
+            real,
+            generated,
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+        )
+        return Pair(
+            row=example.row,
+            iteration=iteration,
+            prompt=fitted.prompt,
+            real=fitted.responses[0],
+            generated=fitted.responses[1],
+            real_cut=fitted.cut[0],
+            generated_cut=fitted.cut[1] or not finished,
+        )
+
+
+def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
+    """Check the config, then the data, then the model's description; load no weights.
+
+    Raises:
+        UserError: one line for whatever is wrong.
+    """
+    config_lib.validate(config)
+    workdir = epath.Path(workdir)
+    _agree_with_workdir(config, workdir)
+    path, train = config.model.path, config.data.train
+    if path == "toy:":
+        from spin_jax import toy
+
+        path, train = toy.prepare(workdir / "toy", config.toy, config.seed)
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(
+        mesh,
+        "config.train.batch_size / config.train.micro_batches",
+        config.train.batch_size // config.train.micro_batches,
+    )
+    sharding.check_batch(mesh, "config.generate.batch_size", config.generate.batch_size)
+    source = epath.Path(models.resolve(path, config.model.revision or None))
+    model = models.ModelConfig.from_huggingface(json.loads((source / "config.json").read_text()), str(source))
+    sharding.param_shardings(mesh, model)
+    chat = load_chat(source, config.data.template)
+    train_examples, held_out = _load_data(config, train, chat)
+    return Run(config, workdir, source, model, chat, train_examples, held_out, mesh, make_compute(config.model))
+
+
+def make_compute(settings: ConfigDict) -> Compute:
+    """`config.model`'s dtype, remat and chunking; "auto" is bfloat16 where matmuls gain from it: on TPU and GPU."""
+    name = settings.compute_dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return Compute(jnp.dtype(name), settings.remat, settings.logits_chunk)
+
+
+def load_chat(directory: epath.Path, template: str) -> ChatFormat:
+    """The chat format of the tokenizer in a model's directory.
+
+    Raises:
+        UserError: there is no tokenizer, or it has no EOS or chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
+    return chat_format(tokenizer, template, _eos_ids(directory))
+
+
+def _eos_ids(directory: epath.Path) -> tuple[int, ...]:
+    """The model's own stop ids, from generation_config.json, where it has one."""
+    path = directory / "generation_config.json"
+    eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _load_data(config: ConfigDict, source: str, chat: ChatFormat) -> tuple[list[Example], list[Example]]:
+    data = config.data
+    found = load_examples(source, split=data.split, layout=data.layout, turn=data.turn)
+    _LOG.info("%s: %s", source, found.summary())
+    usable, _ = generation_prompts(
+        chat, found.examples, max_prompt_length=data.max_prompt_length, long_prompts=data.long_prompts
+    )
+    if usable.skipped:
+        _LOG.info("%s: %s", source, usable.summary())
+    examples = usable.examples
+    if data.max_rows and data.max_rows < len(examples):
+        chosen = np.sort(np.random.default_rng(config.seed).permutation(len(examples))[: data.max_rows])
+        examples = [examples[i] for i in chosen]
+    return split_examples(examples, data.eval_rows, config.seed)
+
+
+def _agree_with_workdir(config: ConfigDict, workdir: epath.Path) -> None:
+    """Refuse to go on in a workdir that was started with other settings; note them where it is new."""
+    path = workdir / "config.json"
+    now = json.loads(json.dumps(config_lib.flatten(config)))  # tuples as JSON has them
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [f for f in now if now[f] != before.get(f) and not f.startswith(MAY_CHANGE)]
+        if changed:
+            what = ", ".join(f"config.{field} was {before.get(field)!r} and is now {now[field]!r}" for field in changed)
+            raise UserError(
+                f"{workdir} holds a run with other settings ({what}): give another --workdir, or the settings it had"
+            )
+    write_whole(path, json.dumps(now, indent=1) + "\n")

@@ -1,0 +1,45 @@
+"""Algorithm 1 of SPIN (arXiv 2401.01335): generate, score, train, hand over."""
+
+from collections.abc import Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from spin_jax import report, stages
+from spin_jax.run import open_run
+
+STAGES = ("generate", "score", "train")
+
+
+def self_play(config: ConfigDict, workdir: epath.PathLike, only: Sequence[str] = STAGES) -> list[dict]:
+    """Run all iterations, or go on with what is not finished; returns the summary's rows, one a model.
+
+    Args:
+        config: see `spin_jax.config.base_config`.
+        workdir: local or gs://; `spin_jax.run` says what lies where.
+        only: the stages to run. Each reads its inputs from the workdir; a run without "train" ends at the first
+            iteration that needs it.
+
+    Raises:
+        UserError: a mistake in config, data, model or mesh; one line.
+        train.Stopped: asked to stop; the same command goes on from there.
+    """
+    run = open_run(config, workdir)
+    stages.fine_tune(run)
+    rows = [stages.describe_start(run)]
+    for t in range(config.iterations):
+        if "generate" in only:
+            stages.generate_responses(run, t)  # y'_i ~ p_t(.|x_i) for every prompt
+        if "score" in only:
+            stages.score_pairs(run, t)  # log p_t of y_i and y'_i
+        if "train" in only:
+            stages.train_policy(run, t)  # theta_{t+1} = argmin of equation 4.7, from theta_t; it is the next opponent
+        if not (run.iteration(t) / "model" / "config.json").exists():
+            break
+        rows.append(stages.evaluate_policy(run, t))
+        if config.sft.control:
+            rows.append(stages.continue_sft(run, t))
+        report.write_summary(run.workdir, rows)
+        report.plot_iterations(run.workdir)
+        print(f"\n{report.summary_table(rows)}\n", flush=True)
+    return rows

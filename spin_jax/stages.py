@@ -1,0 +1,361 @@
+"""The stages of an iteration. Each reads what it needs from the run's workdir, writes what it makes, and does nothing
+if that exists."""
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from spin_jax import sharding
+from spin_jax.batches import HostBatch, Padding, batch_indices, forward_flops, num_steps, pair_batch, sft_batch
+from spin_jax.config import at_iteration
+from spin_jax.data.chat import generation_prompts
+from spin_jax.data.pairs import Pair, read_sampled, write_pairs_parquet
+from spin_jax.data.sources import Example
+from spin_jax.errors import UserError
+from spin_jax.generate import Prompt, Response, generate
+from spin_jax.losses import rewards
+from spin_jax.metrics import restore, to_json, write_whole
+from spin_jax.models import for_compute
+from spin_jax.run import Run
+from spin_jax.score import read_scores, score, with_scores, write_scores
+from spin_jax.step import (
+    Objective,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_step,
+    sft_objective,
+    spin_objective,
+    state_shardings,
+)
+from spin_jax.train import fit
+
+FORWARD_AND_BACKWARD = 3  # a backward pass is two matmuls for each of the forward
+
+_LOG = logging.getLogger(__name__)
+
+
+def fine_tune(run: Run) -> None:
+    """Supervised fine-tuning of the source model, where the config asks for it: theta_0 in `sft/model`."""
+    directory = run.workdir / "sft"
+    if not run.config.sft.epochs or _is_whole(directory / "model"):
+        return
+    pairs = _sft_pairs(run)
+    steps = num_steps(len(pairs), run.config.sft.epochs, run.config.train.batch_size)
+    params = _fit_sft(run, run.source, pairs, steps, directory, "SFT")
+    _export(run, directory, params)
+
+
+def generate_responses(run: Run, t: int) -> None:
+    """y' ~ p_t(.|x) for every prompt, train and held-out: `generated/pairs.parquet`, in the authors' layout."""
+    directory = run.iteration(t) / "generated"
+    if (directory / "pairs.parquet").exists():
+        return
+    examples = run.train_examples + run.held_out_examples
+    if t == 0 and all(example.generated is not None for example in examples):
+        _LOG.info("iteration 0 takes the generated responses that %s holds", run.config.data.train)
+        return
+    data = run.config.data
+    _, prompts = generation_prompts(run.chat, examples, max_prompt_length=data.max_prompt_length)
+    responses = generate(
+        run.sampler,
+        for_compute(run.params(run.start_of(t)), run.compute.dtype),
+        [Prompt(example.row, tokens) for example, tokens in zip(examples, prompts, strict=True)],
+        run.config.generate,
+        seed=run.config.seed,
+        iteration=t,
+        mesh=run.mesh,
+        directory=directory,
+        name=f"iteration {t}: generate",
+    )
+    _write_responses(run, directory / "pairs.parquet", examples, responses)
+    for part in directory.glob("part-*.jsonl"):
+        part.unlink()
+
+
+def score_pairs(run: Run, t: int) -> None:
+    """The opponent's log-probs of every pair that iteration t trains or is measured on: `scores/opponent.npz`.
+
+    With a live opponent only the held-out pairs are scored here.
+    """
+    path = run.iteration(t) / "scores" / "opponent.npz"
+    if path.exists():
+        return
+    pairs = _scored_ahead(run, t)
+    write_scores(path, pairs, _score(run, run.start_of(t), pairs, f"iteration {t}: score"))
+
+
+def train_policy(run: Run, t: int) -> None:
+    """theta_{t+1}: minimise equation 4.7 from theta_t on the newest and earlier iterations' pairs; export it to
+    `model/`."""
+    directory = run.iteration(t)
+    if _is_whole(directory / "model"):
+        return
+    config, stored = run.config, run.config.spin.opponent == "stored"
+    pairs = _mixed_pairs(run, t)
+    if stored:
+        pairs = _with_opponent_scores(run, t)[: len(pairs)]
+    steps = num_steps(len(pairs), config.train.epochs, config.train.batch_size)
+    beta = at_iteration(config.spin.beta, t)
+    params = run.take_params(run.start_of(t))
+    policy = _fit(
+        run,
+        spin_objective(run.model, run.compute, config.spin.loss, beta),
+        params if stored else jax.tree.map(jnp.copy, params),
+        opponent=None if stored else for_compute(params, run.compute.dtype),
+        passes=FORWARD_AND_BACKWARD if stored else FORWARD_AND_BACKWARD + 1,
+        steps=steps,
+        peak=at_iteration(config.train.learning_rate, t),
+        make_batch=_batch_maker(run, pairs, pair_batch, config.seed + t),
+        directory=directory,
+        name=f"iteration {t}: train",
+    )
+    _export(run, directory, policy)
+
+
+def describe_start(run: Run) -> dict:
+    """The summary's first row: theta_0."""
+    return {"model": "SFT", "iteration": None} | _exact_measures(run, run.start_of(0))
+
+
+def evaluate_policy(run: Run, t: int) -> dict:
+    """The summary's row of theta_{t+1}: rewards of held-out pairs against the opponent of iteration t, which wrote
+    their y'."""
+    path = run.iteration(t) / "result.json"
+    if path.exists():
+        return json.loads(path.read_text(), object_hook=restore)
+    row = {"model": f"iteration {t}", "iteration": t}
+    train, held_out = _pairs_of(run, t)
+    lengths = [len(pair.generated) for pair in train]
+    row |= {
+        "generated/tokens": float(np.mean(lengths)),
+        "generated/cut": float(np.mean([p.generated_cut for p in train])),
+    }
+    if held_out:
+        opponent = np.array([(p.real_logp, p.generated_logp) for p in _with_opponent_scores(run, t)[-len(held_out) :]])
+        policy = _score(run, run.start_of(t + 1), held_out, f"iteration {t}: evaluate")
+        row |= _held_out_measures(held_out, policy, opponent, at_iteration(run.config.spin.beta, t))
+    row |= _exact_measures(run, run.start_of(t + 1))
+    write_whole(path, to_json(row) + "\n")
+    return row
+
+
+def continue_sft(run: Run, t: int) -> dict:
+    """The baseline: plain SFT of the same start, on the same examples, for the FLOPs that iteration t spent; its
+    summary row."""
+    directory = run.iteration(t) / "control"
+    start = run.iteration(t - 1) / "control" / "model" if t else run.start_of(0)
+    if not _is_whole(directory / "model"):
+        pairs = _sft_pairs(run)
+        steps = max(1, round(_iteration_flops(run, t) / _sft_step_flops(run, pairs)))
+        _export(run, directory, _fit_sft(run, start, pairs, steps, directory, f"iteration {t}: SFT control"))
+    return {"model": f"SFT control {t}", "iteration": None} | _exact_measures(run, directory / "model")
+
+
+# ---- training
+
+
+def _fit_sft(run: Run, start: epath.Path, pairs: Sequence[Pair], steps: int, directory: epath.Path, name: str) -> dict:
+    return _fit(
+        run,
+        sft_objective(run.model, run.compute),
+        run.take_params(start),
+        opponent=None,
+        passes=FORWARD_AND_BACKWARD,
+        steps=steps,
+        peak=run.config.sft.learning_rate,
+        make_batch=_batch_maker(run, pairs, sft_batch, run.config.seed),
+        directory=directory,
+        name=name,
+    )
+
+
+def _fit(
+    run: Run,
+    objective: Objective,
+    params: dict,
+    *,
+    opponent: dict | None,
+    passes: int,
+    steps: int,
+    peak: float,
+    make_batch: Callable[[int], HostBatch],
+    directory: epath.Path,
+    name: str,
+) -> dict:
+    """A fresh optimizer and schedule on `params`, which are donated; returns the trained ones."""
+    settings = run.config.train
+    schedule = learning_rate_schedule(peak, steps, settings.warmup_ratio)
+    optimizer = make_optimizer(settings.optimizer, schedule, settings.clip_norm, settings.weight_decay)
+    init = functools.partial(init_state, optimizer=optimizer)
+    shardings = state_shardings(optimizer, params)
+    state = jax.jit(init, donate_argnums=0, out_shardings=shardings)(params)
+    step = jax.jit(
+        make_step(objective, optimizer, settings.micro_batches), donate_argnums=0, out_shardings=(shardings, None)
+    )
+    state = fit(
+        step,
+        state,
+        opponent,
+        steps=steps,
+        make_batch=make_batch,
+        sharding=sharding.batch_sharding(run.mesh),
+        passes=passes,
+        schedule=schedule,
+        directory=directory,
+        checkpoint_every=settings.checkpoint_every,
+        name=name,
+    )
+    return state.params
+
+
+def _batch_maker(run: Run, pairs: Sequence[Pair], collate: Callable, seed: int) -> Callable[[int], HostBatch]:
+    """step -> batch, a function of (seed, step) and the pairs."""
+    size = run.config.train.batch_size
+
+    def make_batch(step: int) -> HostBatch:
+        return collate(run.model, [pairs[i] for i in batch_indices(len(pairs), size, seed, step)], _padding(run))
+
+    return make_batch
+
+
+def _padding(run: Run) -> Padding:
+    return Padding(run.config.train.length_multiple, run.config.data.max_length)
+
+
+def _export(run: Run, directory: epath.Path, params: dict) -> None:
+    """Write the model; once it is whole, nobody needs the checkpoints that led to it."""
+    run.export(directory / "model", params)
+    (directory / "checkpoints").rmtree(missing_ok=True)
+
+
+def _is_whole(model: epath.Path) -> bool:
+    return (model / "config.json").exists()
+
+
+# ---- pairs
+
+
+def _write_responses(run: Run, path: epath.Path, examples: Sequence[Example], responses: Sequence[Response]) -> None:
+    texts = run.chat.tokenizer.batch_decode([response.tokens for response in responses], skip_special_tokens=True)
+    answered = [
+        dataclasses.replace(example, generated=text, truncated=not response.finished)
+        for example, text, response in zip(examples, texts, responses, strict=True)
+    ]
+    columns = {
+        "generated_tokens": [response.tokens.tolist() for response in responses],
+        "held_out": [run.is_held_out(response.row) for response in responses],
+    }
+    write_pairs_parquet(path, answered, columns)
+
+
+def _pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
+    """(train, held-out) pairs whose y' are the responses of iteration t."""
+    if t not in run.pairs:
+        path = run.iteration(t) / "generated" / "pairs.parquet"
+        if path.exists():
+            sampled = read_sampled(path)
+        elif t == 0 and run.train_examples[0].generated is not None:
+            sampled = {e.row: (e.generated, not e.truncated) for e in run.train_examples + run.held_out_examples}
+        else:
+            raise UserError(f"{path} is missing: run the generate stage of iteration {t} first")
+        run.pairs[t] = tuple(
+            [run.pair(example, *sampled[example.row], t) for example in examples]
+            for examples in (run.train_examples, run.held_out_examples)
+        )
+    return run.pairs[t]
+
+
+def _mixed_pairs(run: Run, t: int) -> list[Pair]:
+    """The pairs that iteration t trains on: its own, then those of `config.spin.previous_iterations` before it."""
+    oldest = max(0, t - run.config.spin.previous_iterations)
+    return [pair for s in range(t, oldest - 1, -1) for pair in _pairs_of(run, s)[0]]
+
+
+def _scored_ahead(run: Run, t: int) -> list[Pair]:
+    """The pairs whose opponent log-probs are stored: held-out ones, and before them those trained on unless the
+    opponent is live."""
+    return (_mixed_pairs(run, t) if run.config.spin.opponent == "stored" else []) + _pairs_of(run, t)[1]
+
+
+def _with_opponent_scores(run: Run, t: int) -> list[Pair]:
+    path, pairs = run.iteration(t) / "scores" / "opponent.npz", _scored_ahead(run, t)
+    if not path.exists():
+        raise UserError(f"{path} is missing: run the score stage of iteration {t} first")
+    return with_scores(pairs, read_scores(path, pairs))
+
+
+def _sft_pairs(run: Run) -> list[Pair]:
+    """The training examples as pairs without a generated response."""
+    nothing = np.zeros(0, np.int32)
+    return [run.pair(example, nothing, False, -1) for example in run.train_examples]
+
+
+# ---- measures
+
+
+def _score(run: Run, model: epath.Path, pairs: Sequence[Pair], name: str) -> np.ndarray:
+    if not pairs:
+        return np.zeros((0, 2), np.float32)
+    settings = run.config.train
+    return score(
+        run.pair_logprobs,
+        run.params(model),
+        pairs,
+        batch_size=settings.batch_size // settings.micro_batches,
+        make_batch=lambda chosen: pair_batch(run.model, chosen, _padding(run)),
+        sharding=sharding.batch_sharding(run.mesh),
+        name=name,
+    )
+
+
+def _held_out_measures(
+    pairs: Sequence[Pair], policy: np.ndarray, opponent: np.ndarray, beta: float
+) -> dict[str, float]:
+    """Rewards (equation 4.6) of held-out pairs, and the policy's loss as a plain language model on their real
+    responses."""
+    reward = np.asarray(rewards(policy, opponent, beta))
+    margin = reward[:, 0] - reward[:, 1]
+    return {
+        "held_out/rewards/accuracy": float(np.mean(margin > 0)),
+        "held_out/rewards/margin": float(np.mean(margin)),
+        "held_out/rewards/real": float(np.mean(reward[:, 0])),
+        "held_out/rewards/generated": float(np.mean(reward[:, 1])),
+        "held_out/nats_per_token": float(-policy[:, 0].sum() / sum(len(pair.real) for pair in pairs)),
+    }
+
+
+def _exact_measures(run: Run, model: epath.Path) -> dict[str, float]:
+    """What can be computed exactly where the data distribution is known: nothing, unless the task is the toy one."""
+    if run.config.data.train != "toy:":
+        return {}
+    raise NotImplementedError
+
+
+def _iteration_flops(run: Run, t: int) -> float:
+    """Model FLOPs that iteration t spends on its training rows: sampling, scoring, training."""
+    config = run.config
+    newest, mixed = _pairs_of(run, t)[0], _mixed_pairs(run, t)
+    sampling = sum(_forward_flops(run, [pair.generated], pair) for pair in newest)
+    one_pass = sum(_forward_flops(run, [pair.real, pair.generated], pair) for pair in mixed)
+    steps = num_steps(len(mixed), config.train.epochs, config.train.batch_size)
+    passes = FORWARD_AND_BACKWARD * steps * config.train.batch_size / len(mixed)
+    opponent = 1 if config.spin.opponent == "stored" else steps * config.train.batch_size / len(mixed)
+    return sampling + (passes + opponent) * one_pass
+
+
+def _sft_step_flops(run: Run, pairs: Sequence[Pair]) -> float:
+    one_pass = sum(_forward_flops(run, [pair.real], pair) for pair in pairs)
+    return FORWARD_AND_BACKWARD * one_pass * run.config.train.batch_size / len(pairs)
+
+
+def _forward_flops(run: Run, responses: Sequence[np.ndarray], pair: Pair) -> float:
+    scored = np.array([len(response) for response in responses])
+    return forward_flops(run.model, len(pair.prompt) + scored, scored)
