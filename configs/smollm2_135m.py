@@ -11,7 +11,7 @@ def get_config():
     config = base_config()
     config.iterations = 2
     config.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    config.data.max_rows = 320  # 256 to train on and 64 held out
+    config.data.max_rows = 256
     config.data.eval_rows = 64
     config.data.max_length = 256
     config.data.max_prompt_length = 128

@@ -207,11 +207,7 @@ def _load_data(config: ConfigDict, source: str, chat: ChatFormat) -> tuple[list[
     )
     if usable.skipped:
         _LOG.info("%s: %s", source, usable.summary())
-    examples = usable.examples
-    if data.max_rows and data.max_rows < len(examples):
-        chosen = np.sort(np.random.default_rng(config.seed).permutation(len(examples))[: data.max_rows])
-        examples = [examples[i] for i in chosen]
-    return split_examples(examples, data.eval_rows, config.seed)
+    return split_examples(usable.examples, data.eval_rows, config.seed, train_rows=data.max_rows)
 
 
 def _agree_with_workdir(config: ConfigDict, workdir: epath.Path) -> None:
