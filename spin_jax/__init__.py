@@ -1,4 +1,7 @@
-"""SPIN (Self-Play Fine-Tuning, arXiv 2401.01335) in JAX/Flax. The Python surface: `load`, `spin` and the `Model` they return."""
+"""SPIN (Self-Play Fine-Tuning, arXiv 2401.01335) in JAX/Flax.
+
+The Python surface is `load`, `spin` and the `Model` that both return; the command line is `python -m spin_jax.main`.
+"""
 
 _EXPORTS = ("Model", "load", "spin")
 __all__ = ["Model", "UserError", "load", "spin"]

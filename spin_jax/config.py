@@ -7,6 +7,7 @@ iterations are tuples: entry t is for iteration t and the last entry serves all 
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
@@ -40,9 +41,11 @@ def base_config() -> ConfigDict:
     c.data.layout = "auto"
     # "last": all turns before the last answer are the prompt; "first": first user turn and its answer (the paper)
     c.data.turn = "last"
-    # "chat": the tokenizer's template everywhere; "paper": Alpaca-style generation prompt, Zephyr training template
+    # "chat": the tokenizer's template for both; "paper": Alpaca-style generation prompt and Zephyr training template
     c.data.template = "chat"
-    c.data.max_rows = 0  # rows to train on, drawn with the seed (smaller sets nest in larger); 0 is all (the paper: 50,000)
+    c.data.max_rows = (
+        0  # rows to train on, drawn with the seed (smaller sets nest in larger); 0 is all (the paper: 50,000)
+    )
     c.data.eval_rows = 0  # rows held out of training for reward accuracy and margin
     c.data.max_length = 1024  # tokens of prompt and response together (the released code; the paper says 2,048)
     c.data.max_prompt_length = 512  # tokens of a prompt
@@ -219,13 +222,14 @@ def _check_combinations(config: ConfigDict) -> None:
             raise UserError(f"config.{field} is empty: name one, for example --config.{field}=PATH")
     if (config.model.path == "toy:") != (data.train == "toy:"):
         raise UserError(
-            "config.model.path and config.data.train must both be 'toy:' or neither: the made task has its own tokenizer"
+            "config.model.path and config.data.train must both be 'toy:', or neither: they share a tokenizer"
         )
     if config.model.path == "toy:" and not config.sft.epochs:
         raise UserError("config.sft.epochs=0 leaves the toy model untrained: give the number of SFT passes")
     if data.max_prompt_length >= data.max_length:
         raise UserError(
-            f"config.data.max_prompt_length={data.max_prompt_length} leaves no room for a response in config.data.max_length={data.max_length}"
+            f"config.data.max_prompt_length={data.max_prompt_length} leaves no room for a response in "
+            f"config.data.max_length={data.max_length}"
         )
     if generate.top_p > 1:
         raise UserError(f"config.generate.top_p={generate.top_p} must be at most 1 (1 is off)")
@@ -233,18 +237,20 @@ def _check_combinations(config: ConfigDict) -> None:
         raise UserError(f"config.train.warmup_ratio={train.warmup_ratio} must be below 1: it is a share of the steps")
     if train.batch_size % train.micro_batches:
         raise UserError(
-            f"config.train.micro_batches={train.micro_batches} does not divide config.train.batch_size={train.batch_size}"
+            f"config.train.micro_batches={train.micro_batches} does not divide "
+            f"config.train.batch_size={train.batch_size}"
         )
     if train.optimizer == "rmsprop" and train.weight_decay:
         raise UserError("config.train.weight_decay works with config.train.optimizer=adamw only: set it to 0")
-    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
-    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(
-            f"config.mesh={sizes}: each size is a number of devices of at least 1, and at most one may be -1 (all that remain)"
+            f"config.mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor}: each is a number of devices, "
+            "at least 1, and at most one may be -1 (all that remain)"
         )
 
 
-def did_you_mean(field: str, fields) -> str:
-    """': did you mean X?' for the closest known field, or ''."""
+def did_you_mean(field: str, fields: Iterable[str]) -> str:
+    """': did you mean config.X?' for the closest known field, or ''."""
     close = difflib.get_close_matches(field, list(fields), n=1, cutoff=0.5)
     return f": did you mean config.{close[0]}?" if close else ""

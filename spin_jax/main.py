@@ -75,7 +75,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        # A config file's own error arrives as the text of its traceback.
+        text = str(error).strip().splitlines()
+        message = text[-1] if "Traceback" in str(error) else " ".join(text)
+        raise UserError(message.strip().removeprefix(f"{UserError.__module__}.UserError: ")) from None
 
 
 def run() -> None:

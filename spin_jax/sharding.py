@@ -37,7 +37,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     if math.prod(sizes) != total:
         possible = ", ".join(f"fsdp={total // t} tensor={t}" for t in (1, 2, 4, 8) if total % t == 0)
         raise UserError(
-            f"config.mesh data={data} fsdp={fsdp} tensor={tensor} does not make {total} devices: possible with data=1 are {possible}"
+            f"config.mesh data={data} fsdp={fsdp} tensor={tensor} does not make {total} devices: "
+            f"possible with data=1 are {possible}"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
@@ -53,8 +54,8 @@ def param_shardings(mesh: Mesh, config: ModelConfig) -> dict:
         for size, axis in zip(leaf.shape, axes, strict=True):
             if RULES[axis] and size % mesh.shape[RULES[axis]]:
                 raise UserError(
-                    f"config.mesh.{RULES[axis]}={mesh.shape[RULES[axis]]} does not divide the model's {axis} axis of {size}: "
-                    f"choose a divisor of {size}"
+                    f"config.mesh.{RULES[axis]}={mesh.shape[RULES[axis]]} does not divide the model's {axis} axis "
+                    f"of {size}: choose a divisor"
                 )
         return NamedSharding(mesh, PartitionSpec(*(RULES[axis] for axis in axes)))
 
@@ -80,5 +81,6 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % devices:
         raise UserError(
-            f"{field}={size} does not split over {devices} devices (data x fsdp): use a multiple, for example {-(-size // devices) * devices}"
+            f"{field}={size} does not split over {devices} devices (data x fsdp): use a multiple, "
+            f"for example {-(-size // devices) * devices}"
         )
