@@ -47,7 +47,7 @@ def fine_tune(run: Run) -> None:
     directory = run.workdir / "sft"
     if not run.config.sft.epochs or _is_whole(directory / "model"):
         return
-    pairs = _sft_pairs(run)
+    pairs = _sft_pairs(run, run.train_examples)
     steps = num_steps(len(pairs), run.config.sft.epochs, run.config.train.batch_size)
     params = _fit_sft(run, run.source, pairs, steps, directory, "SFT")
     _export(run, directory, params)
@@ -153,7 +153,7 @@ def continue_sft(run: Run, t: int) -> dict:
     directory = run.iteration(t) / "control"
     start = run.iteration(t - 1) / "control" / "model" if t else run.start_of(0)
     if not _is_whole(directory / "model"):
-        pairs = _sft_pairs(run)
+        pairs = _sft_pairs(run, run.train_examples)
         steps = max(1, round(_iteration_flops(run, t) / _sft_step_flops(run, pairs)))
         _export(run, directory, _fit_sft(run, start, pairs, steps, directory, f"iteration {t}: SFT control"))
     return {"model": f"SFT control {t}", "iteration": None} | _exact_measures(run, directory / "model")
@@ -292,10 +292,10 @@ def _with_opponent_scores(run: Run, t: int) -> list[Pair]:
     return with_scores(pairs, read_scores(path, pairs))
 
 
-def _sft_pairs(run: Run) -> list[Pair]:
-    """The training examples as pairs without a generated response."""
+def _sft_pairs(run: Run, examples: Sequence[Example]) -> list[Pair]:
+    """Examples as pairs without a generated response."""
     nothing = np.zeros(0, np.int32)
-    return [run.pair(example, nothing, False, -1) for example in run.train_examples]
+    return [run.pair(example, nothing, False, -1) for example in examples]
 
 
 # ---- measures
@@ -336,7 +336,13 @@ def _exact_measures(run: Run, model: epath.Path) -> dict[str, float]:
     """What can be computed exactly where the data distribution is known: nothing, unless the task is the toy one."""
     if run.config.data.train != "toy:":
         return {}
-    raise NotImplementedError
+    from spin_jax import toy
+
+    settings = run.config.toy
+    _, unseen = toy.make_examples(run.config.seed, settings.train_rows, settings.eval_prompts)
+    return toy.exact_measures(
+        lambda examples: _score(run, model, _sft_pairs(run, examples), "exact measures")[:, 0], unseen
+    )
 
 
 def _iteration_flops(run: Run, t: int) -> float:

@@ -151,8 +151,8 @@ def _refuse_to_go_on(log: _StepLog, state: TrainState, checkpoints: Checkpoints,
     checkpoints.close()
     raise UserError(
         f"step {log.unhealthy['step']}: loss {log.unhealthy['loss']}, gradient norm {log.unhealthy['grad_norm']}: "
-        f"not finite; its rows are in {report} and the state after step {good} is saved: lower config.train.learning_rate or "
-        "config.spin.beta, or take those rows out of the data"
+        f"not finite; its rows are in {report} and the state after step {good} is saved: lower "
+        "config.train.learning_rate or config.spin.beta, or take those rows out of the data"
     )
 
 

@@ -140,7 +140,8 @@ def load(
 
     def place(path: tuple, param: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         read = _Reader(weights[_names(path)], stored, param)
-        return jax.make_array_from_callback(param.shape, sharding, read)
+        # Waiting lets go of this param's host copy before the next is read.
+        return jax.block_until_ready(jax.make_array_from_callback(param.shape, sharding, read))
 
     return config, jax.tree.map_with_path(place, abstract, shardings)
 

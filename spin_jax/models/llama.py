@@ -50,7 +50,10 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary positions.
+
+    Called with `rope`, the (cos, sin) of `rope_tables`, and `write_at`, the (layer, positions_BT) that `cache` is written at.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.config = config
@@ -83,9 +86,10 @@ class Attention(nnx.Module):
         if config.qk_norm:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], config.rms_norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], config.rms_norm_eps)
-        q_BTNH, k_BSKH, v_BSKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope), v_BTKH
+        q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
+        k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
-            cache = {"k": _write(cache["k"], k_BSKH, *write_at), "v": _write(cache["v"], v_BSKH, *write_at)}
+            cache = {"k": _write(cache["k"], k_BTKH, *write_at), "v": _write(cache["v"], v_BTKH, *write_at)}
             k_BSKH = jax.lax.dynamic_index_in_dim(cache["k"], write_at[0], keepdims=False).astype(dtype)
             v_BSKH = jax.lax.dynamic_index_in_dim(cache["v"], write_at[0], keepdims=False).astype(dtype)
         attended_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)

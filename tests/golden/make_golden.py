@@ -2,8 +2,8 @@
 
     python tests/golden/make_golden.py [--smollm2 DIRECTORY]
 
-needs torch and transformers 5. Each family gets a tiny random model (a directory as `save_pretrained` writes it), token rows
-and their f32 logits; SmolLM2 gets a sample of its logits on one conversation, plain and under a sliding window.
+needs torch and transformers 5. Each family gets a tiny random model (a directory as `save_pretrained` writes it), token
+rows and their f32 logits; SmolLM2 gets a sample of its logits on one conversation, plain and under a sliding window.
 """
 
 import argparse

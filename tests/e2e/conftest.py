@@ -1,0 +1,62 @@
+"""One tiny run, made once and looked at by many tests."""
+
+import dataclasses
+import pathlib
+
+import jax
+import pytest
+import tiny_files
+from ml_collections import ConfigDict
+
+from spin_jax import stages
+from spin_jax.self_play import self_play
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every run here compiles the same few programs: keep them on disk, for this session."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> pathlib.Path:
+    return tiny_files.write_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> pathlib.Path:
+    return tiny_files.write_jsonl(tmp_path_factory.mktemp("tiny") / "rows.jsonl", tiny_files.make_rows())
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A whole run of two iterations; do not write into its workdir."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    rows: list[dict]  # of the summary
+    trained_on: list[list[int]]  # by iteration, the rows of the data set that its batches held
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_model, tiny_data) -> Finished:
+    trained_on, fit = [], stages.fit
+
+    def watched(*args, steps, make_batch, **settings):
+        trained_on.append([int(row) for step in range(steps) for row in make_batch(step).rows])
+        return fit(*args, steps=steps, make_batch=make_batch, **settings)
+
+    config, workdir = tiny_files.make_config(tiny_model, tiny_data), tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "fit", watched)
+        rows = self_play(config, workdir)
+    return Finished(config, workdir, rows, trained_on)

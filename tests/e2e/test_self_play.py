@@ -1,0 +1,249 @@
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet
+import pytest
+import tiny_files
+
+import spin_jax
+from spin_jax import models
+from spin_jax.data.pairs import read_sampled
+from spin_jax.errors import UserError
+from spin_jax.metrics import read_metrics
+from spin_jax.report import read_summary
+from spin_jax.run import open_run
+from spin_jax.self_play import self_play
+
+LEARNED = {"loss", "rewards/real", "rewards/generated", "rewards/margin", "rewards/accuracy", "logps/real"}
+LEARNED |= {"logps/generated", "grad_norm", "learning_rate"}
+COUNTED = {"lengths/real", "lengths/generated", "cut/real", "cut/generated"}
+TIMED = {"tokens_per_second", "model_tflops_per_second"}
+
+
+def weights(model) -> bytes:
+    return (model / "model.safetensors").read_bytes()
+
+
+def read_scores(workdir, t) -> dict[str, np.ndarray]:
+    with np.load(workdir / f"iteration_{t}" / "scores" / "opponent.npz") as file:
+        return dict(file)
+
+
+def rows_of_both_kinds(config, workdir) -> tuple[set[int], set[int]]:
+    run = open_run(config, workdir)
+    return {e.row for e in run.train_examples}, {e.row for e in run.held_out_examples}
+
+
+def plain_logprob(model: spin_jax.Model, prompt: np.ndarray, response: np.ndarray) -> float:
+    """log p(response | prompt) from the logits of every position: no padding, no batch."""
+    tokens_1T = jnp.concatenate([prompt, response])[None]
+    positions_1T = jnp.arange(tokens_1T.shape[1])[None]
+    hidden_1TD, _ = models.forward(model.config, model.params, tokens_1T, positions_1T)
+    logps_TV = jax.nn.log_softmax(models.unembed(model.config, model.params, hidden_1TD)[0])
+    return float(sum(logps_TV[len(prompt) - 1 + j, token] for j, token in enumerate(response)))
+
+
+def given_pairs(tiny_data) -> list[dict]:
+    """The tiny data in the authors' layout, with a generated answer of a length that no model would keep to."""
+    rows = [json.loads(line) for line in tiny_data.read_text().splitlines()]
+
+    def turns(row, answer):
+        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
+
+    return [{"real": turns(row, row["response"]), "generated": turns(row, "zz")} for row in rows]
+
+
+# ---- what a run leaves behind
+
+
+def test_workdir_is_laid_out_as_documented(finished):
+    for t in range(2):
+        names = {path.name for path in (finished.workdir / f"iteration_{t}").iterdir()}
+        assert names == {"generated", "scores", "metrics.jsonl", "tensorboard", "model", "result.json"}
+        assert [path.name for path in (finished.workdir / f"iteration_{t}" / "generated").iterdir()] == ["pairs.parquet"]
+        assert list((finished.workdir / f"iteration_{t}" / "tensorboard").glob("events.*"))
+    assert {path.name for path in (finished.workdir / "plots").iterdir()} == {
+        f"{name}.png" for name in ("loss", "margin", "accuracy", "logps")
+    }
+    assert not list(finished.workdir.rglob("*.partial"))
+
+
+def test_summary_has_a_row_for_each_model(finished):
+    assert [row["model"] for row in finished.rows] == ["SFT", "iteration 0", "iteration 1"]
+    assert read_summary(finished.workdir) == finished.rows
+    text = (finished.workdir / "summary.txt").read_text()
+    assert all(row["model"] in text for row in finished.rows) and "nats_per_token" in text
+
+
+def test_metrics_have_every_field_once_a_step(finished):
+    for t, steps in ((0, 2), (1, 4)):  # 16 pairs by 8; then as many again from the iteration before
+        rows = read_metrics(finished.workdir / f"iteration_{t}" / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+        assert all(set(row) == {"step"} | LEARNED | COUNTED | TIMED for row in rows)
+    # The policy starts as its own opponent.
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
+    assert rows[0]["rewards/margin"] == 0
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_held_out_rows_are_never_trained_on(finished):
+    train, held_out = rows_of_both_kinds(finished.config, finished.workdir)
+    assert len(train) == tiny_files.TRAIN_ROWS and len(held_out) == tiny_files.EVAL_ROWS and not train & held_out
+    assert [set(rows) for rows in finished.trained_on] == [train, train]
+    table = pyarrow.parquet.read_table(finished.workdir / "iteration_1" / "generated" / "pairs.parquet").to_pydict()
+    assert {row for row, is_held_out in zip(table["row"], table["held_out"], strict=True) if is_held_out} == held_out
+
+
+def test_every_step_uses_every_row_as_often(finished):
+    for t, rows in enumerate(finished.trained_on):
+        assert sorted(rows) == sorted([*set(rows)] * (t + 1))  # one epoch of one, then of two iterations' pairs
+
+
+def test_the_exported_model_is_the_trained_one(finished):
+    """result.json was measured with the params in memory; the files must hold the same."""
+    run = open_run(finished.config, finished.workdir)
+    model = spin_jax.load(finished.workdir / "iteration_1" / "model")
+    sampled = read_sampled(finished.workdir / "iteration_1" / "generated" / "pairs.parquet")
+    pairs = [run.pair(example, *sampled[example.row], 1) for example in run.held_out_examples]
+    nats = -sum(plain_logprob(model, pair.prompt, pair.real) for pair in pairs) / sum(len(p.real) for p in pairs)
+    assert finished.rows[2]["held_out/nats_per_token"] == pytest.approx(nats, rel=1e-6)
+    assert finished.rows[1]["held_out/nats_per_token"] != pytest.approx(nats, rel=1e-3)
+
+
+def test_iteration_1_scores_new_and_old_pairs_under_its_own_opponent(finished):
+    run = open_run(finished.config, finished.workdir)
+    opponent = spin_jax.load(finished.workdir / "iteration_0" / "model")
+    sampled = [read_sampled(finished.workdir / f"iteration_{t}" / "generated" / "pairs.parquet") for t in range(2)]
+    assert any(list(sampled[0][row][0]) != list(sampled[1][row][0]) for row in sampled[0])  # drawn anew
+
+    scores, train, held_out = read_scores(finished.workdir, 1), run.train_examples, run.held_out_examples
+    expected = [(1, e) for e in train] + [(0, e) for e in train] + [(1, e) for e in held_out]
+    assert scores["iterations"].tolist() == [t for t, _ in expected]
+    assert scores["rows"].tolist() == [example.row for _, example in expected]
+    for (t, example), logps in list(zip(expected, scores["logps"], strict=True))[::5]:
+        pair = run.pair(example, *sampled[t][example.row], t)
+        live = [plain_logprob(opponent, pair.prompt, response) for response in (pair.real, pair.generated)]
+        np.testing.assert_allclose(logps, live, rtol=1e-5)
+
+    before = read_scores(finished.workdir, 0)["logps"][: len(train)]
+    assert np.all(before != scores["logps"][len(train) : 2 * len(train)])  # the same pairs, under theta_0
+
+
+# ---- the same run in other ways
+
+
+def test_a_second_call_makes_nothing_new(finished):
+    def state():
+        return {path: path.stat().st_mtime_ns for path in finished.workdir.glob("iteration_*/**/*")}
+
+    before = state()
+    assert self_play(finished.config, finished.workdir) == finished.rows
+    assert state() == before
+
+
+def test_stages_alone_end_in_the_same_weights(finished, tmp_path):
+    for t in range(2):
+        for stage in ("generate", "score", "train"):
+            assert not (tmp_path / f"iteration_{t}" / "model").exists()
+            self_play(finished.config, tmp_path, [stage])
+        model = f"iteration_{t}/model"
+        assert weights(tmp_path / model) == weights(finished.workdir / model)
+    assert read_summary(tmp_path) == finished.rows
+
+
+def test_a_stage_whose_input_is_missing_says_which_stage_to_run(finished, tmp_path):
+    with pytest.raises(UserError, match=r"pairs.parquet is missing: run the generate stage of iteration 0 first"):
+        self_play(finished.config, tmp_path, ["score"])
+    shutil.copytree(finished.workdir / "iteration_0" / "generated", tmp_path / "iteration_0" / "generated")
+    with pytest.raises(UserError, match=r"opponent.npz is missing: run the score stage of iteration 0 first"):
+        self_play(finished.config, tmp_path, ["train"])
+
+
+def test_a_live_opponent_gives_the_losses_of_a_stored_one(finished, tiny_model, tiny_data, tmp_path):
+    shutil.copytree(finished.workdir / "iteration_0", tmp_path / "iteration_0")
+    shutil.copytree(finished.workdir / "iteration_1" / "generated", tmp_path / "iteration_1" / "generated")
+    self_play(tiny_files.make_config(tiny_model, tiny_data, {"spin.opponent": "live"}), tmp_path)
+    assert len(read_scores(tmp_path, 1)["rows"]) == tiny_files.EVAL_ROWS  # nothing else is needed ahead
+    stored, live = (read_metrics(w / "iteration_1" / "metrics.jsonl") for w in (finished.workdir, tmp_path))
+    for a, b in zip(stored, live, strict=True):
+        assert {name: a[name] for name in LEARNED} == pytest.approx({name: b[name] for name in LEARNED}, rel=1e-4)
+
+
+def test_other_settings_in_the_same_workdir_are_refused(finished, tiny_model, tiny_data):
+    changed = tiny_files.make_config(tiny_model, tiny_data, {"spin.beta": (0.2,), "seed": 1})
+    with pytest.raises(UserError, match=r"config.seed was 42 and is now 1, config.spin.beta was \[0.1\] and is now"):
+        open_run(changed, finished.workdir)
+
+
+def test_settings_of_speed_and_length_may_change(finished, tiny_model, tiny_data, tmp_path):
+    shutil.copy(finished.workdir / "config.json", tmp_path)
+    changes = {"iterations": 5, "mesh.data": 2, "mesh.tensor": 2, "model.remat": "dots", "model.logits_chunk": 4}
+    changes |= {"train.checkpoint_every": 7}
+    run = open_run(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path)
+    assert run.mesh.shape == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+# ---- other kinds of run
+
+
+def test_given_pairs_are_the_first_iterations_responses(tiny_model, tiny_data, tmp_path):
+    rows = given_pairs(tiny_data)
+    data = tiny_files.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    workdir = tmp_path / "run"
+    self_play(tiny_files.make_config(tiny_model, data, {"iterations": 1}), workdir)
+    assert not (workdir / "iteration_0" / "generated").exists()
+    for row in read_metrics(workdir / "iteration_0" / "metrics.jsonl"):
+        assert row["lengths/generated"] == 3 and row["cut/generated"] == 0  # "zz" and the end
+
+    config = tiny_files.make_config(tiny_model, data, {"iterations": 2})
+    self_play(config, workdir, ["generate", "score"])
+    assert len(read_sampled(workdir / "iteration_1" / "generated" / "pairs.parquet")) == len(rows)
+    train = tiny_files.TRAIN_ROWS
+    assert read_scores(workdir, 1)["iterations"].tolist() == [1] * train + [0] * train + [1] * tiny_files.EVAL_ROWS
+
+
+def test_sft_first_and_as_a_control(tiny_model, tiny_data, tmp_path):
+    changes = {"iterations": 1, "sft.epochs": 2.0, "sft.learning_rate": 1e-3, "sft.control": True}
+    rows = self_play(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path)
+    assert [row["model"] for row in rows] == ["SFT", "iteration 0", "SFT control 0"]
+    assert read_summary(tmp_path) == rows
+
+    sft = read_metrics(tmp_path / "sft" / "metrics.jsonl")
+    assert len(sft) == 4 and sft[-1]["loss"] < sft[0]["loss"]
+    assert weights(tmp_path / "sft" / "model") != weights(tiny_model)
+    control = read_metrics(tmp_path / "iteration_0" / "control" / "metrics.jsonl")
+    assert control[0]["loss"] < sft[0]["loss"]  # it goes on from the SFT model
+    # An iteration of 2 steps samples (1 pass over x, y'), scores (1 over both pairs) and trains (3 over both): with
+    # rows of about 15 and 18 tokens some 3.3 passes of SFT's 3 over x, y, at 2 steps a pass.
+    assert len(control) in (6, 7)
+    assert weights(tmp_path / "iteration_0" / "control" / "model") != weights(tmp_path / "iteration_0" / "model")
+
+
+def test_the_papers_templates(tiny_model, tiny_data, tmp_path):
+    changes = {"iterations": 1, "data.template": "paper", "data.max_length": 64, "data.max_prompt_length": 48}
+    config = tiny_files.make_config(tiny_model, tiny_data, changes | {"generate.prompt_bucket": 48})
+    (row,) = self_play(config, tmp_path)[1:]
+    assert 0 < row["generated/tokens"]
+    run = open_run(config, tmp_path)
+    example = run.train_examples[0]
+    tokens, finished = read_sampled(tmp_path / "iteration_0" / "generated" / "pairs.parquet")[example.row]
+    pair = run.pair(example, tokens, finished, 0)
+    question = example.prompt[0]["content"]
+    decode = run.chat.tokenizer.decode
+    assert decode(pair.prompt) == f"<|system|>\n</s>\n<|user|>\n{question}</s>\n<|assistant|>\n"
+    assert decode(pair.real) == f"{question[::-1]}</s>\n</s>"
+    assert read_scores(tmp_path, 0)["rows"][0] == example.row
+
+
+def test_a_step_that_is_not_finite_stops_the_run_with_its_rows(tiny_model, tiny_data, tmp_path):
+    config = tiny_files.make_config(tiny_model, tiny_data, {"iterations": 1, "train.learning_rate": (1e30,)})
+    config.train.epochs = 2.0
+    with pytest.raises(UserError, match=r"^step \d: loss .*: not finite; its rows are in .*not_finite.json"):
+        self_play(config, tmp_path)
+    reported = json.loads((tmp_path / "iteration_0" / "not_finite.json").read_text())
+    train, _ = rows_of_both_kinds(config, tmp_path)
+    assert len(reported["rows"]) == 8 and set(reported["rows"]) <= train
+    assert not (tmp_path / "iteration_0" / "model").exists()

@@ -1,0 +1,183 @@
+"""What the documents say is true: snippets run, commands parse, names and links exist."""
+
+import ast
+import importlib
+import json
+import math
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+from absl.testing import flagsaver
+
+from spin_jax import config as config_lib
+from spin_jax import main, toy
+from spin_jax.data.sources import LAYOUTS, load_examples
+from spin_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+# Commands whose effect lies outside of this project: known, and not run here.
+KNOWN_COMMANDS = ("pip", "pytest", "git", "cd", "source", "tensorboard", "ruff", "jupyter", "export", "hf", "cat")
+FIELDS = config_lib.flatten(config_lib.base_config())
+SECTIONS = {field.partition(".")[0] for field in FIELDS if "." in field}
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+def blocks(document: pathlib.Path, language: str) -> list[tuple[int, str]]:
+    """(number of its first line, text) of each fenced block of a language."""
+    text = document.read_text()
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+    return [(text.count("\n", 0, match.start()) + 2, match[1]) for match in found]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(where, command) of every line of every bash block; a backslash joins a line to the next."""
+    found = []
+    for document in DOCUMENTS:
+        for first, text in blocks(document, "bash"):
+            for line in text.replace("\\\n", " ").splitlines():
+                if line.strip() and not line.lstrip().startswith("#"):
+                    found += [(f"{document.name}:{first}", part.strip()) for part in line.split("&&")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> tuple[str, str]:
+    """(a tiny model's directory, its data)."""
+    settings = config_lib.base_config().toy
+    settings.update(train_rows=16, eval_prompts=1, hidden_size=16, num_layers=1)
+    return toy.prepare(tmp_path_factory.mktemp("tiny"), settings, seed=0)
+
+
+@pytest.fixture
+def snippets(tiny, tmp_path, monkeypatch):
+    """document -> the names that its python blocks define, run in order where the files they speak of exist."""
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("my-sft-model").symlink_to(tiny[0])
+    pathlib.Path("my-data.jsonl").symlink_to(tiny[1])
+
+    def run(document: pathlib.Path) -> dict:
+        names: dict = {"__name__": "__main__"}
+        for line, code in blocks(document, "python"):
+            # Blank lines in front, so that a traceback names the document's own line.
+            exec(compile("\n" * (line - 1) + code, str(document), "exec"), names)
+        return names
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "document",
+    [path for path in DOCUMENTS if blocks(path, "python") and path.name != "python.md"],
+    ids=lambda path: path.name,
+)
+def test_python_blocks_run(document, snippets):
+    snippets(document)
+
+
+def test_python_md(snippets):
+    """It runs, and does what it says: the saved model is the trained one, and an iteration starts at log 2."""
+    document = ROOT / "docs/python.md"
+    names = snippets(document)
+    reloaded = names["spin_jax"].load("my-spin-model")
+    prompts = ["a b c d e f", "f e d c b a"]
+    assert reloaded.sample(prompts, max_new_tokens=8) == names["better"].sample(prompts, max_new_tokens=8)
+    assert pathlib.Path("runs/first/iteration_0/metrics.jsonl").exists()
+    assert names["metrics"]["rewards/margin"] > 0  # after a step with a learning rate
+    _, metrics = names["step"](names["init_state"](names["model"].params, names["optimizer"]), names["model"].params, names["batch"])
+    assert float(metrics["loss"]) == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_jsonl_blocks_are_rows(tmp_path):
+    """Each line of a jsonl block is data that a run accepts; together they show every layout."""
+    layouts = set()
+    for document in DOCUMENTS:
+        for _, text in blocks(document, "jsonl"):
+            for line in text.splitlines():
+                path = tmp_path / "row.jsonl"
+                path.write_text(line + "\n")
+                assert len(load_examples(str(path)).examples) == 1
+                layouts |= {name for name in LAYOUTS if reads_as(path, name)}
+    assert layouts == set(LAYOUTS)
+
+
+def reads_as(path: pathlib.Path, layout: str) -> bool:
+    try:
+        return bool(load_examples(str(path), layout=layout).examples)
+    except UserError:
+        return False
+
+
+@pytest.mark.parametrize(("where", "command"), commands())
+def test_bash_blocks(where, command, monkeypatch):
+    """Our own commands are parsed with the real flags and their config is validated; others are known ones."""
+    words = [word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)]
+    if words[:2] != ["python", "-m"]:
+        assert words[0] in KNOWN_COMMANDS, f"{where}: {command}"
+    elif words[2].startswith("spin_jax"):
+        assert words[2] == "spin_jax.main", f"{where}: {command}"
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", words[2:])  # where ml_collections looks for overrides
+        with flagsaver.flagsaver():
+            assert main.parse_flags(words[2:]) == words[2:3], "every word but the first is a flag"
+            if "--help" not in words:
+                assert main._WORKDIR.value, f"{where}: {command}"
+                config_lib.validate(main._config())
+    else:
+        assert words[2] in ("venv", "pip", "pytest", "http.server"), f"{where}: {command}"
+
+
+@every_document
+def test_links_resolve(document):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+@every_document
+def test_files_exist(document):
+    text = document.read_text()
+    for path in re.findall(r"\b(?:spin_jax|configs|tests|docs|benchmarks|notebooks|launch)/[\w/.-]*\.(?:py|md|ipynb|sh)\b", text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"`(spin_jax/[\w/]*/)`", text):
+        assert (ROOT / path).is_dir(), path
+
+
+@every_document
+def test_config_fields_exist(document):
+    known = set(FIELDS) | SECTIONS | set(dir(config_lib))
+    for name in re.findall(r"\bconfig\.((?:[a-z_]+\.)*[a-z_]+)\b(?!\.?[\w/])", document.read_text()):
+        assert name in known or name in ("json", "py"), f"config.{name}"
+
+
+@every_document
+def test_code_names_exist(document):
+    """`module.name` in backticks is in spin_jax, `test_name` in tests/."""
+    text = document.read_text()
+    modules = {path.stem if path.is_file() else path.name for path in (ROOT / "spin_jax").iterdir()}
+    for dotted in re.findall(r"`(\w+(?:\.\w+)+)`", text):
+        first, *rest = dotted.split(".")
+        if first in modules and rest[-1] not in ("py", "md") and dotted not in FIELDS and first != "config":
+            target = importlib.import_module(f"spin_jax.{first}")
+            for name in rest:
+                if not hasattr(target, name):
+                    target = importlib.import_module(f"{target.__name__}.{name}")
+                else:
+                    target = getattr(target, name)
+    tests = {
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    } | {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert name in tests, name
+
+
+def test_notebooks_are_json():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert json.loads(path.read_text())["nbformat"] == 4

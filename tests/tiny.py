@@ -1,0 +1,55 @@
+"""A tiny random model, and random pairs for it, that the tests of the core share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spin_jax.data.pairs import Pair
+from spin_jax.models import ModelConfig, abstract_params
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position_embeddings=256,
+)
+# (prompt, real, generated) tokens of eight pairs: a one-token prompt, one-token responses, and all lengths mixed.
+LENGTHS = ((1, 4, 9), (5, 1, 3), (7, 9, 1), (3, 6, 6), (12, 2, 8), (2, 8, 5), (9, 3, 7), (4, 7, 2))
+
+
+@functools.cache
+def host_params(seed: int = 0) -> dict:
+    """numpy params, large enough (logits are several nats apart) that whatever goes wrong shows."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        noise = 0.25 * rng.standard_normal(leaf.shape, np.float32)
+        return 1 + noise if "norm" in path[-1].key else noise
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(CONFIG))
+
+
+def params(seed: int = 0) -> dict:
+    """The same as fresh device arrays, which a test may donate."""
+    return jax.tree.map(jnp.array, host_params(seed))
+
+
+def tokens(rng: np.random.Generator, length: int) -> np.ndarray:
+    return rng.integers(1, CONFIG.vocab_size, length, dtype=np.int32)
+
+
+def pairs(lengths: tuple[tuple[int, int, int], ...] = LENGTHS, seed: int = 0) -> list[Pair]:
+    rng = np.random.default_rng(seed)
+    return [
+        Pair(row, 0, tokens(rng, prompt), tokens(rng, real), tokens(rng, generated), False, generated == 9)
+        for row, (prompt, real, generated) in enumerate(lengths)
+    ]
