@@ -33,7 +33,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # a pod needs a workdir that all hosts see: gs://
         "cuda12": ["jax[cuda12]"],
         "eval": ["lm-eval>=0.4.9"],
         "tfds": ["tensorflow-datasets>=4.9.6"],

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from etils import epath
 
 from spin_jax import models, sharding
-from spin_jax.config import base_config
+from spin_jax.config import base_config, override, validate
 from spin_jax.data.chat import ChatFormat
 from spin_jax.data.sources import Message
+from spin_jax.errors import UserError
 from spin_jax.generate import Prompt, generate, make_sampler
 from spin_jax.metrics import write_whole
 from spin_jax.run import load_chat, make_compute
@@ -53,9 +54,9 @@ class Model:
             settings,
             seed=seed,
             iteration=0,
-            mesh=sharding.make_mesh(1, 1, 1),
+            mesh=sharding.one_device_mesh(),
         )
-        return self.chat.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
+        return [self.chat.tokenizer.decode(response.tokens, skip_special_tokens=True) for response in responses]
 
     def save(self, directory: str | os.PathLike, dtype: jnp.dtype = jnp.float32) -> None:
         """Write a Hugging Face directory that `transformers` and `load` read."""
@@ -88,13 +89,16 @@ def spin(
         overrides: config fields by their dotted names, such as {"iterations": 1, "train.batch_size": 8}.
 
     Raises:
-        UserError: one line on what is wrong with the config or an example.
+        UserError: one line on what is wrong with the config or an example, or that `workdir` was begun with other
+            examples.
     """
     workdir = epath.Path(workdir)
-    write_whole(workdir / "examples.jsonl", "".join(json.dumps(dict(example)) + "\n" for example in examples))
+    data, lines = workdir / "examples.jsonl", "".join(json.dumps(dict(example)) + "\n" for example in examples)
+    if data.exists() and data.read_text() != lines:
+        raise UserError(f"{data} holds other examples: give another workdir, or the examples that it was begun with")
     config = base_config()
-    config.model.path = os.fspath(model.directory)
-    config.data.train = os.fspath(workdir / "examples.jsonl")
-    config.update_from_flattened_dict(dict(overrides or {}))
+    override(config, {"model.path": os.fspath(model.directory), "data.train": os.fspath(data)} | dict(overrides or {}))
+    validate(config)
+    write_whole(data, lines)
     self_play(config, workdir)
     return load(workdir / f"iteration_{config.iterations - 1}" / "model")

@@ -7,7 +7,7 @@ iterations are tuples: entry t is for iteration t and the last entry serves all 
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -54,6 +54,7 @@ def base_config() -> ConfigDict:
 
     c.sft = ConfigDict()
     c.sft.epochs = 0.0  # passes of supervised fine-tuning before iteration 0; 0 when model.path is an SFT model already
+    c.sft.optimizer = "adamw"  # as the paper's SFT model was trained; "rmsprop" as in SPIN's own iterations
     c.sft.learning_rate = 2e-5  # peak; the alignment handbook's value for the paper's SFT model
     # also continue plain SFT from the same start for the FLOPs that SPIN spends, as a baseline beside every iteration
     c.sft.control = False
@@ -122,11 +123,13 @@ CHOICES = (
     Choice("data.long_prompts", ("keep_end", "skip")),
     Choice("spin.loss", ("logistic", "hinge", "exponential", "correlation")),
     Choice("spin.opponent", ("stored", "live")),
+    Choice("sft.optimizer", ("adamw", "rmsprop")),
     Choice("train.optimizer", ("rmsprop", "adamw")),
 )
 
 # field -> (lowest allowed, is the lowest itself allowed); the highest is infinity
 LOWER_BOUNDS = {
+    "seed": (0, True),
     "iterations": (1, True),
     "model.logits_chunk": (0, True),
     "data.max_rows": (0, True),
@@ -175,6 +178,20 @@ def flatten(config: ConfigDict) -> dict[str, object]:
     return flat
 
 
+def override(config: ConfigDict, changes: Mapping[str, object]) -> None:
+    """Set fields by their dotted names, such as {"train.batch_size": 8}; `validate` judges the values.
+
+    Raises:
+        UserError: no such field.
+    """
+    schema = flatten(config)
+    for field in changes:
+        if field not in schema:
+            raise UserError(f"config.{field} is not a field{did_you_mean(field, schema)}")
+    with config.ignore_type():
+        config.update_from_flattened_dict(dict(changes))
+
+
 def validate(config: ConfigDict) -> None:
     """Refuse what cannot run, before anything is loaded. Needs no device and imports no jax.
 
@@ -212,7 +229,9 @@ def _check_schema(config: ConfigDict) -> None:
             raise UserError(f"config.{field} is missing: start the config from spin_jax.config.base_config()")
         accepted = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(given[field], accepted) or (isinstance(given[field], bool) and not isinstance(default, bool)):
-            raise UserError(f"config.{field}={given[field]!r} must be a {type(default).__name__}, like {default!r}")
+            raise UserError(
+                f"config.{field}={given[field]!r} must be of type {type(default).__name__}, like {default!r}"
+            )
 
 
 def _check_combinations(config: ConfigDict) -> None:

@@ -7,6 +7,7 @@ done, 2 a mistake that the one line printed says how to mend, 75 stopped by a si
 
 import logging
 import os
+import signal
 import sys
 
 from absl import app, flags
@@ -48,6 +49,8 @@ def main(argv: list[str]) -> int:
     from spin_jax.self_play import self_play
     from spin_jax.train import Stopped
 
+    # A preempted machine gets SIGTERM, which outside training, where it saves first, stops like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         self_play(_config(), _WORKDIR.value, _STAGES.value)
     except (Stopped, KeyboardInterrupt) as stopped:

@@ -90,7 +90,7 @@ class MetricsWriter:
         rows = [row for row in read_metrics(self._path) if row["step"] <= resume_step] if keeps else []
         self._lines = [to_json(row) + "\n" for row in rows]
         self._write_all()
-        self._file = None if _is_remote(directory) else self._path.open("a")
+        self._file = None if is_remote(directory) else self._path.open("a")
         # TensorBoard's own way to forget: it hides events of this step and later in the older event files.
         first = 0 if resume_step is None else resume_step + 1
         # Event files are named by the second: without a suffix, a quick restart would overwrite the one before.
@@ -136,5 +136,6 @@ class MetricsWriter:
         self._written_at = time.monotonic()
 
 
-def _is_remote(path: epath.Path) -> bool:
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is an object store's (gs://...), not this machine's."""
     return "://" in os.fspath(path)

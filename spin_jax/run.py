@@ -16,11 +16,13 @@
 What exists under its final name is finished: starting again is resuming.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +32,14 @@ from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
 from spin_jax import models, sharding
+from spin_jax.batches import num_steps
 from spin_jax.data.chat import ChatFormat, chat_format, fit, generation_prompts
 from spin_jax.data.pairs import Pair
 from spin_jax.data.sources import Example, load_examples, split_examples
 from spin_jax.errors import UserError
 from spin_jax.generate import make_sampler
 from spin_jax.logprobs import Compute
-from spin_jax.metrics import write_whole
+from spin_jax.metrics import is_remote, write_whole
 from spin_jax.step import pair_logprobs
 
 # Fields that may differ when a run is resumed: they change speed, memory or the length of the run, and no finished
@@ -82,7 +85,8 @@ class Run:
             self._loaded = None  # two models at a time are one too many
             if not (directory / "config.json").exists():
                 raise UserError(f"{directory} holds no model: run the stages before this one first")
-            _, params = models.load(directory, shardings=sharding.param_shardings(self.mesh, self.model))
+            with _downloaded(directory) as local:
+                _, params = models.load(local, shardings=sharding.param_shardings(self.mesh, self.model))
             self._loaded = (directory, params)
         return self._loaded[1]
 
@@ -95,7 +99,8 @@ class Run:
     def export(self, directory: epath.Path, params: dict) -> None:
         """Write params as a Hugging Face directory. From then on they are what the files hold."""
         dtype = jnp.dtype(self.config.model.export_dtype)
-        models.save(directory, self.model, params, source=self.source, dtype=dtype)
+        with _uploaded(directory) as local:
+            models.save(local, self.model, params, source=self.source, dtype=dtype)
         self._loaded = (directory, params) if dtype == jnp.float32 else None
 
     def is_held_out(self, row: int) -> bool:
@@ -165,7 +170,33 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
     sharding.param_shardings(mesh, model)
     chat = load_chat(source, config.data.template)
     train_examples, held_out = _load_data(config, train, chat)
+    num_steps(len(train_examples), config.train.epochs, config.train.batch_size)  # refuses too few rows before sampling
     return Run(config, workdir, source, model, chat, train_examples, held_out, mesh, make_compute(config.model))
+
+
+@contextlib.contextmanager
+def _downloaded(directory: epath.Path) -> Iterator[epath.Path]:
+    """The directory, or a local copy of a remote one: weights are mapped into memory, which an object store cannot."""
+    if not is_remote(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as local:
+        for file in directory.iterdir():
+            file.copy(epath.Path(local) / file.name)
+        yield epath.Path(local)
+
+
+@contextlib.contextmanager
+def _uploaded(directory: epath.Path) -> Iterator[epath.Path]:
+    """The directory, or a local one that is copied to the remote one when written; config.json, the sign of a whole
+    model, goes last."""
+    if not is_remote(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as local:
+        yield epath.Path(local)
+        for file in sorted(epath.Path(local).iterdir(), key=lambda file: file.name == "config.json"):
+            file.copy(directory / file.name, overwrite=True)
 
 
 def make_compute(settings: ConfigDict) -> Compute:

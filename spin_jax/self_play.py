@@ -17,8 +17,8 @@ def self_play(config: ConfigDict, workdir: epath.PathLike, only: Sequence[str] =
     Args:
         config: see `spin_jax.config.base_config`.
         workdir: local or gs://; `spin_jax.run` says what lies where.
-        only: the stages to run. Each reads its inputs from the workdir; a run without "train" ends at the first
-            iteration that needs it.
+        only: the stages to run. Each reads its inputs from the workdir; a run of some of the three ends with the first
+            iteration that it found unfinished.
 
     Raises:
         UserError: a mistake in config, data, model or mesh; one line.
@@ -28,13 +28,15 @@ def self_play(config: ConfigDict, workdir: epath.PathLike, only: Sequence[str] =
     stages.fine_tune(run)
     rows = [stages.describe_start(run)]
     for t in range(config.iterations):
+        model = run.iteration(t) / "model" / "config.json"
+        was_finished = model.exists()
         if "generate" in only:
             stages.generate_responses(run, t)  # y'_i ~ p_t(.|x_i) for every prompt
         if "score" in only:
             stages.score_pairs(run, t)  # log p_t of y_i and y'_i
         if "train" in only:
             stages.train_policy(run, t)  # theta_{t+1} = argmin of equation 4.7, from theta_t; it is the next opponent
-        if not (run.iteration(t) / "model" / "config.json").exists():
+        if not model.exists():
             break
         rows.append(stages.evaluate_policy(run, t))
         if config.sft.control:
@@ -42,4 +44,6 @@ def self_play(config: ConfigDict, workdir: epath.PathLike, only: Sequence[str] =
         report.write_summary(run.workdir, rows)
         report.plot_iterations(run.workdir)
         print(f"\n{report.summary_table(rows)}\n", flush=True)
+        if not was_finished and set(only) != set(STAGES):
+            break
     return rows

@@ -43,6 +43,13 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
+def one_device_mesh() -> Mesh:
+    """A mesh of the first device alone, with the same axes."""
+    return jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=jax.local_devices()[:1]
+    )
+
+
 def param_shardings(mesh: Mesh, config: ModelConfig) -> dict:
     """The NamedSharding of every param, as a tree like the params.
 

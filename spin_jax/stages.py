@@ -112,6 +112,7 @@ def train_policy(run: Run, t: int) -> None:
         opponent=None if stored else for_compute(params, run.compute.dtype),
         passes=FORWARD_AND_BACKWARD if stored else FORWARD_AND_BACKWARD + 1,
         steps=steps,
+        optimizer=config.train.optimizer,
         peak=at_iteration(config.train.learning_rate, t),
         make_batch=_batch_maker(run, pairs, pair_batch, config.seed + t),
         directory=directory,
@@ -170,6 +171,7 @@ def _fit_sft(run: Run, start: epath.Path, pairs: Sequence[Pair], steps: int, dir
         opponent=None,
         passes=FORWARD_AND_BACKWARD,
         steps=steps,
+        optimizer=run.config.sft.optimizer,
         peak=run.config.sft.learning_rate,
         make_batch=_batch_maker(run, pairs, sft_batch, run.config.seed),
         directory=directory,
@@ -185,6 +187,7 @@ def _fit(
     opponent: dict | None,
     passes: int,
     steps: int,
+    optimizer: str,
     peak: float,
     make_batch: Callable[[int], HostBatch],
     directory: epath.Path,
@@ -193,12 +196,12 @@ def _fit(
     """A fresh optimizer and schedule on `params`, which are donated; returns the trained ones."""
     settings = run.config.train
     schedule = learning_rate_schedule(peak, steps, settings.warmup_ratio)
-    optimizer = make_optimizer(settings.optimizer, schedule, settings.clip_norm, settings.weight_decay)
-    init = functools.partial(init_state, optimizer=optimizer)
-    shardings = state_shardings(optimizer, params)
+    transform = make_optimizer(optimizer, schedule, settings.clip_norm, settings.weight_decay)
+    init = functools.partial(init_state, optimizer=transform)
+    shardings = state_shardings(transform, params)
     state = jax.jit(init, donate_argnums=0, out_shardings=shardings)(params)
     step = jax.jit(
-        make_step(objective, optimizer, settings.micro_batches), donate_argnums=0, out_shardings=(shardings, None)
+        make_step(objective, transform, settings.micro_batches), donate_argnums=0, out_shardings=(shardings, None)
     )
     state = fit(
         step,

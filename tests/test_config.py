@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from spin_jax.config import CHOICES, at_iteration, base_config, flatten, validate
+from spin_jax.config import CHOICES, at_iteration, base_config, flatten, override, validate
 from spin_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -55,6 +55,7 @@ def test_validating_imports_no_jax():
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"seed": -1}, "config.seed=-1 must be at least 0"),
         ({"iterations": 0}, "config.iterations=0 must be at least 1"),
         ({"train__learning_rate": (1e-6, 0.0)}, "config.train.learning_rate=(1e-06, 0.0) must be above 0"),
         ({"train__learning_rate": (float("nan"),)}, "config.train.learning_rate=(nan,) must be above 0"),
@@ -91,27 +92,42 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(choice):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("iterations", 2.5, "config.iterations=2.5 must be a int, like 4"),
-        ("seed", True, "config.seed=True must be a int, like 42"),
-        ("train.epochs", "2", "config.train.epochs='2' must be a float, like 2.0"),
-        ("spin.beta", 0.1, "config.spin.beta=0.1 must be a tuple, like (0.1,)"),
-        ("sft.control", 1, "config.sft.control=1 must be a bool, like False"),
-        ("data.train", None, "config.data.train=None must be a str, like ''"),
+        ("iterations", 2.5, "config.iterations=2.5 must be of type int, like 4"),
+        ("seed", True, "config.seed=True must be of type int, like 42"),
+        ("train.epochs", "2", "config.train.epochs='2' must be of type float, like 2.0"),
+        ("spin.beta", 0.1, "config.spin.beta=0.1 must be of type tuple, like (0.1,)"),
+        ("sft.control", 1, "config.sft.control=1 must be of type bool, like False"),
+        ("data.train", None, "config.data.train=None must be of type str, like ''"),
     ],
 )
 def test_a_value_of_another_type_is_refused(field, value, message):
-    config = make_config().unlock()
-    with config.ignore_type():
-        config.update_from_flattened_dict({field: value})
+    config = make_config()
+    override(config, {field: value})
     assert refusal(config) == message
 
 
 def test_an_unknown_field_is_refused_with_the_closest_known_one():
     config = make_config().unlock()
     config.train.learning_rat = (1e-6,)
-    assert refusal(config) == (
-        "config.train.learning_rat is not a field: did you mean config.train.learning_rate?"
-    )
+    assert refusal(config) == ("config.train.learning_rat is not a field: did you mean config.train.learning_rate?")
+
+
+@pytest.mark.parametrize(
+    "field, closest", [("train.epoch", ": did you mean config.train.epochs?"), ("spin.betas.x", ""), ("zzz", "")]
+)
+def test_an_override_of_no_field_is_refused(field, closest):
+    with pytest.raises(UserError) as refused:
+        override(make_config(), {field: 1})
+    assert str(refused.value).startswith(f"config.{field} is not a field{closest}")
+
+
+def test_overrides_keep_their_type_for_validate_to_judge():
+    config = make_config()
+    override(config, {"train.epochs": 2, "spin.beta": (0.1, 5.0)})
+    validate(config)
+    assert (config.train.epochs, config.spin.beta) == (2, (0.1, 5.0))
+    override(config, {"spin.beta": 0.1})
+    assert refusal(config).startswith("config.spin.beta=0.1 must be of type tuple")
 
 
 def test_a_missing_field_is_refused():
@@ -121,13 +137,6 @@ def test_a_missing_field_is_refused():
 
 
 # ---- values that may look wrong and are not
-
-
-def test_integers_serve_where_floats_are_asked_for():
-    config = make_config().unlock()
-    with config.ignore_type():
-        config.train.epochs = 2
-    validate(config)
 
 
 @pytest.mark.parametrize("change", [{"generate__temperature": 0.0}, {"train__optimizer": "adamw"}, {"mesh__fsdp": 8}])

@@ -96,18 +96,14 @@ def test_the_amount_of_padding_does_not_matter():
 @pytest.mark.parametrize("chunk", [2, 4, 100])
 def test_chunks_of_any_size_give_the_same_values_and_gradients(chunk):
     rows, chunked = make_rows(), Compute(remat="none", logits_chunk=chunk)
-    np.testing.assert_allclose(
-        logprobs(tiny.params(), rows, chunked), logprobs(tiny.params(), rows, PLAIN), rtol=2e-6
-    )
+    np.testing.assert_allclose(logprobs(tiny.params(), rows, chunked), logprobs(tiny.params(), rows, PLAIN), rtol=2e-6)
     assert_trees_close(gradient(tiny.params(), rows, chunked), gradient(tiny.params(), rows, PLAIN), 5e-6)
 
 
 @pytest.mark.parametrize("remat", sorted(REMAT_POLICIES.keys() - {"none"}))
 def test_remat_policies_give_the_same_gradients(remat):
     rows = make_rows()
-    assert_trees_close(
-        gradient(tiny.params(), rows, Compute(remat=remat)), gradient(tiny.params(), rows, PLAIN), 5e-6
-    )
+    assert_trees_close(gradient(tiny.params(), rows, Compute(remat=remat)), gradient(tiny.params(), rows, PLAIN), 5e-6)
 
 
 def test_no_more_than_a_chunk_of_logits_is_ever_held():

@@ -124,7 +124,7 @@ def test_a_broken_line_inside_is_named(tmp_path, line):
 
 def test_an_object_store_gets_the_whole_file_now_and_then(tmp_path, monkeypatch):
     """The rewriting path, on a local disk: an object store has no append."""
-    monkeypatch.setattr(metrics, "_is_remote", lambda path: True)
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
     write_steps(tmp_path, [1, 2])
     with metrics.MetricsWriter(tmp_path, resume_step=1) as writer:
         writer.write(2, {"loss": 0.5})

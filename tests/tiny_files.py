@@ -34,11 +34,11 @@ HUGGINGFACE = {
 SETTINGS = {
     "iterations": 2,
     "data.eval_rows": EVAL_ROWS,
-    "data.max_length": 32,
-    "data.max_prompt_length": 16,
+    "data.max_length": 64,
+    "data.max_prompt_length": 48,  # holds the paper's templates
     "generate.max_new_tokens": 8,
     "generate.batch_size": 8,
-    "generate.prompt_bucket": 16,
+    "generate.prompt_bucket": 48,
     "train.epochs": 1.0,
     "train.batch_size": 8,
     "train.learning_rate": (1e-3,),

@@ -52,7 +52,7 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions.
 
-    Called with `rope`, the (cos, sin) of `rope_tables`, and `write_at`, the (layer, positions_BT) that `cache` is written at.
+    Called with `rope`, the (cos, sin) of `rope_tables`, and `write_at`, the (layer, positions_BT) to write `cache` at.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):

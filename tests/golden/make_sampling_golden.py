@@ -41,8 +41,9 @@ PROMPTS = [
     "Classify the mood of this review as good or bad: 'The soup was cold and the waiter forgot us twice.'",
     "What does the word 'ephemeral' mean? Use it in a sentence.",
     "Extract the date: The meeting was moved from Monday the 3rd to Thursday the 6th of May.",
-    "Write a short e-mail to my landlord, Mrs Alvarez, saying that the kitchen tap has been dripping since Tuesday, that "
-    "I have tried to tighten it, and that I would like her to send somebody on Friday afternoon when I am at home.",
+    "Write a short e-mail to my landlord, Mrs Alvarez, saying that the kitchen tap has been dripping since Tuesday, "
+    "that I have tried to tighten it, and that I would like her to send somebody on Friday afternoon when I am at "
+    "home.",
     "A train leaves at 9:40 and arrives at 13:05. How long does the journey take?",
     "Read the text and answer the question. Text: The old library on Mill Street closed in 1987, after the river had "
     "flooded its cellar for the third time. Most of its books went to the school, but the maps were kept by the town "

@@ -1,0 +1,84 @@
+import json
+
+import numpy as np
+import pytest
+import tiny_files
+
+import spin_jax
+from spin_jax.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> spin_jax.Model:
+    return spin_jax.load(tiny_model)
+
+
+def test_an_answer_depends_on_its_place_and_the_seed_alone(model):
+    settings = {"max_new_tokens": 6, "seed": 3}
+    alone, many = model.sample(["abc"], **settings), model.sample(["abc", "hgfedcb"], **settings)
+    assert all(isinstance(answer, str) and 0 < len(answer) <= 6 for answer in many)
+    assert alone[0] == many[0]
+    assert model.sample([[{"role": "user", "content": "abc"}]], **settings) == alone
+    assert model.sample(["abc"], max_new_tokens=6, seed=4) != alone
+
+
+def test_greedy_answers_have_no_seed(model):
+    greedy = [model.sample(["abc"], max_new_tokens=6, temperature=0, seed=seed) for seed in range(2)]
+    assert greedy[0] == greedy[1] == model.sample(["abc"], max_new_tokens=6, top_k=1)
+
+
+def test_nothing_asked_nothing_answered(model):
+    assert model.sample([]) == []
+
+
+def test_saving_and_loading_changes_nothing(model, tmp_path):
+    model.save(tmp_path / "saved")
+    loaded = spin_jax.load(tmp_path / "saved")
+    assert loaded.config == model.config and loaded.chat.stop_ids == model.chat.stop_ids
+    np.testing.assert_array_equal(loaded.params["embed"]["embedding"], model.params["embed"]["embedding"])
+    saved = (tmp_path / "saved" / "model.safetensors").read_bytes()
+    assert saved == (model.directory / "model.safetensors").read_bytes()
+
+
+def test_spin_on_a_list_is_the_run_on_a_file(model, finished, tmp_path):
+    overrides = {**tiny_files.SETTINGS, "iterations": 1}
+    trained = spin_jax.spin(model, tiny_files.make_rows(), tmp_path, overrides)
+    assert trained.directory == tmp_path / "iteration_0" / "model"
+    of_the_file = spin_jax.load(finished.workdir / "iteration_0" / "model")
+    np.testing.assert_array_equal(trained.params["lm_head"], of_the_file.params["lm_head"])
+    assert len(read_metrics(tmp_path / "iteration_0" / "metrics.jsonl")) == 2
+    # Called again, it is done already; with other examples, it is another run.
+    again = spin_jax.spin(model, tiny_files.make_rows(), tmp_path, overrides)
+    np.testing.assert_array_equal(again.params["lm_head"], trained.params["lm_head"])
+    with pytest.raises(spin_jax.UserError, match="examples.jsonl holds other examples"):
+        spin_jax.spin(model, tiny_files.make_rows()[1:], tmp_path, overrides)
+    assert len((tmp_path / "examples.jsonl").read_text().splitlines()) == len(tiny_files.make_rows())
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"train.batchsize": 8}, "config.train.batchsize is not a field: did you mean config.train.batch_size?"),
+        ({"spin.beta": 0.1}, "config.spin.beta=0.1 must be of type tuple"),
+        ({"iterations": 0}, "config.iterations=0 must be at least 1"),
+        ({}, "24 rows x 2 epochs do not fill one batch of 64"),  # before anything is sampled
+    ],
+)
+def test_mistakes_are_one_line(model, tmp_path, overrides, message):
+    with pytest.raises(spin_jax.UserError) as refused:
+        spin_jax.spin(model, tiny_files.make_rows(), tmp_path, overrides)
+    assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
+    assert not (tmp_path / "iteration_0").exists()
+
+
+def test_an_example_that_is_wrong_is_named(model, tmp_path):
+    rows = [*tiny_files.make_rows(), {"prompt": 5, "response": "x"}]
+    with pytest.raises(spin_jax.UserError, match=r"examples.jsonl.*25.*"):
+        spin_jax.spin(model, rows, tmp_path, tiny_files.SETTINGS)
+
+
+def test_a_directory_without_a_model_is_refused_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_files.HUGGINGFACE))
+    with pytest.raises(spin_jax.UserError) as refused:
+        spin_jax.load(tmp_path)
+    assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)

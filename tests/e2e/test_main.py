@@ -1,0 +1,97 @@
+"""The command as people type it: what it answers to mistakes, in which words and with which exit status."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tiny_files
+
+from spin_jax.data.pairs import read_sampled
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def command(*arguments: str, python: tuple[str, ...] = ("-m", "spin_jax.main")) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *python, *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=120
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess, *parts: str):
+    """One line on stderr with all of `parts`, and exit status 2."""
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("spin_jax: "), result.stderr
+    assert all(part in lines[0] for part in parts), lines[0]
+    assert not result.stdout
+
+
+BASE = ("--config=configs/base.py", "--workdir=never/made", "--config.model.path=m", "--config.data.train=d")
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--workdir=never/made"], ["--config is missing", "python -m spin_jax.main --config="]),
+        (["--config=configs/base.py"], ["--workdir is missing"]),
+        (["--config=configs/nowhere.py", "--workdir=never/made"], ["--config: ", "configs/nowhere.py"]),
+        (["--config=configs/zephyr_7b.py:v9-7", "--workdir=never/made"], ["'v9-7' is not a slice", "v4-32"]),
+        ([*BASE[:2]], ["config.model.path is empty"]),
+        ([*BASE, "--config.train.lerning_rate=(1e-6,)"], ["config.train.lerning_rate", "config.train.learning_rate?"]),
+        ([*BASE, "--config.lr=1"], ["config.lr is not a field"]),
+        ([*BASE, "--config.iterations=many"], ["iterations", "many"]),
+        ([*BASE, "--config.train.batch_size=2.5"], ["train.batch_size", "2.5"]),
+        ([*BASE, "--config.spin.loss=hings"], ["config.spin.loss='hings' is not one of logistic, hinge"]),
+        ([*BASE, "--config.spin.beta=(0.1,-1.0)"], ["config.spin.beta=(0.1, -1.0) must be above 0"]),
+        ([*BASE, "--stages=generate,sample"], ["--stages=sample is not one of generate, score, train"]),
+        ([*BASE, "config.iterations=2"], ["'config.iterations=2' is not a flag"]),
+        ([*BASE, "--iterations=2"], ["iterations"]),
+    ],
+    ids=lambda value: value[-1] if value[-1].startswith("-") or "=" in value[-1] else "",
+)
+def test_a_mistake_in_the_command_is_one_line(arguments, parts):
+    assert_refused(command(*arguments), *parts)
+    assert not (ROOT / "never").exists()
+
+
+def imported(result: subprocess.CompletedProcess) -> set[str]:
+    """The packages that a command run with -X importtime imported."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+def test_help_and_mistakes_import_no_jax():
+    timed = ("-X", "importtime", "-m", "spin_jax.main")
+    asked, mistaken = command("--help", python=timed), command(*BASE, "--config.iterations=0", python=timed)
+    assert "--config.section.field=value" in asked.stdout and "--workdir" in asked.stdout and "--stages" in asked.stdout
+    assert mistaken.stderr.strip().endswith("config.iterations=0 must be at least 1")
+    for result in (asked, mistaken):
+        assert "ml_collections" in imported(result)
+        assert not {"jax", "flax", "transformers", "torch"} & imported(result)
+
+
+def test_a_missing_file_of_data_is_one_line(tmp_path, tiny_model):
+    missing = tmp_path / "nowhere.jsonl"
+    paths = (f"--config.model.path={tiny_model}", f"--config.data.train={missing}")
+    result = command("--config=configs/base.py", f"--workdir={tmp_path / 'run'}", *paths, "--config.mesh.fsdp=-1")
+    assert_refused(result, str(missing))
+
+
+def test_overrides_reach_the_run(tmp_path, tiny_model, tiny_data):
+    """One iteration's sampling alone, from a config file, with overrides of every kind of field."""
+    settings = tiny_files.SETTINGS | {"model.path": tiny_model, "data.train": tiny_data, "generate.max_new_tokens": 3}
+    settings |= {"spin.beta": "(0.1,0.2)", "sft.control": "True", "train.micro_batches": 1}
+    overrides = [f"--config.{field}={value}" for field, value in settings.items()]
+    workdir = tmp_path / "run"
+    result = command("--config=configs/smollm2_135m.py", f"--workdir={workdir}", "--stages=generate", *overrides)
+    assert result.returncode == 0, result.stderr
+    stored = json.loads((workdir / "config.json").read_text())
+    assert stored["spin.beta"] == [0.1, 0.2] and stored["sft.control"] is True
+    assert stored["data.max_rows"] == 256  # the file's own
+    sampled = read_sampled(workdir / "iteration_0" / "generated" / "pairs.parquet")
+    assert len(sampled) == tiny_files.TRAIN_ROWS + tiny_files.EVAL_ROWS
+    assert max(len(tokens) for tokens, _ in sampled.values()) == 3
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,211 @@
+"""The loop around the step, with a small least-squares problem for a model: every file it writes is real."""
+
+import json
+import shutil
+import signal
+import threading
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spin_jax.batches import HostBatch
+from spin_jax.checkpoint import Checkpoints, abstract_like
+from spin_jax.errors import UserError
+from spin_jax.metrics import read_metrics
+from spin_jax.sharding import batch_sharding, make_mesh, replicated
+from spin_jax.step import TrainState, init_state, learning_rate_schedule, make_optimizer, make_step
+from spin_jax.train import Stopped, fit
+
+STEPS, SIZE = 9, 8
+SCHEDULE = learning_rate_schedule(0.1, STEPS, 0.1)
+OPTIMIZER = make_optimizer("rmsprop", SCHEDULE, 1.0, 0.0)
+
+
+class Batch(NamedTuple):
+    inputs_BD: np.ndarray
+    targets_B: np.ndarray
+
+
+def make_batch(step: int) -> HostBatch:
+    inputs_BD = np.random.default_rng(step).normal(size=(SIZE, 4)).astype(np.float32)
+    rows = np.arange(step * SIZE, (step + 1) * SIZE)
+    return HostBatch(Batch(inputs_BD, inputs_BD.sum(1)), rows, {"lengths/real": float(step)}, tokens=SIZE, flops=1e9)
+
+
+def objective(params: dict, opponent: None, batch: Batch):
+    loss = jnp.mean((batch.inputs_BD @ params["w"] - batch.targets_B) ** 2)
+    return loss, {"loss": loss}
+
+
+STEP = jax.jit(make_step(objective, OPTIMIZER, 1), donate_argnums=0)
+
+
+def train(directory, *, batches=make_batch, steps=STEPS, checkpoint_every=3) -> TrainState:
+    mesh = make_mesh()
+    return fit(
+        STEP,
+        jax.device_put(init_state({"w": jnp.zeros(4)}, OPTIMIZER), replicated(mesh)),
+        None,
+        steps=steps,
+        make_batch=batches,
+        sharding=batch_sharding(mesh),
+        passes=3,
+        schedule=SCHEDULE,
+        directory=directory,
+        checkpoint_every=checkpoint_every,
+        name="test",
+    )
+
+
+def steps_logged(directory) -> list[int]:
+    return [row["step"] for row in read_metrics(directory / "metrics.jsonl")]
+
+
+def saved_state(directory, like: TrainState) -> TrainState:
+    checkpoints = Checkpoints(directory / "checkpoints")
+    state = checkpoints.restore(checkpoints.latest_step(), abstract_like(like))
+    checkpoints.close()
+    return state
+
+
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """(directory, last state) of an uninterrupted run."""
+    directory = tmp_path / "whole"
+    directory.mkdir()
+    return directory, train(directory)
+
+
+def test_every_step_is_logged_with_what_it_used(whole):
+    directory, state = whole
+    rows = read_metrics(directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["lengths/real"] for row in rows] == list(range(STEPS))
+    assert [row["learning_rate"] for row in rows] == pytest.approx([float(SCHEDULE(step)) for step in range(STEPS)])
+    assert rows[0]["loss"] == pytest.approx(np.mean(make_batch(0).arrays.targets_B ** 2))  # at w = 0
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    # One timing, two names: FLOPs of 3 passes over 1e9, in tera.
+    for row in rows:
+        assert row["model_tflops_per_second"] / row["tokens_per_second"] == pytest.approx(3e9 / SIZE / 1e12)
+    assert int(state.step) == STEPS and "healthy" not in rows[0]
+
+
+def test_the_last_state_is_saved(whole):
+    directory, state = whole
+    assert_equal(saved_state(directory, state), state)
+
+
+def test_a_finished_stage_does_no_step_again(whole):
+    directory, state = whole
+    assert_equal(train(directory, batches=None), state)
+    assert steps_logged(directory) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_signal_saves_the_step_it_came_in_and_the_run_goes_on_from_there(whole, tmp_path, number, at):
+    """Batches are made one ahead, so that a signal while batch `at` + 1 is made comes before step `at` ends."""
+
+    def batches(step: int) -> HostBatch:
+        if step == at + 1:
+            signal.raise_signal(number)
+        return make_batch(step)
+
+    handler = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"^stopped after step {at + 1} of {STEPS}; start the same command again"):
+        train(tmp_path, batches=batches)
+    assert signal.getsignal(number) is handler
+    assert steps_logged(tmp_path) == list(range(1, at + 2))
+    assert int(saved_state(tmp_path, whole[1]).step) == at + 1
+
+    asked = []
+    resumed = train(tmp_path, batches=lambda step: asked.append(step) or make_batch(step))
+    assert asked == list(range(at + 1, STEPS))
+    assert_equal(resumed, whole[1])
+    assert steps_logged(tmp_path) == list(range(1, STEPS + 1))
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    def batches(step: int) -> HostBatch:
+        if step in (3, 4):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return make_batch(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, batches=batches)
+
+
+def test_steps_after_the_last_checkpoint_are_made_again(whole, tmp_path):
+    """What a killed process leaves: a checkpoint of step 6, metrics up to step 8, the last line torn."""
+
+    def batches(step: int) -> HostBatch:
+        if step == 8:
+            raise OSError("the machine is gone")
+        return make_batch(step)
+
+    with pytest.raises(OSError, match="gone"):
+        train(tmp_path, batches=batches)
+    assert steps_logged(tmp_path) == [1, 2, 3, 4, 5, 6]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+
+    assert_equal(train(tmp_path), whole[1])
+    deterministic = [
+        [{name: row[name] for name in ("step", "loss", "grad_norm")} for row in read_metrics(d / "metrics.jsonl")]
+        for d in (tmp_path, whole[0])
+    ]
+    assert deterministic[0] == deterministic[1]
+
+
+@pytest.mark.parametrize("bad", [0, 4, 5, STEPS - 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_names_its_rows_and_keeps_the_last_good_state(whole, tmp_path, bad, value):
+    def batches(step: int) -> HostBatch:
+        batch = make_batch(step)
+        if step == bad:
+            batch.arrays.inputs_BD[3, 1] = value
+        return batch
+
+    with pytest.raises(UserError) as refused:
+        train(tmp_path, batches=batches)
+    message, report = str(refused.value), tmp_path / "not_finite.json"
+    assert message.startswith(f"step {bad + 1}: loss ") and str(report) in message and "\n" not in message
+    reported = json.loads(report.read_text())
+    assert (reported["step"], reported["rows"]) == (bad + 1, list(range(bad * SIZE, (bad + 1) * SIZE)))
+    assert steps_logged(tmp_path) == list(range(1, bad + 2))
+
+    good = saved_state(tmp_path, whole[1])
+    assert int(good.step) == bad and bool(good.healthy)
+    # With the row mended, the run ends as if it had never been bad.
+    assert_equal(train(tmp_path), whole[1])
+    assert steps_logged(tmp_path) == list(range(1, STEPS + 1))
+
+
+def test_outside_the_main_thread_signals_stay_with_whoever_has_them(whole, tmp_path):
+    states = []
+    thread = threading.Thread(target=lambda: states.append(train(tmp_path)))
+    thread.start()
+    thread.join()
+    assert_equal(states[0], whole[1])
+
+
+def test_how_often_is_saved_changes_no_result(whole, tmp_path):
+    assert_equal(train(tmp_path, checkpoint_every=1), whole[1])
+
+
+def test_an_older_checkpoint_serves_as_well(whole, tmp_path):
+    """The newest may be damaged: without it, the run goes on from the one before."""
+    directory = tmp_path / "copy"
+    shutil.copytree(whole[0], directory)
+    newest = max((path for path in (directory / "checkpoints").iterdir() if path.is_dir()), key=lambda p: int(p.name))
+    shutil.rmtree(newest)
+    assert_equal(train(directory), whole[1])
+    assert steps_logged(directory) == list(range(1, STEPS + 1))
