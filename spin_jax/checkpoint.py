@@ -49,6 +49,13 @@ class Checkpoints:
         """Wait for what is being saved."""
         self._checkpointer.close()
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        # On an error too: whoever tries again in this process must not meet a save that is still on its way.
+        self.close()
+
 
 def abstract_like(state):
     """The shapes, dtypes and shardings of a tree of arrays."""

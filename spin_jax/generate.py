@@ -54,16 +54,26 @@ def batches_by_length(prompts: Sequence[Prompt], batch_size: int, bucket: int) -
 def make_sampler(
     model: ModelConfig, settings: ConfigDict, stop_ids: tuple[int, ...], compute_dtype: jnp.dtype
 ) -> Callable:
-    """The jitted (params, prompts_BP, prompt_lengths_B, keys_B, decoding) -> Responses of `config.generate`."""
-    draw = functools.partial(
-        sample,
-        model,
-        max_new_tokens=settings.max_new_tokens,
-        stop_ids=stop_ids,
-        truncate=settings.top_p < 1 or settings.top_k > 0,
-        compute_dtype=compute_dtype,
+    """The jitted (params, prompts_BP, prompt_lengths_B, keys_B, decoding) -> Responses of `config.generate`; the same
+    object for the same arguments, so that nothing is compiled twice."""
+    truncate = settings.top_p < 1 or settings.top_k > 0
+    return _jitted_sampler(model, settings.max_new_tokens, stop_ids, truncate, jnp.dtype(compute_dtype))
+
+
+@functools.cache
+def _jitted_sampler(
+    model: ModelConfig, max_new_tokens: int, stop_ids: tuple[int, ...], truncate: bool, compute_dtype: jnp.dtype
+) -> Callable:
+    return jax.jit(
+        functools.partial(
+            sample,
+            model,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            truncate=truncate,
+            compute_dtype=compute_dtype,
+        )
     )
-    return jax.jit(draw)
 
 
 def generate(

@@ -37,7 +37,6 @@ from spin_jax.data.chat import ChatFormat, chat_format, fit, generation_prompts
 from spin_jax.data.pairs import Pair
 from spin_jax.data.sources import Example, load_examples, split_examples
 from spin_jax.errors import UserError
-from spin_jax.generate import make_sampler
 from spin_jax.logprobs import Compute
 from spin_jax.metrics import is_remote, write_whole
 from spin_jax.step import pair_logprobs
@@ -112,11 +111,6 @@ class Run:
         return frozenset(example.row for example in self.held_out_examples)
 
     @functools.cached_property
-    def sampler(self) -> Callable:
-        """The jitted sampling loop; one program a prompt width for all iterations."""
-        return make_sampler(self.model, self.config.generate, self.chat.stop_ids, self.compute.dtype)
-
-    @functools.cached_property
     def pair_logprobs(self) -> Callable:
         """The jitted (params, batch) -> log-probs of both responses; one program a batch shape for all iterations."""
         return jax.jit(lambda params, batch: pair_logprobs(self.model, params, batch, self.compute))
@@ -151,7 +145,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
         UserError: one line for whatever is wrong.
     """
     config_lib.validate(config)
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir) if is_remote(workdir) else epath.Path(workdir).resolve()  # Orbax wants it absolute
     _agree_with_workdir(config, workdir)
     path, train = config.model.path, config.data.train
     if path == "toy:":
@@ -171,6 +165,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
     chat = load_chat(source, config.data.template)
     train_examples, held_out = _load_data(config, train, chat)
     num_steps(len(train_examples), config.train.epochs, config.train.batch_size)  # refuses too few rows before sampling
+    _write_config(config, workdir)
     return Run(config, workdir, source, model, chat, train_examples, held_out, mesh, make_compute(config.model))
 
 
@@ -242,15 +237,24 @@ def _load_data(config: ConfigDict, source: str, chat: ChatFormat) -> tuple[list[
 
 
 def _agree_with_workdir(config: ConfigDict, workdir: epath.Path) -> None:
-    """Refuse to go on in a workdir that was started with other settings; note them where it is new."""
+    """Refuse to go on in a workdir that was started with other settings."""
     path = workdir / "config.json"
-    now = json.loads(json.dumps(config_lib.flatten(config)))  # tuples as JSON has them
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = [f for f in now if now[f] != before.get(f) and not f.startswith(MAY_CHANGE)]
-        if changed:
-            what = ", ".join(f"config.{field} was {before.get(field)!r} and is now {now[field]!r}" for field in changed)
-            raise UserError(
-                f"{workdir} holds a run with other settings ({what}): give another --workdir, or the settings it had"
-            )
-    write_whole(path, json.dumps(now, indent=1) + "\n")
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text()), _as_json(config)
+    changed = [field for field in now if now[field] != before.get(field) and not field.startswith(MAY_CHANGE)]
+    if changed:
+        what = ", ".join(f"config.{field} was {before.get(field)!r} and is now {now[field]!r}" for field in changed)
+        raise UserError(
+            f"{workdir} holds a run with other settings ({what}): give another --workdir, or the settings it had"
+        )
+
+
+def _write_config(config: ConfigDict, workdir: epath.Path) -> None:
+    """Note the settings in the workdir, once all of them have been found to work."""
+    write_whole(workdir / "config.json", json.dumps(_as_json(config), indent=1) + "\n")
+
+
+def _as_json(config: ConfigDict) -> dict:
+    """Flat, with tuples as JSON has them."""
+    return json.loads(json.dumps(config_lib.flatten(config)))

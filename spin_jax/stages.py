@@ -19,7 +19,7 @@ from spin_jax.data.chat import generation_prompts
 from spin_jax.data.pairs import Pair, read_sampled, write_pairs_parquet
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
-from spin_jax.generate import Prompt, Response, generate
+from spin_jax.generate import Prompt, Response, generate, make_sampler
 from spin_jax.losses import rewards
 from spin_jax.metrics import restore, to_json, write_whole
 from spin_jax.models import for_compute
@@ -65,7 +65,7 @@ def generate_responses(run: Run, t: int) -> None:
     data = run.config.data
     _, prompts = generation_prompts(run.chat, examples, max_prompt_length=data.max_prompt_length)
     responses = generate(
-        run.sampler,
+        make_sampler(run.model, run.config.generate, run.chat.stop_ids, run.compute.dtype),
         for_compute(run.params(run.start_of(t)), run.compute.dtype),
         [Prompt(example.row, tokens) for example, tokens in zip(examples, prompts, strict=True)],
         run.config.generate,

@@ -68,9 +68,7 @@ def support(prompt: str, task: Task = TASK) -> list[tuple[str, float]]:
     return [(response, 1 / len(responses)) for response in responses]
 
 
-def make_examples(
-    seed: int, train_rows: int, eval_prompts: int, task: Task = TASK
-) -> tuple[list[Example], list[str]]:
+def make_examples(seed: int, train_rows: int, eval_prompts: int, task: Task = TASK) -> tuple[list[Example], list[str]]:
     """(SFT examples, one y ~ p_data a prompt; unseen prompts). All prompts differ; a function of the arguments alone.
 
     Raises:

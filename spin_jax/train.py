@@ -59,15 +59,15 @@ def fit(
         UserError: a loss or gradient was not finite; the message names the file with the step's rows, and the last
             good state is saved.
     """
-    checkpoints = Checkpoints(directory / "checkpoints")
-    start = checkpoints.latest_step() or 0
-    if start:
-        state = checkpoints.restore(start, abstract_like(state))
     with (
-        MetricsWriter(directory, resume_step=start) as writer,
-        tqdm(total=steps, initial=start, desc=name, unit="step") as bar,
+        Checkpoints(directory / "checkpoints") as checkpoints,
+        MetricsWriter(directory, resume_step=checkpoints.latest_step() or 0) as writer,
+        tqdm(total=steps, initial=checkpoints.latest_step() or 0, desc=name, unit="step") as bar,
         _StopSignal() as stop,
     ):
+        start = checkpoints.latest_step() or 0
+        if start:
+            state = checkpoints.restore(start, abstract_like(state))
         log = _StepLog(writer, bar, schedule, passes)
         for step, batch, arrays in _prefetched(make_batch, sharding, start, steps):
             state, metrics = step_fn(state, opponent, arrays)
@@ -83,7 +83,6 @@ def fit(
         writer.flush()
         reached = int(state.step)
         checkpoints.save(reached, state, wait=True)
-        checkpoints.close()
         if reached < steps:
             raise Stopped(f"stopped after step {reached} of {steps}; start the same command again to go on")
     return state
@@ -148,7 +147,6 @@ def _refuse_to_go_on(log: _StepLog, state: TrainState, checkpoints: Checkpoints,
     report.write_text(json.dumps(log.unhealthy, indent=1) + "\n")
     good = int(state.step)
     checkpoints.save(good, state._replace(healthy=~state.healthy), wait=True)
-    checkpoints.close()
     raise UserError(
         f"step {log.unhealthy['step']}: loss {log.unhealthy['loss']}, gradient norm {log.unhealthy['grad_norm']}: "
         f"not finite; its rows are in {report} and the state after step {good} is saved: lower "

@@ -2,8 +2,8 @@
 
     python tests/golden/make_sampling_golden.py --smollm2 DIRECTORY
 
-needs torch and transformers 5. The first file holds greedy answers of SmolLM2-135M-Instruct in f32, each prompt decoded
-alone; the second a trajectory of `torch.optim.RMSprop` behind `clip_grad_norm_`.
+needs torch and transformers 5. The first file holds greedy answers of SmolLM2-135M-Instruct in f32; the second a
+trajectory of `torch.optim.RMSprop` behind `clip_grad_norm_`.
 """
 
 import argparse
@@ -55,34 +55,35 @@ PROMPTS = [
 ]
 
 
-def make_greedy(directory: str) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+def make_greedy(directory: str, batch_size: int = 16) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, padding_side="left")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    eos = model.generation_config.eos_token_id
+    stop_ids = eos if isinstance(eos, list) else [eos]
     prompts, responses, margins = [], [], []
-    for text in PROMPTS:
-        messages = [{"role": "user", "content": text}]
-        prompt = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    for start in range(0, len(PROMPTS), batch_size):
+        chats = [[{"role": "user", "content": text}] for text in PROMPTS[start : start + batch_size]]
+        asked = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
         out = model.generate(
-            **prompt, do_sample=False, max_new_tokens=NEW_TOKENS, output_scores=True, return_dict_in_generate=True
+            **asked, do_sample=False, max_new_tokens=NEW_TOKENS, output_scores=True, return_dict_in_generate=True
         )
-        length = prompt["input_ids"].shape[1]
-        prompts.append(prompt["input_ids"][0].tolist())
-        responses.append(out.sequences[0, length:].tolist())
-        margins += [float(two[0] - two[1]) for two in (scores[0].topk(2).values for scores in out.scores)]
+        best_RB2 = torch.stack([scores.topk(2).values for scores in out.scores])
+        for i, (tokens, mask) in enumerate(zip(asked["input_ids"], asked["attention_mask"], strict=True)):
+            prompts.append(tokens[mask.bool()].tolist())
+            response = out.sequences[i, len(tokens) :].tolist()
+            length = next((j + 1 for j, token in enumerate(response) if token in stop_ids), len(response))
+            responses.append(response[:length])
+            margins += (best_RB2[:length, i, 0] - best_RB2[:length, i, 1]).tolist()
     # Another library rounds differently: the answers are comparable only while no step is nearly a tie.
     print(f"smallest distance between the two best logits of a step: {min(margins):.2e}")
-    stop_ids = model.generation_config.eos_token_id
-    write("greedy.json", {
-        "new_tokens": NEW_TOKENS,
-        "stop_ids": stop_ids if isinstance(stop_ids, list) else [stop_ids],
-        "smallest_margin": min(margins),
-        "prompts": prompts,
-        "responses": responses,
-    })  # fmt: skip
+    write(
+        "greedy.json",
+        {"new_tokens": NEW_TOKENS, "stop_ids": stop_ids, "prompts": prompts, "responses": responses},
+    )
 
 
 def make_rmsprop(steps: int = 8, learning_rate: float = 0.01, clip_norm: float = 1.0) -> None:
