@@ -1,6 +1,11 @@
-"""No download, no accelerator: a tiny Llama on a made task whose data distribution is known, so that all is measured exactly.
+"""No download, no accelerator: a tiny Llama on a made task whose data distribution is known, so measures are exact.
 
     python -m spin_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+The task is in spin_jax/toy.py. 4,096 examples are so few that plain SFT overfits from its fifth pass on: that is where
+SPIN starts. How these settings were found, and the many where SPIN does nothing or harm: docs/quickstart.md.
+Expected: the share of right answers (validity) rises by two to five points over the three iterations while the distance
+to the data (kl_to_data) stays about where it was; continued SFT first does better, then falls apart.
 """
 
 from spin_jax.config import base_config
@@ -14,19 +19,19 @@ def get_config():
     config.data.eval_rows = 128
     config.data.max_length = 16
     config.data.max_prompt_length = 10
-    config.toy.train_rows = 4096
+    config.toy.train_rows = 4096  # few: SFT overfits them
     config.toy.hidden_size = 64
     config.toy.num_layers = 2
-    config.sft.epochs = 10.0
+    config.sft.epochs = 5.0  # unseen prompts' KL is lowest about here
     config.sft.learning_rate = 3e-3
     config.sft.control = True
     config.generate.batch_size = 256
-    config.generate.max_new_tokens = 5
+    config.generate.max_new_tokens = 5  # three letters, the end, and one to spare
     config.generate.prompt_bucket = 16
-    config.spin.beta = (1.0,)
+    config.spin.beta = (5.0,)  # the paper's 0.1 lets this small model run away from its opponent at any useful step
     config.train.batch_size = 64
     config.train.epochs = 2.0
-    config.train.learning_rate = (1e-4,)
+    config.train.learning_rate = (3e-4,)  # a tenth of SFT's
     config.train.length_multiple = 0
-    config.train.checkpoint_every = 1000
+    config.train.checkpoint_every = 1000  # a stage takes seconds
     return config

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from spin_jax.errors import UserError
 
+STAGES = ("generate", "score", "train")  # of an iteration, in order; main and self_play can run some of them alone
+
 
 def base_config() -> ConfigDict:
     """All fields with their defaults. The defaults are the paper's where the paper has a value (arXiv 2401.01335,

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict, config_flags
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
 
-STAGES = ["generate", "score", "train"]
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
@@ -29,7 +28,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written: a directory or gs://BUCKET/PATH.")
 _STAGES = flags.DEFINE_list(
-    "stages", STAGES, "Which stages to run, of generate,score,train; the others' results must be there."
+    "stages",
+    list(config_lib.STAGES),
+    "Which stages to run, of generate,score,train; the others' results must be there.",
 )
 
 
@@ -41,8 +42,8 @@ def main(argv: list[str]) -> int:
             raise UserError(
                 f"--{flag} is missing: python -m spin_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"
             )
-    if unknown := [stage for stage in _STAGES.value if stage not in STAGES]:
-        raise UserError(f"--stages={unknown[0]} is not one of {', '.join(STAGES)}")
+    if unknown := [stage for stage in _STAGES.value if stage not in config_lib.STAGES]:
+        raise UserError(f"--stages={unknown[0]} is not one of {', '.join(config_lib.STAGES)}")
     config_lib.validate(_config())
 
     # Only now: what follows imports jax and finds the devices, which a wrong flag should not wait for.
@@ -52,10 +53,13 @@ def main(argv: list[str]) -> int:
     # A preempted machine gets SIGTERM, which outside training, where it saves first, stops like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        self_play(_config(), _WORKDIR.value, _STAGES.value)
+        rows = self_play(_config(), _WORKDIR.value, _STAGES.value)
     except (Stopped, KeyboardInterrupt) as stopped:
         print(str(stopped) or "interrupted; start the same command again to go on", file=sys.stderr)
         return EXIT_STOPPED
+    trained = [row["iteration"] for row in rows if row["iteration"] is not None]
+    if trained:
+        print(f"the last policy: {_WORKDIR.value}/iteration_{trained[-1]}/model; curves: {_WORKDIR.value}/plots")
     return 0
 
 

@@ -6,9 +6,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import report, stages
+from spin_jax.config import STAGES
 from spin_jax.run import open_run
-
-STAGES = ("generate", "score", "train")
 
 
 def self_play(config: ConfigDict, workdir: epath.PathLike, only: Sequence[str] = STAGES) -> list[dict]:
@@ -26,7 +25,7 @@ def self_play(config: ConfigDict, workdir: epath.PathLike, only: Sequence[str] =
     """
     run = open_run(config, workdir)
     stages.fine_tune(run)
-    rows = [stages.describe_start(run)]
+    rows: list[dict] = []
     for t in range(config.iterations):
         model = run.iteration(t) / "model" / "config.json"
         was_finished = model.exists()
@@ -38,6 +37,8 @@ def self_play(config: ConfigDict, workdir: epath.PathLike, only: Sequence[str] =
             stages.train_policy(run, t)  # theta_{t+1} = argmin of equation 4.7, from theta_t; it is the next opponent
         if not model.exists():
             break
+        if not rows:
+            rows.append(stages.describe_start(run))
         rows.append(stages.evaluate_policy(run, t))
         if config.sft.control:
             rows.append(stages.continue_sft(run, t))

@@ -45,7 +45,7 @@ _LOG = logging.getLogger(__name__)
 def fine_tune(run: Run) -> None:
     """Supervised fine-tuning of the source model, where the config asks for it: theta_0 in `sft/model`."""
     directory = run.workdir / "sft"
-    if not run.config.sft.epochs or _is_whole(directory / "model"):
+    if not run.config.sft.epochs or _is_trained(directory):
         return
     pairs = _sft_pairs(run, run.train_examples)
     steps = num_steps(len(pairs), run.config.sft.epochs, run.config.train.batch_size)
@@ -96,7 +96,7 @@ def train_policy(run: Run, t: int) -> None:
     """theta_{t+1}: minimise equation 4.7 from theta_t on the newest and earlier iterations' pairs; export it to
     `model/`."""
     directory = run.iteration(t)
-    if _is_whole(directory / "model"):
+    if _is_trained(directory):
         return
     config, stored = run.config, run.config.spin.opponent == "stored"
     pairs = _mixed_pairs(run, t)
@@ -122,8 +122,11 @@ def train_policy(run: Run, t: int) -> None:
 
 
 def describe_start(run: Run) -> dict:
-    """The summary's first row: theta_0."""
-    return {"model": "SFT", "iteration": None} | _exact_measures(run, run.start_of(0))
+    """The summary's first row: theta_0, the opponent of iteration 0, which has scored the held-out pairs."""
+    row = {"model": "SFT", "iteration": None}
+    if held_out := _pairs_of(run, 0)[1]:
+        row["held_out/nats_per_token"] = _nats_per_token(_with_opponent_scores(run, 0)[-len(held_out) :])
+    return row | _exact_measures(run, run.start_of(0))
 
 
 def evaluate_policy(run: Run, t: int) -> dict:
@@ -140,9 +143,11 @@ def evaluate_policy(run: Run, t: int) -> dict:
         "generated/cut": float(np.mean([p.generated_cut for p in train])),
     }
     if held_out:
-        opponent = np.array([(p.real_logp, p.generated_logp) for p in _with_opponent_scores(run, t)[-len(held_out) :]])
-        policy = _score(run, run.start_of(t + 1), held_out, f"iteration {t}: evaluate")
-        row |= _held_out_measures(held_out, policy, opponent, at_iteration(run.config.spin.beta, t))
+        by_opponent = _with_opponent_scores(run, t)[-len(held_out) :]
+        policy_logps = _score(run, run.start_of(t + 1), held_out, f"iteration {t}: evaluate")
+        by_policy = with_scores(held_out, policy_logps)
+        row["held_out/nats_per_token"] = _nats_per_token(by_policy)
+        row |= _held_out_rewards(by_policy, by_opponent, at_iteration(run.config.spin.beta, t))
     row |= _exact_measures(run, run.start_of(t + 1))
     write_whole(path, to_json(row) + "\n")
     return row
@@ -153,7 +158,7 @@ def continue_sft(run: Run, t: int) -> dict:
     summary row."""
     directory = run.iteration(t) / "control"
     start = run.iteration(t - 1) / "control" / "model" if t else run.start_of(0)
-    if not _is_whole(directory / "model"):
+    if not _is_trained(directory):
         pairs = _sft_pairs(run, run.train_examples)
         steps = max(1, round(_iteration_flops(run, t) / _sft_step_flops(run, pairs)))
         _export(run, directory, _fit_sft(run, start, pairs, steps, directory, f"iteration {t}: SFT control"))
@@ -236,11 +241,15 @@ def _padding(run: Run) -> Padding:
 def _export(run: Run, directory: epath.Path, params: dict) -> None:
     """Write the model; once it is whole, nobody needs the checkpoints that led to it."""
     run.export(directory / "model", params)
-    (directory / "checkpoints").rmtree(missing_ok=True)
+    assert _is_trained(directory)
 
 
-def _is_whole(model: epath.Path) -> bool:
-    return (model / "config.json").exists()
+def _is_trained(directory: epath.Path) -> bool:
+    """Whether a training stage has exported its model; if it was cut right then, its checkpoints go now."""
+    whole = (directory / "model" / "config.json").exists()
+    if whole:
+        (directory / "checkpoints").rmtree(missing_ok=True)
+    return whole
 
 
 # ---- pairs
@@ -269,6 +278,9 @@ def _pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
             sampled = {e.row: (e.generated, not e.truncated) for e in run.train_examples + run.held_out_examples}
         else:
             raise UserError(f"{path} is missing: run the generate stage of iteration {t} first")
+        examples = run.train_examples + run.held_out_examples
+        if absent := [example.row for example in examples if example.row not in sampled]:
+            raise UserError(f"{path} has no response to row {absent[0]}: the data changed; give another --workdir")
         run.pairs[t] = tuple(
             [run.pair(example, *sampled[example.row], t) for example in examples]
             for examples in (run.train_examples, run.held_out_examples)
@@ -319,20 +331,21 @@ def _score(run: Run, model: epath.Path, pairs: Sequence[Pair], name: str) -> np.
     )
 
 
-def _held_out_measures(
-    pairs: Sequence[Pair], policy: np.ndarray, opponent: np.ndarray, beta: float
-) -> dict[str, float]:
-    """Rewards (equation 4.6) of held-out pairs, and the policy's loss as a plain language model on their real
-    responses."""
-    reward = np.asarray(rewards(policy, opponent, beta))
-    margin = reward[:, 0] - reward[:, 1]
+def _held_out_rewards(policy: Sequence[Pair], opponent: Sequence[Pair], beta: float) -> dict[str, float]:
+    """Rewards (equation 4.6) of the same held-out pairs, scored by policy and opponent."""
+    logps = [np.array([(pair.real_logp, pair.generated_logp) for pair in scored]) for scored in (policy, opponent)]
+    real, generated = np.asarray(rewards(*logps, beta)).T
     return {
-        "held_out/rewards/accuracy": float(np.mean(margin > 0)),
-        "held_out/rewards/margin": float(np.mean(margin)),
-        "held_out/rewards/real": float(np.mean(reward[:, 0])),
-        "held_out/rewards/generated": float(np.mean(reward[:, 1])),
-        "held_out/nats_per_token": float(-policy[:, 0].sum() / sum(len(pair.real) for pair in pairs)),
+        "held_out/rewards/accuracy": float(np.mean(real > generated)),
+        "held_out/rewards/margin": float(np.mean(real - generated)),
+        "held_out/rewards/real": float(np.mean(real)),
+        "held_out/rewards/generated": float(np.mean(generated)),
     }
+
+
+def _nats_per_token(scored: Sequence[Pair]) -> float:
+    """The model's mean loss on the human responses as a plain language model."""
+    return -sum(pair.real_logp for pair in scored) / sum(len(pair.real) for pair in scored)
 
 
 def _exact_measures(run: Run, model: epath.Path) -> dict[str, float]:

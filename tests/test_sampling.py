@@ -47,6 +47,7 @@ def draw(
     iteration: int = 0,
     stop_ids: tuple[int, ...] = (),
     truncate: bool = False,
+    params: dict | None = None,
 ) -> Responses:
     """Responses to rows, in one batch of their number; None is a filler. Rows 8, 9... have the prompt of row 0."""
     tokens_BP, lengths_B = np.zeros((len(rows), WIDTH), np.int32), np.zeros(len(rows), np.int32)
@@ -57,7 +58,7 @@ def draw(
     return jax.device_get(
         draw_jit(
             tiny.CONFIG,
-            tiny.host_params(),
+            params or tiny.host_params(),
             tokens_BP,
             lengths_B,
             row_keys(seed, iteration, np.array([row or 0 for row in rows], np.int32)),
@@ -89,7 +90,7 @@ def test_greedy_takes_the_best_token_of_every_full_forward_pass():
 
 
 def test_greedy_equals_transformers_on_smollm2(smollm2):
-    """32 chat prompts of 28 to 111 tokens, 64 new tokens each, f32: `golden/make_sampling_golden.py`."""
+    """32 chat prompts of 32 to 103 tokens, 64 new tokens each, f32: `golden/make_sampling_golden.py`."""
     golden = json.loads((pathlib.Path(__file__).parent / "golden" / "greedy.json").read_text())
     config, params = models.load(smollm2)
     settings = generate_settings(temperature=0.0, max_new_tokens=golden["new_tokens"], batch_size=16, prompt_bucket=64)
@@ -195,6 +196,15 @@ def test_sampled_first_tokens_follow_the_models_softmax():
         return np.append(values_V[likely], values_V.sum() - values_V[likely].sum())
 
     assert chi_square(binned(counts_V), binned(probabilities_V)) < CHI_SQUARE[15]
+
+
+def test_tokens_and_rows_are_drawn_independently():
+    """All logits 0, hence uniform tokens: differences, from token to token and from row to row, are uniform too."""
+    level = tiny.host_params() | {"final_norm": np.zeros(tiny.CONFIG.hidden_size, np.float32)}
+    tokens_BR = draw((0, *range(8, 8199)), params=level).tokens_BR
+    for axis in (0, 1):
+        counts = np.bincount(np.diff(tokens_BR, axis=axis).ravel() % 16, minlength=16)
+        assert chi_square(counts, np.full(16, 1 / 16)) < CHI_SQUARE[15]
 
 
 # ---- top-k and top-p
