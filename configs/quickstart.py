@@ -25,6 +25,7 @@ def get_config():
     config.sft.epochs = 5.0  # unseen prompts' KL is lowest about here
     config.sft.learning_rate = 3e-3
     config.sft.control = True
+    config.sft.control_learning_rate = 1e-4  # the best for unseen prompts of 1e-4, 3e-4, 1e-3 and 3e-3
     config.generate.batch_size = 256
     config.generate.max_new_tokens = 5  # three letters, the end, and one to spare
     config.generate.prompt_bucket = 16

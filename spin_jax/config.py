@@ -60,6 +60,7 @@ def base_config() -> ConfigDict:
     c.sft.learning_rate = 2e-5  # peak; the alignment handbook's value for the paper's SFT model
     # also continue plain SFT from the same start for the FLOPs that SPIN spends, as a baseline beside every iteration
     c.sft.control = False
+    c.sft.control_learning_rate = 2e-5  # peak of that baseline; tune it as well as SPIN's before comparing
 
     c.generate = ConfigDict()
     c.generate.temperature = 1.0  # y' ~ p_t needs 1.0 (equation 4.1); 0 is greedy, as the released generate.py
@@ -140,6 +141,7 @@ LOWER_BOUNDS = {
     "data.max_prompt_length": (1, True),
     "sft.epochs": (0, True),
     "sft.learning_rate": (0, False),
+    "sft.control_learning_rate": (0, False),
     "generate.temperature": (0, True),
     "generate.top_p": (0, False),
     "generate.top_k": (0, True),

@@ -241,10 +241,12 @@ def _agree_with_workdir(config: ConfigDict, workdir: epath.Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    before, now = json.loads(path.read_text()), _as_json(config)
-    changed = [field for field in now if now[field] != before.get(field) and not field.startswith(MAY_CHANGE)]
+    now = _as_json(config)
+    # A field that the schema has got since then had its default.
+    before = _as_json(config_lib.base_config()) | json.loads(path.read_text())
+    changed = [field for field in now if now[field] != before[field] and not field.startswith(MAY_CHANGE)]
     if changed:
-        what = ", ".join(f"config.{field} was {before.get(field)!r} and is now {now[field]!r}" for field in changed)
+        what = ", ".join(f"config.{field} was {before[field]!r} and is now {now[field]!r}" for field in changed)
         raise UserError(
             f"{workdir} holds a run with other settings ({what}): give another --workdir, or the settings it had"
         )

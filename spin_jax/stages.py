@@ -49,7 +49,7 @@ def fine_tune(run: Run) -> None:
         return
     pairs = _sft_pairs(run, run.train_examples)
     steps = num_steps(len(pairs), run.config.sft.epochs, run.config.train.batch_size)
-    params = _fit_sft(run, run.source, pairs, steps, directory, "SFT")
+    params = _fit_sft(run, run.source, pairs, steps, run.config.sft.learning_rate, directory, "SFT")
     _export(run, directory, params)
 
 
@@ -161,14 +161,17 @@ def continue_sft(run: Run, t: int) -> dict:
     if not _is_trained(directory):
         pairs = _sft_pairs(run, run.train_examples)
         steps = max(1, round(_iteration_flops(run, t) / _sft_step_flops(run, pairs)))
-        _export(run, directory, _fit_sft(run, start, pairs, steps, directory, f"iteration {t}: SFT control"))
+        peak = run.config.sft.control_learning_rate
+        _export(run, directory, _fit_sft(run, start, pairs, steps, peak, directory, f"iteration {t}: SFT control"))
     return {"model": f"SFT control {t}", "iteration": None} | _exact_measures(run, directory / "model")
 
 
 # ---- training
 
 
-def _fit_sft(run: Run, start: epath.Path, pairs: Sequence[Pair], steps: int, directory: epath.Path, name: str) -> dict:
+def _fit_sft(
+    run: Run, start: epath.Path, pairs: Sequence[Pair], steps: int, peak: float, directory: epath.Path, name: str
+) -> dict:
     return _fit(
         run,
         sft_objective(run.model, run.compute),
@@ -177,7 +180,7 @@ def _fit_sft(run: Run, start: epath.Path, pairs: Sequence[Pair], steps: int, dir
         passes=FORWARD_AND_BACKWARD,
         steps=steps,
         optimizer=run.config.sft.optimizer,
-        peak=run.config.sft.learning_rate,
+        peak=peak,
         make_batch=_batch_maker(run, pairs, sft_batch, run.config.seed),
         directory=directory,
         name=name,
