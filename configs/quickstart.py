@@ -2,8 +2,8 @@
 
     python -m spin_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-The task is in spin_jax/toy.py. 4,096 examples are so few that plain SFT overfits from its fifth pass on: that is where
-SPIN starts. How these settings were found, and the many where SPIN does nothing or harm: docs/quickstart.md.
+The task is in spin_jax/toy.py. 4,096 examples are so few that plain SFT soon overfits; SPIN starts
+after five passes. How these settings were found, and the many where SPIN does nothing or harm: docs/quickstart.md.
 Expected: the share of right answers (validity) rises by two to five points over the three iterations while the distance
 to the data (kl_to_data) stays about where it was; continued SFT at its best learning rate gains more.
 """
@@ -22,7 +22,7 @@ def get_config():
     config.toy.train_rows = 4096  # few: SFT overfits them
     config.toy.hidden_size = 64
     config.toy.num_layers = 2
-    config.sft.epochs = 5.0  # unseen prompts' KL is lowest about here
+    config.sft.epochs = 5.0  # with ten, KL to the data on unseen prompts is higher already
     config.sft.learning_rate = 3e-3
     config.sft.control = True
     config.sft.control_learning_rate = 1e-4  # the best for unseen prompts of 1e-4, 3e-4, 1e-3 and 3e-3
