@@ -22,7 +22,7 @@ from spin_jax.errors import UserError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
 # Commands whose effect lies outside of this project: known, and not run here.
-KNOWN_COMMANDS = ("python3", "pip", "pytest", "git", "cd", "source", "tensorboard", "ruff", "jupyter", "export", "hf", "cat")
+KNOWN_COMMANDS = ("python3", "pip", "pytest", "git", "cd", "source", "tensorboard", "jupyter", "export")
 FOLDERS = "spin_jax|configs|tests|docs|benchmarks|notebooks|launch"
 FILE_SUFFIXES = ("py", "md", "json", "jsonl", "npz", "txt")
 FIELDS = config_lib.flatten(config_lib.base_config())
