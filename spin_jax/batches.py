@@ -130,13 +130,12 @@ def sft_batch(model: ModelConfig, pairs: Sequence[Pair], padding: Padding) -> Ho
 
 def forward_flops(model: ModelConfig, lengths: np.ndarray, scored: np.ndarray) -> float:
     """Matmul FLOPs of a forward pass over causal rows of `lengths` tokens, of which `scored` positions reach the
-    vocabulary."""
-    return float(
-        sum(
-            n * flops_per_token(model, (n + 1) / 2) + m * unembed_flops(model)
-            for n, m in zip(lengths.flat, scored.flat, strict=True)
-        )
-    )
+    vocabulary. With a sliding window a token counts the keys inside it."""
+    total = 0.0
+    for length, targets in zip(lengths.flat, scored.flat, strict=True):
+        seen = np.minimum(np.arange(1, length + 1), model.sliding_window or length)
+        total += length * flops_per_token(model, seen.mean()) + targets * unembed_flops(model)
+    return float(total)
 
 
 def _right_padded(rows: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -32,7 +32,9 @@ def score(
     are scored together; the last batch is filled up with copies of its last pair.
     """
     order = sorted(
-        range(len(pairs)), key=lambda i: len(pairs[i].prompt) + max(len(pairs[i].real), len(pairs[i].generated))
+        range(len(pairs)),
+        key=lambda i: len(pairs[i].prompt) + max(len(pairs[i].real), len(pairs[i].generated)),
+        reverse=True,  # longest first: if something does not fit, it shows at once
     )
     logps = np.zeros((len(pairs), 2), np.float32)
     with tqdm(total=len(pairs), desc=name, unit="pair") as bar:

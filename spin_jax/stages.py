@@ -242,17 +242,21 @@ def _padding(run: Run) -> Padding:
 
 
 def _export(run: Run, directory: epath.Path, params: dict) -> None:
-    """Write the model; once it is whole, nobody needs the checkpoints that led to it."""
     run.export(directory / "model", params)
-    assert _is_trained(directory)
+    _drop_checkpoints(directory)
 
 
 def _is_trained(directory: epath.Path) -> bool:
-    """Whether a training stage has exported its model; if it was cut right then, its checkpoints go now."""
+    """Whether a training stage has exported its model; checkpoints that a kill right then left behind go."""
     whole = (directory / "model" / "config.json").exists()
     if whole:
-        (directory / "checkpoints").rmtree(missing_ok=True)
+        _drop_checkpoints(directory)
     return whole
+
+
+def _drop_checkpoints(directory: epath.Path) -> None:
+    """Once the model is whole, nobody needs the checkpoints that led to it: three times its size each."""
+    (directory / "checkpoints").rmtree(missing_ok=True)
 
 
 # ---- pairs

@@ -91,7 +91,8 @@ def test_sft_batch_holds_real_responses_and_weights_tokens_equally():
     assert batch.tokens == sum(prompt + real for prompt, real, _ in tiny.LENGTHS)
 
 
-def test_flops_equal_a_count_by_hand():
+@pytest.mark.parametrize("window", [None, 2])
+def test_flops_equal_a_count_by_hand(window):
     """Every matmul of every token, 2 a multiply-add: D=32, F=48, V=64, 2 layers, 4 query and 2 kv heads of 8."""
     lengths, scored = [5, 3], [2, 1]
     per_layer = 0
@@ -101,9 +102,11 @@ def test_flops_equal_a_count_by_hand():
             per_layer += 2 * 2 * 32 * (2 * 8)  # k and v
             per_layer += 2 * (4 * 8) * 32  # o
             per_layer += 3 * 2 * 32 * 48  # gate, up, down
-            per_layer += 2 * 2 * (4 * 8) * (position + 1)  # scores and values, over the tokens up to this one
+            # scores and values, over the tokens that it sees
+            per_layer += 2 * 2 * (4 * 8) * min(position + 1, window or length)
     by_hand = 2 * per_layer + 3 * 2 * 32 * 64
-    assert forward_flops(tiny.CONFIG, np.array(lengths), np.array(scored)) == by_hand
+    model = dataclasses.replace(tiny.CONFIG, sliding_window=window)
+    assert forward_flops(model, np.array(lengths), np.array(scored)) == by_hand
 
 
 def test_padding_costs_no_flops():
