@@ -1,12 +1,13 @@
 """The paper's experiment (arXiv 2401.01335): zephyr-7b-sft-full on 50,000 UltraChat prompts, four iterations.
 
-    python -m spin_jax.main --config=configs/zephyr_7b.py:v4-32 --workdir=gs://BUCKET/zephyr
-    python -m spin_jax.main --config=configs/zephyr_7b.py:v4-32,code --workdir=gs://BUCKET/zephyr-code
+    python -m spin_jax.main --config=configs/zephyr_7b.py:h100-8 --workdir=runs/zephyr
+    python -m spin_jax.main --config=configs/zephyr_7b.py:h100-8,code --workdir=runs/zephyr-code
 
 The argument names the slice (see spin_jax/slices.py). Where the paper and the released code differ this follows the
 paper, and with ",code" the code: rows of 1,024 tokens instead of 2,048, and greedy responses instead of sampled ones.
 Expected, Open LLM Leaderboard average over six tasks (the paper's table 2): SFT 58.14, then 60.80, 62.12, 62.97, 63.16.
-Not run by us: it needs a slice.
+Not run by us: it needs eight accelerators. Slices of several hosts (v4-32, v5e-16, ...) are named already, but one
+process is all that is supported so far.
 """
 
 from spin_jax.config import base_config
@@ -14,7 +15,7 @@ from spin_jax.errors import UserError
 from spin_jax.slices import use_slice
 
 
-def get_config(arg: str = "v4-32"):
+def get_config(arg: str = "h100-8"):
     slice_name, _, variant = arg.partition(",")
     if variant not in ("", "code"):
         raise UserError(f"configs/zephyr_7b.py:{arg}: {variant!r} is not a variant: write SLICE or SLICE,code")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from spin_jax import models, sharding
-from spin_jax.config import base_config, override, validate
+from spin_jax.config import base_config, check_bound, override, validate
 from spin_jax.data.chat import ChatFormat
 from spin_jax.data.sources import Message
 from spin_jax.errors import UserError
@@ -42,8 +42,13 @@ class Model:
 
         `temperature=0` is greedy. The answer to prompt i depends on (params, seed, i) and not on the other prompts.
         """
+        if isinstance(prompts, str):
+            raise UserError("prompts must be a list: write [prompt] for one")
+        chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        for name, value in chosen.items():
+            check_bound(f"generate.{name}", value)
         settings = base_config().generate.unlock()
-        settings.update(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+        settings.update(chosen)
         settings.batch_size = len(prompts)
         compute = make_compute(base_config().model)
         messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
@@ -94,11 +99,14 @@ def spin(
     """
     workdir = epath.Path(workdir)
     data, lines = workdir / "examples.jsonl", "".join(json.dumps(dict(example)) + "\n" for example in examples)
-    if data.exists() and data.read_text() != lines:
+    if (workdir / "config.json").exists() and data.exists() and data.read_text() != lines:
         raise UserError(f"{data} holds other examples: give another workdir, or the examples that it was begun with")
+    start = workdir / "start"  # the model as it is in memory, which need not be what its directory holds
     config = base_config()
-    override(config, {"model.path": os.fspath(model.directory), "data.train": os.fspath(data)} | dict(overrides or {}))
+    override(config, {"model.path": os.fspath(start), "data.train": os.fspath(data)} | dict(overrides or {}))
     validate(config)
     write_whole(data, lines)
+    if not (start / "config.json").exists():
+        model.save(start)
     self_play(config, workdir)
     return load(workdir / f"iteration_{config.iterations - 1}" / "model")

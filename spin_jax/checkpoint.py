@@ -4,7 +4,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-KEEP = 2  # the newest, and the one before it in case the newest is damaged
+KEEP = 2  # the newest, and the one before it: if the newest cannot be read, it is deleted by hand
 
 
 class Checkpoints:

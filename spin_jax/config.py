@@ -54,6 +54,7 @@ def base_config() -> ConfigDict:
     # a prompt over its budget: "keep_end" cuts its beginning (the released code), "skip" leaves the row out
     c.data.long_prompts = "keep_end"
 
+    # Batch size, clipping, warm-up and weight decay of both SFT stages are those of c.train.
     c.sft = ConfigDict()
     c.sft.epochs = 0.0  # passes of supervised fine-tuning before iteration 0; 0 when model.path is an SFT model already
     c.sft.optimizer = "adamw"  # as the paper's SFT model was trained; "rmsprop" as in SPIN's own iterations
@@ -207,20 +208,25 @@ def validate(config: ConfigDict) -> None:
     for choice in CHOICES:
         if flat[choice.field] not in choice.options:
             raise UserError(f"config.{choice.field}={flat[choice.field]!r} is not one of {', '.join(choice.options)}")
-    for field, (lowest, inclusive) in LOWER_BOUNDS.items():
-        values = flat[field] if isinstance(flat[field], tuple) else (flat[field],)
-        if not values:
-            raise UserError(f"config.{field} is empty: write one value an iteration, for example ({lowest or 1},)")
-        for value in values:
-            if not (
-                isinstance(value, (int, float))
-                and math.isfinite(value)
-                and (value > lowest or (inclusive and value == lowest))
-            ):
-                raise UserError(
-                    f"config.{field}={flat[field]!r} must be {'at least' if inclusive else 'above'} {lowest}"
-                )
+    for field in LOWER_BOUNDS:
+        check_bound(field, flat[field])
     _check_combinations(config)
+
+
+def check_bound(field: str, given: object) -> None:
+    """Refuse a value below its bound, whatever the rest of the config is.
+
+    Raises:
+        UserError: one line with the field and its bound.
+    """
+    lowest, inclusive = LOWER_BOUNDS[field]
+    values = given if isinstance(given, tuple) else (given,)
+    if not values:
+        raise UserError(f"config.{field} is empty: write one value an iteration, for example ({lowest or 1},)")
+    for value in values:
+        is_number = isinstance(value, (int, float)) and math.isfinite(value)
+        if not is_number or value < lowest or (value == lowest and not inclusive):
+            raise UserError(f"config.{field}={given!r} must be {'at least' if inclusive else 'above'} {lowest}")
 
 
 def _check_schema(config: ConfigDict) -> None:

@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
     trained = [row["iteration"] for row in rows if row["iteration"] is not None]
     if trained:
         print(f"the last policy: {_WORKDIR.value}/iteration_{trained[-1]}/model; curves: {_WORKDIR.value}/plots")
+    else:
+        print(f"done: {', '.join(_STAGES.value)}; results are in {_WORKDIR.value}/iteration_0")
     return 0
 
 

@@ -19,8 +19,10 @@ What exists under its final name is finished: starting again is resuming.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 
@@ -44,6 +46,8 @@ from spin_jax.step import pair_logprobs
 # Fields that may differ when a run is resumed: they change speed, memory or the length of the run, and no finished
 # artefact.
 MAY_CHANGE = ("iterations", "mesh.", "model.remat", "model.logits_chunk", "train.checkpoint_every")
+# One value an iteration: only those of iterations that have begun to train are fixed.
+PER_ITERATION = ("spin.beta", "train.learning_rate")
 
 _LOG = logging.getLogger(__name__)
 
@@ -145,7 +149,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
         UserError: one line for whatever is wrong.
     """
     config_lib.validate(config)
-    workdir = epath.Path(workdir) if is_remote(workdir) else epath.Path(workdir).resolve()  # Orbax wants it absolute
+    workdir = _make_workdir(workdir)
     _agree_with_workdir(config, workdir)
     path, train = config.model.path, config.data.train
     if path == "toy:":
@@ -160,13 +164,41 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
     )
     sharding.check_batch(mesh, "config.generate.batch_size", config.generate.batch_size)
     source = epath.Path(models.resolve(path, config.model.revision or None))
-    model = models.ModelConfig.from_huggingface(json.loads((source / "config.json").read_text()), str(source))
+    model = models.read_config(source)
     sharding.param_shardings(mesh, model)
     chat = load_chat(source, config.data.template)
     train_examples, held_out = _load_data(config, train, chat)
-    num_steps(len(train_examples), config.train.epochs, config.train.batch_size)  # refuses too few rows before sampling
-    _write_config(config, workdir)
+    _check_steps(config, len(train_examples))
+    _note_start(config, workdir, train_examples, held_out)
+    if config.data.max_length > model.max_position_embeddings:  # a cap: the rows may well be shorter
+        _LOG.warning(
+            "config.data.max_length=%d: %s was made for %d positions, longer rows are beyond it",
+            config.data.max_length,
+            source,
+            model.max_position_embeddings,
+        )
     return Run(config, workdir, source, model, chat, train_examples, held_out, mesh, make_compute(config.model))
+
+
+def _make_workdir(workdir: epath.PathLike) -> epath.Path:
+    if is_remote(workdir):
+        return epath.Path(workdir)
+    workdir = epath.Path(workdir).resolve()  # Orbax wants it absolute
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
+    return workdir
+
+
+def _check_steps(config: ConfigDict, rows: int) -> None:
+    """Refuse an iteration that would end before its warm-up does: nothing would be trained, or nearly nothing."""
+    steps = num_steps(rows, config.train.epochs, config.train.batch_size)
+    if steps <= math.ceil(config.train.warmup_ratio * steps):
+        raise UserError(
+            f"{rows} rows give {steps} step(s), all of them warm-up: lower config.train.batch_size or "
+            "config.train.warmup_ratio, or raise config.train.epochs"
+        )
 
 
 @contextlib.contextmanager
@@ -244,17 +276,37 @@ def _agree_with_workdir(config: ConfigDict, workdir: epath.Path) -> None:
     now = _as_json(config)
     # A field that the schema has got since then had its default.
     before = _as_json(config_lib.base_config()) | json.loads(path.read_text())
-    changed = [field for field in now if now[field] != before[field] and not field.startswith(MAY_CHANGE)]
-    if changed:
+    begun = 0
+    while any((workdir / f"iteration_{begun}" / name).exists() for name in ("checkpoints", "model")):
+        begun += 1
+
+    def differs(field: str) -> bool:
+        if field in PER_ITERATION:  # values of iterations that have not begun to train are free
+            return any(
+                config_lib.at_iteration(now[field], t) != config_lib.at_iteration(before[field], t)
+                for t in range(begun)
+            )
+        return now[field] != before[field] and not field.startswith(MAY_CHANGE)
+
+    if changed := [field for field in now if differs(field)]:
         what = ", ".join(f"config.{field} was {before[field]!r} and is now {now[field]!r}" for field in changed)
         raise UserError(
             f"{workdir} holds a run with other settings ({what}): give another --workdir, or the settings it had"
         )
 
 
-def _write_config(config: ConfigDict, workdir: epath.Path) -> None:
-    """Note the settings in the workdir, once all of them have been found to work."""
-    write_whole(workdir / "config.json", json.dumps(_as_json(config), indent=1) + "\n")
+def _note_start(config: ConfigDict, workdir: epath.Path, train: list[Example], held_out: list[Example]) -> None:
+    """Note the settings and the data in the workdir, once all has been found to work.
+
+    Raises:
+        UserError: the data is not what the run was started with, whatever its path: pairs would be mismatched.
+    """
+    path = workdir / "config.json"
+    rows = [(e.row, e.prompt, e.response, e.generated) for e in train + held_out]
+    fingerprint = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    if path.exists() and json.loads(path.read_text()).get("fingerprint", fingerprint) != fingerprint:
+        raise UserError(f"{config.data.train} is not the data that {workdir} was started with: give another --workdir")
+    write_whole(path, json.dumps(_as_json(config) | {"fingerprint": fingerprint}, indent=1) + "\n")
 
 
 def _as_json(config: ConfigDict) -> dict:

@@ -1,4 +1,4 @@
-"""The accelerator slices that a config can name, as in --config=configs/zephyr_7b.py:v4-32."""
+"""The accelerator slices that a config can name, as in --config=configs/zephyr_7b.py:h100-8."""
 
 from ml_collections import ConfigDict
 

@@ -100,16 +100,17 @@ def train_policy(run: Run, t: int) -> None:
         return
     config, stored = run.config, run.config.spin.opponent == "stored"
     pairs = _mixed_pairs(run, t)
-    if stored:
-        pairs = _with_opponent_scores(run, t)[: len(pairs)]
+    if scored := _with_opponent_scores(run, t) if _scored_ahead(run, t) else []:  # refuses now what is not scored yet
+        pairs = scored[: len(pairs)] if stored else pairs
     steps = num_steps(len(pairs), config.train.epochs, config.train.batch_size)
     beta = at_iteration(config.spin.beta, t)
-    params = run.take_params(run.start_of(t))
+    start = run.take_params(run.start_of(t))
+    opponent = None if stored else jax.tree.map(jnp.copy, for_compute(start, run.compute.dtype))
     policy = _fit(
         run,
         spin_objective(run.model, run.compute, config.spin.loss, beta),
-        params if stored else jax.tree.map(jnp.copy, params),
-        opponent=None if stored else for_compute(params, run.compute.dtype),
+        start,
+        opponent=opponent,
         passes=FORWARD_AND_BACKWARD if stored else FORWARD_AND_BACKWARD + 1,
         steps=steps,
         optimizer=config.train.optimizer,
@@ -163,7 +164,11 @@ def continue_sft(run: Run, t: int) -> dict:
         steps = max(1, round(_iteration_flops(run, t) / _sft_step_flops(run, pairs)))
         peak = run.config.sft.control_learning_rate
         _export(run, directory, _fit_sft(run, start, pairs, steps, peak, directory, f"iteration {t}: SFT control"))
-    return {"model": f"SFT control {t}", "iteration": None} | _exact_measures(run, directory / "model")
+    row = {"model": f"SFT control {t}", "iteration": None}
+    if held_out := _pairs_of(run, t)[1]:
+        logps = _score(run, directory / "model", held_out, f"iteration {t}: evaluate SFT control")
+        row["held_out/nats_per_token"] = _nats_per_token(with_scores(held_out, logps))
+    return row | _exact_measures(run, directory / "model")
 
 
 # ---- training

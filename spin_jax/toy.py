@@ -146,6 +146,11 @@ def prepare(directory: epath.PathLike, settings: ConfigDict, seed: int) -> tuple
     model, data = directory / "model", directory / "train.jsonl"
     if settings.hidden_size % HEAD_DIM:
         raise UserError(f"config.toy.hidden_size={settings.hidden_size} must be a multiple of {HEAD_DIM}")
+    made_with = json.dumps(settings.to_dict() | {"seed": seed})
+    note = directory / "made_with.json"
+    if not note.exists() or note.read_text() != made_with:
+        directory.rmtree(missing_ok=True)  # left by a run that was refused before it began
+        write_whole(note, made_with)
     if not data.exists():
         examples, _ = make_examples(seed, settings.train_rows, settings.eval_prompts)
         write_whole(data, "".join(json.dumps({"messages": _messages(example)}) + "\n" for example in examples))

@@ -67,7 +67,14 @@ def fit(
     ):
         start = checkpoints.latest_step() or 0
         if start:
-            state = checkpoints.restore(start, abstract_like(state))
+            try:
+                state = checkpoints.restore(start, abstract_like(state))
+            except (OSError, ValueError, KeyError) as error:
+                damaged = directory / "checkpoints" / str(start)
+                why = str(error).splitlines()[0]
+                raise UserError(
+                    f"{damaged} cannot be read ({why}): delete it, and the run goes on from the one before"
+                ) from error
         log = _StepLog(writer, bar, schedule, passes)
         for step, batch, arrays in _prefetched(make_batch, sharding, start, steps):
             state, metrics = step_fn(state, opponent, arrays)
@@ -149,8 +156,8 @@ def _refuse_to_go_on(log: _StepLog, state: TrainState, checkpoints: Checkpoints,
     checkpoints.save(good, state._replace(healthy=~state.healthy), wait=True)
     raise UserError(
         f"step {log.unhealthy['step']}: loss {log.unhealthy['loss']}, gradient norm {log.unhealthy['grad_norm']}: "
-        f"not finite; its rows are in {report} and the state after step {good} is saved: lower "
-        "config.train.learning_rate or config.spin.beta, or take those rows out of the data"
+        f"not finite; its rows are in {report} and the state after step {good} is saved. To train the iteration anew, "
+        f"delete {directory / 'checkpoints'} and lower config.train.learning_rate or config.spin.beta"
     )
 
 
@@ -172,6 +179,7 @@ class _StopSignal:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        tqdm.write("stopping after this step, with everything saved")
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._previous.items():

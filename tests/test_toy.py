@@ -106,3 +106,12 @@ def test_a_size_that_cannot_be_is_refused(tmp_path):
     settings.hidden_size = 20
     with pytest.raises(UserError, match="config.toy.hidden_size=20 must be a multiple"):
         toy.prepare(tmp_path, settings, seed=0)
+
+
+def test_what_a_refused_run_left_is_made_anew(tmp_path):
+    settings = base_config().toy
+    settings.update(train_rows=16, eval_prompts=1, hidden_size=16, num_layers=1)
+    for rows in (16, 24, 24):
+        settings.train_rows = rows
+        _, data = toy.prepare(tmp_path / "toy", settings, seed=0)
+        assert len(open(data).readlines()) == rows

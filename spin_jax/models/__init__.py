@@ -1,7 +1,7 @@
 """The Llama family: configs, pure functions on params, Hugging Face directories in and out."""
 
 from spin_jax.models.config import ModelConfig
-from spin_jax.models.huggingface import load, resolve, save
+from spin_jax.models.huggingface import load, read_config, resolve, save
 from spin_jax.models.llama import (
     REMAT_POLICIES,
     abstract_params,
@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "logical_axes",
     "num_params",
+    "read_config",
     "resolve",
     "save",
     "unembed",

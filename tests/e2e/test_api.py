@@ -1,5 +1,7 @@
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny_files
@@ -82,3 +84,23 @@ def test_a_directory_without_a_model_is_refused_in_one_line(tmp_path):
     with pytest.raises(spin_jax.UserError) as refused:
         spin_jax.load(tmp_path)
     assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_the_model_in_memory_is_what_plays(model, tmp_path):
+    changed = dataclasses.replace(model, params=jax.tree.map(lambda x: x * 0.5, model.params))
+    spin_jax.spin(changed, tiny_files.make_rows(), tmp_path, {**tiny_files.SETTINGS, "iterations": 1})
+    start = spin_jax.load(tmp_path / "start")
+    np.testing.assert_array_equal(start.params["lm_head"], changed.params["lm_head"])
+
+
+@pytest.mark.parametrize(
+    "prompts, settings, message",
+    [
+        ("abc", {}, "prompts must be a list"),
+        (["abc"], {"max_new_tokens": 0}, "config.generate.max_new_tokens=0 must be at least 1"),
+        (["abc"], {"temperature": -1.0}, "config.generate.temperature=-1.0 must be at least 0"),
+    ],
+)
+def test_sampling_mistakes_are_one_line(model, prompts, settings, message):
+    with pytest.raises(spin_jax.UserError, match=message):
+        model.sample(prompts, **settings)

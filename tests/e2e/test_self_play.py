@@ -195,6 +195,38 @@ def test_settings_of_speed_and_length_may_change(finished, tiny_model, tiny_data
     assert run.mesh.shape == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
+def test_values_of_iterations_to_come_may_change(finished, tiny_model, tiny_data):
+    first = tiny_files.make_config(tiny_model, tiny_data).spin.beta
+    longer = {"iterations": 3, "spin.beta": (first[0], first[0], 5.0)}
+    open_run(tiny_files.make_config(tiny_model, tiny_data, longer), finished.workdir)
+    earlier = {"iterations": 3, "spin.beta": (first[0], 5.0, 5.0)}
+    with pytest.raises(UserError, match="config.spin.beta was"):
+        open_run(tiny_files.make_config(tiny_model, tiny_data, earlier), finished.workdir)
+    open_run(tiny_files.make_config(tiny_model, tiny_data), finished.workdir)  # leave the note as it was
+
+
+def test_other_data_at_the_same_path_is_refused(tiny_model, tmp_path):
+    rows = tiny_files.make_rows()
+    data = tiny_files.write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = tiny_files.make_config(tiny_model, data)
+    self_play(config, tmp_path / "run", ["generate"])
+    tiny_files.write_jsonl(data, rows[::-1])
+    with pytest.raises(UserError, match="is not the data that .* was started with"):
+        self_play(config, tmp_path / "run")
+
+
+def test_an_iteration_that_is_all_warm_up_is_refused(tiny_model, tiny_data, tmp_path):
+    one_step = {"train.epochs": 1.0, "train.batch_size": 16, "train.micro_batches": 1}
+    with pytest.raises(UserError, match=r"give 1 step\(s\), all of them warm-up"):
+        open_run(tiny_files.make_config(tiny_model, tiny_data, one_step), tmp_path)
+
+
+def test_a_workdir_that_is_a_file_is_refused(tiny_model, tiny_data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        open_run(tiny_files.make_config(tiny_model, tiny_data), tmp_path / "file")
+
+
 # ---- other kinds of run
 
 
