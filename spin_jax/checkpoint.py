@@ -11,7 +11,7 @@ class Checkpoints:
     """The checkpoints of one training stage, under `directory` (local or gs://).
 
     Saving is asynchronous: the step goes on while the arrays travel. A checkpoint that was not finished is never
-        listed.
+    listed.
     """
 
     def __init__(self, directory: epath.PathLike):

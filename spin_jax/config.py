@@ -45,9 +45,8 @@ def base_config() -> ConfigDict:
     c.data.turn = "last"
     # "chat": the tokenizer's template for both; "paper": Alpaca-style generation prompt and Zephyr training template
     c.data.template = "chat"
-    c.data.max_rows = (
-        0  # rows to train on, drawn with the seed (smaller sets nest in larger); 0 is all (the paper: 50,000)
-    )
+    # rows to train on, drawn with the seed (smaller sets nest in larger); 0 is all (the paper: 50,000)
+    c.data.max_rows = 0
     c.data.eval_rows = 0  # rows held out of training for reward accuracy and margin
     c.data.max_length = 1024  # tokens of prompt and response together (the released code; the paper says 2,048)
     c.data.max_prompt_length = 512  # tokens of a prompt

@@ -46,9 +46,8 @@ def response_logprobs(config: ModelConfig, params: dict, rows: Rows, compute: Co
     """log p(y|x) = sum_j log p(y_j | x, y_<j) of each row, in nats, f32 [B].
 
     Only positions that predict a response token reach the vocabulary projection: they are gathered from the hidden
-        states, and scored
-    `compute.logits_chunk` at a time. Each chunk's logits are recomputed in the backward pass, so that memory holds one
-    chunk of them.
+    states, and scored `compute.logits_chunk` at a time. Each chunk's logits are recomputed in the backward pass, so
+    that memory holds one chunk of them.
     """
     hidden_BTD, _ = forward(config, params, rows.tokens_BT, compute_dtype=compute.dtype, remat=compute.remat)
     offsets_1R = jnp.arange(rows.responses_BR.shape[1], dtype=jnp.int32)[None, :]

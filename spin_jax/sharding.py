@@ -74,11 +74,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def check_batch(mesh: Mesh, field: str, size: int) -> None:
     """Refuse a batch that the mesh cannot split evenly.
 

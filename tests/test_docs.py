@@ -7,6 +7,7 @@ import pathlib
 import pkgutil
 import re
 import shlex
+import subprocess
 import sys
 
 import jax
@@ -187,3 +188,24 @@ def test_code_names_exist(document):
 def test_notebooks_are_json():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         assert json.loads(path.read_text())["nbformat"] == 4
+
+
+def test_the_readmes_first_command_runs(tmp_path):
+    """Word for word but for a size that a test can wait for; it prints the columns that the README shows."""
+    (command,) = [
+        text for where, text in commands() if where.startswith("README") and "--workdir=runs/quickstart" in text
+    ]
+    arguments = shlex.split(command)[1:]
+    small = ["iterations=1", "sft.epochs=1", "toy.train_rows=384", "toy.eval_prompts=4"]
+    ran = subprocess.run(
+        [sys.executable, *arguments, f"--workdir={tmp_path}", *(f"--config.{change}" for change in small)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    shown = re.search(r"^model +iteration +validity +kl_to_data$", (ROOT / "README.md").read_text(), re.M)
+    assert shown and all(column in ran.stdout for column in shown[0].split())
+    assert all(model in ran.stdout for model in ("SFT", "iteration 0", "SFT control 0"))
+    assert (tmp_path / "iteration_0" / "model" / "model.safetensors").exists()

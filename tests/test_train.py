@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax.batches import HostBatch
 from spin_jax.checkpoint import Checkpoints, abstract_like
 from spin_jax.errors import UserError
 from spin_jax.metrics import read_metrics
-from spin_jax.sharding import batch_sharding, make_mesh, replicated
+from spin_jax.sharding import batch_sharding, make_mesh
 from spin_jax.step import TrainState, init_state, learning_rate_schedule, make_optimizer, make_step
 from spin_jax.train import Stopped, fit
 
@@ -47,7 +48,7 @@ def train(directory, *, batches=make_batch, steps=STEPS, checkpoint_every=3) -> 
     mesh = make_mesh()
     return fit(
         STEP,
-        jax.device_put(init_state({"w": jnp.zeros(4)}, OPTIMIZER), replicated(mesh)),
+        jax.device_put(init_state({"w": jnp.zeros(4)}, OPTIMIZER), NamedSharding(mesh, PartitionSpec())),
         None,
         steps=steps,
         make_batch=batches,

@@ -14,7 +14,7 @@ from spin_jax.self_play import self_play
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Every run here compiles the same few programs: keep them on disk, for this session."""
+    """Every run here compiles the same few programs: keep them on disk while the tests run."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0,
