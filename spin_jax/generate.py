@@ -111,6 +111,7 @@ def generate(
     decoding = Decoding(jnp.float32(settings.temperature), jnp.float32(settings.top_p), jnp.int32(settings.top_k))
     sharding = batch_sharding(mesh)
     responses: dict[int, Response] = {}
+    sampled = 0  # tokens
     with tqdm(total=len(prompts), desc=name, unit="prompt") as bar:
         for number, (width, batch) in enumerate(
             batches_by_length(prompts, settings.batch_size, settings.prompt_bucket)
@@ -130,7 +131,8 @@ def generate(
                     write_whole(part, "".join(_to_json(answer) + "\n" for answer in answers))
             responses.update((answer.row, answer) for answer in answers)
             bar.update(len(batch))
-            bar.set_postfix(tokens=f"{np.mean([len(r.tokens) for r in responses.values()]):.0f} a response")
+            sampled += sum(len(answer.tokens) for answer in answers)
+            bar.set_postfix(tokens=f"{sampled / len(responses):.0f} a response")
     return [responses[prompt.row] for prompt in prompts]
 
 

@@ -63,6 +63,7 @@ class Run:
     chat: ChatFormat
     train_examples: list[Example]
     held_out_examples: list[Example]
+    prompts: dict[int, np.ndarray]  # by row: the token ids that the opponent is asked with
     mesh: jax.sharding.Mesh
     compute: Compute
     pairs: dict[int, tuple[list[Pair], list[Pair]]] = dataclasses.field(default_factory=dict)  # by iteration, once read
@@ -167,7 +168,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
     model = models.read_config(source)
     sharding.param_shardings(mesh, model)
     chat = load_chat(source, config.data.template)
-    train_examples, held_out = _load_data(config, train, chat)
+    train_examples, held_out, prompts = _load_data(config, train, chat)
     _check_steps(config, len(train_examples))
     _note_start(config, workdir, train_examples, held_out)
     if config.data.max_length > model.max_position_embeddings:  # a cap: the rows may well be shorter
@@ -177,7 +178,9 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
             source,
             model.max_position_embeddings,
         )
-    return Run(config, workdir, source, model, chat, train_examples, held_out, mesh, make_compute(config.model))
+    return Run(
+        config, workdir, source, model, chat, train_examples, held_out, prompts, mesh, make_compute(config.model)
+    )
 
 
 def _make_workdir(workdir: epath.PathLike) -> epath.Path:
@@ -256,16 +259,20 @@ def _eos_ids(directory: epath.Path) -> tuple[int, ...]:
     return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
-def _load_data(config: ConfigDict, source: str, chat: ChatFormat) -> tuple[list[Example], list[Example]]:
+def _load_data(
+    config: ConfigDict, source: str, chat: ChatFormat
+) -> tuple[list[Example], list[Example], dict[int, np.ndarray]]:
+    """(examples to train on, held-out ones, generation prompts by row)."""
     data = config.data
     found = load_examples(source, split=data.split, layout=data.layout, turn=data.turn)
     _LOG.info("%s: %s", source, found.summary())
-    usable, _ = generation_prompts(
+    usable, prompts = generation_prompts(
         chat, found.examples, max_prompt_length=data.max_prompt_length, long_prompts=data.long_prompts
     )
     if usable.skipped:
         _LOG.info("%s: %s", source, usable.summary())
-    return split_examples(usable.examples, data.eval_rows, config.seed, train_rows=data.max_rows)
+    by_row = {example.row: tokens for example, tokens in zip(usable.examples, prompts, strict=True)}
+    return *split_examples(usable.examples, data.eval_rows, config.seed, train_rows=data.max_rows), by_row
 
 
 def _agree_with_workdir(config: ConfigDict, workdir: epath.Path) -> None:

@@ -15,7 +15,6 @@ from etils import epath
 from spin_jax import sharding
 from spin_jax.batches import HostBatch, Padding, batch_indices, forward_flops, num_steps, pair_batch, sft_batch
 from spin_jax.config import at_iteration
-from spin_jax.data.chat import generation_prompts
 from spin_jax.data.pairs import Pair, read_sampled, write_pairs_parquet
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
@@ -62,12 +61,10 @@ def generate_responses(run: Run, t: int) -> None:
     if t == 0 and all(example.generated is not None for example in examples):
         _LOG.info("iteration 0 takes the generated responses that %s holds", run.config.data.train)
         return
-    data = run.config.data
-    _, prompts = generation_prompts(run.chat, examples, max_prompt_length=data.max_prompt_length)
     responses = generate(
         make_sampler(run.model, run.config.generate, run.chat.stop_ids, run.compute.dtype),
         for_compute(run.params(run.start_of(t)), run.compute.dtype),
-        [Prompt(example.row, tokens) for example, tokens in zip(examples, prompts, strict=True)],
+        [Prompt(example.row, run.prompts[example.row]) for example in examples],
         run.config.generate,
         seed=run.config.seed,
         iteration=t,
@@ -100,8 +97,9 @@ def train_policy(run: Run, t: int) -> None:
         return
     config, stored = run.config, run.config.spin.opponent == "stored"
     pairs = _mixed_pairs(run, t)
-    if scored := _with_opponent_scores(run, t) if _scored_ahead(run, t) else []:  # refuses now what is not scored yet
-        pairs = scored[: len(pairs)] if stored else pairs
+    scored = _with_opponent_scores(run, t)  # also with a live opponent: evaluation needs them, and refuses too late
+    if stored:
+        pairs = scored[: len(pairs)]
     steps = num_steps(len(pairs), config.train.epochs, config.train.batch_size)
     beta = at_iteration(config.spin.beta, t)
     start = run.take_params(run.start_of(t))

@@ -1,6 +1,7 @@
 """The training loop of one stage: batches in a fixed order, metrics a step late, checkpoints, a clean stop."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -179,7 +180,7 @@ class _StopSignal:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        tqdm.write("stopping after this step, with everything saved")
+        os.write(2, b"\nstopping after this step, with everything saved\n")  # a handler must not touch Python's buffers
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._previous.items():
