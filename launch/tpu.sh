@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Cloud TPUs from your own machine; docs/tpu.md tells the whole story. Runs on bash 3.2 (macOS) and later.
+# Cloud TPUs from your own machine; docs/tpu.md tells the whole story. Written for bash 3.2, which macOS has, and later.
 set -euo pipefail
 
 usage() {
@@ -161,7 +161,7 @@ look() { # one word for where things stand: the request, else the machines, else
         echo "${request:-none}"
     elif ! nodes=$(list_nodes); then
         echo unknown
-    elif [ -z "$nodes" ] || grep -qE 'PREEMPTED|TERMINATED' <<<"$nodes"; then
+    elif grep -qE 'PREEMPTED|TERMINATED' <<<"$nodes"; then
         echo LOST
     elif ! runs=$(list_runs); then
         echo unreachable
@@ -180,11 +180,17 @@ look() { # one word for where things stand: the request, else the machines, else
     fi
 }
 
-# Each turn looks and does one thing, so that this can be stopped and started again at any time, from any machine.
+# Each turn looks and does one thing, so that this can be stopped and started again at any time.
 supervise() {
-    local state last='' failures=0
+    local state last='' failures=0 begun=''
     while true; do
         state=$(look)
+        case $state in
+            running) begun=yes ;;
+            finished | mistake | stopped | crashed)
+                if [ -z "$begun" ]; then state=ready; fi # that was an earlier run; if not, starting again does no harm
+                ;;
+        esac
         if [ "$state" != "$last" ]; then echo "$(date '+%F %T') $state" >&2; fi
         last=$state
         case $state in
@@ -197,7 +203,7 @@ supervise() {
         case $state in
             none) create ;;
             FAILED | SUSPENDED | LOST) delete ;;
-            ready) setup && start ;;
+            ready) setup && start && begun=yes ;;
             stopped | crashed) start ;;
         esac || failures=$((failures + 1))
         sleep "$every"

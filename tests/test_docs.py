@@ -7,12 +7,14 @@ import pathlib
 import pkgutil
 import re
 import shlex
+import string
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+import yaml
 from absl.testing import flagsaver
 
 from spin_jax import config as config_lib
@@ -24,6 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
 # Commands whose effect lies outside of this project: known, and not run here.
 KNOWN_COMMANDS = ("python3", "pip", "pytest", "git", "cd", "source", "tensorboard", "jupyter", "export")
+CLOUD_COMMANDS = ("gcloud", "kubectl", "docker", "xpk", "sky", "ssh-add", "launch/worker.sh")
 FOLDERS = "spin_jax|configs|tests|docs|benchmarks|notebooks|launch"
 FILE_SUFFIXES = ("py", "md", "json", "jsonl", "npz", "txt")
 FIELDS = config_lib.flatten(config_lib.base_config())
@@ -48,6 +51,15 @@ def commands() -> list[tuple[str, str]]:
                 if line.strip() and not line.lstrip().startswith("#"):
                     found += [(f"{document.name}:{first}", part.strip()) for part in line.split("&&")]
     return found
+
+
+def launched_commands() -> list[tuple[str, str]]:
+    """(where, command) of what the examples under launch/ run."""
+    jobset, sky = (yaml.safe_load((ROOT / "launch" / name).read_text()) for name in ("jobset.yaml", "sky.yaml"))
+    (job,) = jobset["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    run = string.Template(sky["run"]).substitute(sky["envs"])
+    return [("jobset.yaml", shlex.join(container["command"])), ("sky.yaml", run.removeprefix(".venv/bin/"))]
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +133,17 @@ def reads_as(path: pathlib.Path, layout: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize(("where", "command"), commands())
+@pytest.mark.parametrize(("where", "command"), commands() + launched_commands())
 def test_bash_blocks(where, command, monkeypatch):
     """Our own commands are parsed with the real flags and their config is validated; others are known ones."""
     words = [word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)]
     if words[0] == "python" and words[1].endswith(".py"):
         assert (ROOT / words[1]).exists(), f"{where}: {command}"
+    elif words[0] == "launch/tpu.sh":
+        ran = subprocess.run([ROOT / words[0], words[1], "--dry-run", *words[2:]], capture_output=True, text=True)
+        assert ran.returncode == 0, f"{where}: {ran.stderr}"
     elif words[:2] != ["python", "-m"]:
-        assert words[0] in KNOWN_COMMANDS, f"{where}: {command}"
+        assert words[0] in KNOWN_COMMANDS + CLOUD_COMMANDS, f"{where}: {command}"
     elif words[2].startswith("spin_jax"):
         assert words[2] == "spin_jax.main", f"{where}: {command}"
         if words[3:] == ["--help"]:
@@ -153,7 +168,7 @@ def test_links_resolve(document):
 @every_document
 def test_files_exist(document):
     text = document.read_text()
-    for path in re.findall(rf"\b(?:{FOLDERS})/[\w/.-]*\.(?:py|md|ipynb|sh)\b", text):
+    for path in re.findall(rf"\b(?:{FOLDERS})/[\w/.-]*\.(?:py|md|ipynb|sh|yaml)\b", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`(spin_jax/[\w/]*/)`", text):
         assert (ROOT / path).is_dir(), path

@@ -168,6 +168,11 @@ def supervise(cloud):
         shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
 
     def run(python: pathlib.Path, *options: str) -> subprocess.CompletedProcess:
+        if not (checkout / ".git").exists():
+            check_in(python)
+        return launch("supervise", *WHERE, *RUN, "--slice=v5e-16", f"--repo={checkout}", "--every=0.1", *options)
+
+    def check_in(python: pathlib.Path) -> None:
         (checkout / ".venv/bin").mkdir(parents=True)
         (checkout / ".venv/bin/python").symlink_to(python)
         git = ["git", "-c", "user.name=me", "-c", "user.email=me@example.com"]
@@ -177,7 +182,6 @@ def supervise(cloud):
             ["commit", "--quiet", "-m", "all"],
         ):
             subprocess.run([*git, *words], cwd=checkout, check=True)
-        return launch("supervise", *WHERE, *RUN, "--slice=v5e-16", f"--repo={checkout}", "--every=0.1", *options)
 
     return run
 
@@ -209,6 +213,14 @@ def test_supervise(supervise, cloud, plan, status, created, started):
     for worker in ("home-0", "home-1"):
         assert int((cloud / f"starts-{worker}").read_text()) == started
         assert (cloud / f"arguments-{worker}").read_text() == "\n".join(["-m", "spin_jax.main", *RUN, *FLAGS, ""])
+
+
+def test_what_an_earlier_run_left_is_no_end(supervise, cloud):
+    """After a mistake was mended, on machines that were kept, the same command starts."""
+    (cloud / "plan").write_text("2 0\n")
+    assert supervise(ROOT / "tests/cloud/program", "--keep").returncode == 2
+    assert supervise(ROOT / "tests/cloud/program").returncode == 0
+    assert calls(cloud, "create") == calls(cloud, "delete") == 1
 
 
 def test_a_mistake_of_the_real_program_is_shown(supervise, cloud, monkeypatch):
