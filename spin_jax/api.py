@@ -13,9 +13,10 @@ from spin_jax.config import base_config, check_bound, override, validate
 from spin_jax.data.chat import ChatFormat
 from spin_jax.data.sources import Message
 from spin_jax.errors import UserError
-from spin_jax.generate import Prompt, generate, make_sampler
+from spin_jax.generate import Prompt, generate
 from spin_jax.metrics import write_whole
-from spin_jax.run import load_chat, make_compute
+from spin_jax.programs import make_compute, make_sampler
+from spin_jax.run import load_chat
 from spin_jax.self_play import self_play
 
 
@@ -50,16 +51,16 @@ class Model:
         settings = base_config().generate.unlock()
         settings.update(chosen)
         settings.batch_size = len(prompts)
-        compute = make_compute(base_config().model)
+        compute = make_compute(base_config().model, self.config, sharding.one_device_mesh())
         messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
         responses = generate(
-            make_sampler(self.config, settings, self.chat.stop_ids, compute.dtype),
+            make_sampler(self.config, settings, self.chat.stop_ids, compute),
             models.for_compute(self.params, compute.dtype),
             [Prompt(i, self.chat.generation_prompt(message)) for i, message in enumerate(messages)],
             settings,
             seed=seed,
             iteration=0,
-            mesh=sharding.one_device_mesh(),
+            mesh=compute.mesh,
         )
         return [self.chat.tokenizer.decode(response.tokens, skip_special_tokens=True) for response in responses]
 

@@ -28,7 +28,10 @@ def base_config() -> ConfigDict:
     c.model.revision = ""  # Hub revision (branch, tag or commit); "" is the default branch
     # "float32" | "bfloat16" | "auto": bfloat16 on TPU and GPU, float32 on CPU, where bf16 matmuls gain nothing
     c.model.compute_dtype = "auto"
-    # what the backward pass recomputes, see models.llama.REMAT_POLICIES; "full" needs least memory
+    # attention of whole rows: "plain" jax.numpy | "splash", a TPU kernel | "cudnn", a GPU kernel | "auto": the
+    # platform's kernel; the kernels never hold a row's scores [length, length]
+    c.model.attention = "auto"
+    # what the backward pass finds in memory, see models.compute.REMAT_POLICIES; "full" recomputes most and needs least
     c.model.remat = "full"
     # response positions whose logits are held at a time; 0 is all (smaller: less memory, more kernel launches)
     c.model.logits_chunk = 0
@@ -98,7 +101,10 @@ def base_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = 1  # devices that hold copies of the params and split the batch
     c.mesh.fsdp = -1  # devices that split params, optimizer state and the batch; -1: all that remain
-    c.mesh.tensor = 1  # devices that split heads, MLP and vocabulary
+    # devices that split heads, MLP and vocabulary: needed only where a batch has fewer rows than there are devices
+    c.mesh.tensor = 1
+    # the same while sampling, whose mesh has no fsdp; -1: as many as divide devices and kv heads, at most 8
+    c.mesh.decode_tensor = -1
 
     c.toy = ConfigDict()  # the made task of configs/quickstart.py; read only where model.path and data.train are "toy:"
     c.toy.train_rows = 512  # SFT examples
@@ -118,7 +124,8 @@ class Choice:
 
 CHOICES = (
     Choice("model.compute_dtype", ("auto", "float32", "bfloat16")),
-    Choice("model.remat", ("none", "full", "dots")),
+    Choice("model.attention", ("auto", "plain", "splash", "cudnn")),
+    Choice("model.remat", ("none", "full", "qkv", "attention", "gate", "mlp")),
     Choice("model.export_dtype", ("float32", "bfloat16")),
     Choice("data.layout", ("auto", "messages", "conversations", "prompt_response", "alpaca", "pairs")),
     Choice("data.turn", ("last", "first")),
@@ -271,6 +278,8 @@ def _check_combinations(config: ConfigDict) -> None:
     if train.optimizer == "rmsprop" and train.weight_decay:
         raise UserError("config.train.weight_decay works with config.train.optimizer=adamw only: set it to 0")
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    if mesh.decode_tensor < 1 and mesh.decode_tensor != -1:
+        raise UserError(f"config.mesh.decode_tensor={mesh.decode_tensor} must be at least 1, or -1: found for you")
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(
             f"config.mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor}: each is a number of devices, "

@@ -1,7 +1,6 @@
 """The generation stage: prompts and opponent params in, responses on disk out, batch by batch."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Sequence
 
@@ -13,8 +12,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spin_jax.metrics import write_whole
-from spin_jax.models import ModelConfig
-from spin_jax.sampling import Decoding, row_keys, sample
+from spin_jax.sampling import Decoding, row_keys
 from spin_jax.sharding import batch_sharding, check_batch
 
 
@@ -51,31 +49,6 @@ def batches_by_length(prompts: Sequence[Prompt], batch_size: int, bucket: int) -
     ]
 
 
-def make_sampler(
-    model: ModelConfig, settings: ConfigDict, stop_ids: tuple[int, ...], compute_dtype: jnp.dtype
-) -> Callable:
-    """The jitted (params, prompts_BP, prompt_lengths_B, keys_B, decoding) -> Responses of `config.generate`; the same
-    object for the same arguments, so that nothing is compiled twice."""
-    truncate = settings.top_p < 1 or settings.top_k > 0
-    return _jitted_sampler(model, settings.max_new_tokens, stop_ids, truncate, jnp.dtype(compute_dtype))
-
-
-@functools.cache
-def _jitted_sampler(
-    model: ModelConfig, max_new_tokens: int, stop_ids: tuple[int, ...], truncate: bool, compute_dtype: jnp.dtype
-) -> Callable:
-    return jax.jit(
-        functools.partial(
-            sample,
-            model,
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            truncate=truncate,
-            compute_dtype=compute_dtype,
-        )
-    )
-
-
 def generate(
     sampler: Callable,
     params: dict,
@@ -94,13 +67,13 @@ def generate(
     nothing. The response to a row is a function of (params, seed, iteration, row) alone.
 
     Args:
-        sampler: from `make_sampler`.
-        params: in the compute dtype, see `models.for_compute`.
+        sampler: from `programs.make_sampler`.
+        params: as `programs.make_resharding` lays them out.
         prompts: what to answer.
         settings: `config.generate`.
         seed: of the run.
         iteration: t; other responses are drawn in every iteration.
-        mesh: its data and fsdp axes split each batch.
+        mesh: the decode mesh; its data axis splits each batch.
         directory: for `part-*.jsonl`, or None.
         name: for the progress bar.
 

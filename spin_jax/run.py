@@ -24,28 +24,25 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax import models, sharding
+from spin_jax import models, programs, sharding
 from spin_jax.batches import num_steps
 from spin_jax.data.chat import ChatFormat, chat_format, fit, generation_prompts
 from spin_jax.data.pairs import Pair
 from spin_jax.data.sources import Example, load_examples, split_examples
 from spin_jax.errors import UserError
-from spin_jax.logprobs import Compute
 from spin_jax.metrics import is_remote, write_whole
-from spin_jax.step import pair_logprobs
 
 # Fields that may differ when a run is resumed: they change speed, memory or the length of the run, and no finished
 # artefact.
-MAY_CHANGE = ("iterations", "mesh.", "model.remat", "model.logits_chunk", "train.checkpoint_every")
+MAY_CHANGE = ("iterations", "mesh.", "model.attention", "model.remat", "model.logits_chunk", "train.checkpoint_every")
 # One value an iteration: only those of iterations that have begun to train are fixed.
 PER_ITERATION = ("spin.beta", "train.learning_rate")
 
@@ -64,8 +61,8 @@ class Run:
     train_examples: list[Example]
     held_out_examples: list[Example]
     prompts: dict[int, np.ndarray]  # by row: the token ids that the opponent is asked with
-    mesh: jax.sharding.Mesh
-    compute: Compute
+    compute: models.Compute  # on the training mesh
+    decode: models.Compute  # on the decode mesh
     pairs: dict[int, tuple[list[Pair], list[Pair]]] = dataclasses.field(default_factory=dict)  # by iteration, once read
     _loaded: tuple[epath.Path, dict] | None = None
 
@@ -90,7 +87,7 @@ class Run:
             if not (directory / "config.json").exists():
                 raise UserError(f"{directory} holds no model: run the stages before this one first")
             with _downloaded(directory) as local:
-                _, params = models.load(local, shardings=sharding.param_shardings(self.mesh, self.model))
+                _, params = models.load(local, shardings=models.param_shardings(self.compute.mesh, self.model))
             self._loaded = (directory, params)
         return self._loaded[1]
 
@@ -114,11 +111,6 @@ class Run:
     @functools.cached_property
     def _held_out_rows(self) -> frozenset[int]:
         return frozenset(example.row for example in self.held_out_examples)
-
-    @functools.cached_property
-    def pair_logprobs(self) -> Callable:
-        """The jitted (params, batch) -> log-probs of both responses; one program a batch shape for all iterations."""
-        return jax.jit(lambda params, batch: pair_logprobs(self.model, params, batch, self.compute))
 
     def pair(self, example: Example, response: np.ndarray | str, finished: bool, iteration: int) -> Pair:
         """The token ids of an example and its generated response, cut to the budget."""
@@ -157,16 +149,19 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
         from spin_jax import toy
 
         path, train = toy.prepare(workdir / "toy", config.toy, config.seed)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(
         mesh,
         "config.train.batch_size / config.train.micro_batches",
         config.train.batch_size // config.train.micro_batches,
     )
-    sharding.check_batch(mesh, "config.generate.batch_size", config.generate.batch_size)
     source = epath.Path(models.resolve(path, config.model.revision or None))
     model = models.read_config(source)
-    sharding.param_shardings(mesh, model)
+    compute = programs.make_compute(config.model, model, mesh)
+    decode = programs.make_decode_compute(compute, config.mesh, model)
+    sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
+    for each in (compute, decode):
+        models.param_shardings(each.mesh, model)
     chat = load_chat(source, config.data.template)
     train_examples, held_out, prompts = _load_data(config, train, chat)
     _check_steps(config, len(train_examples))
@@ -178,9 +173,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
             source,
             model.max_position_embeddings,
         )
-    return Run(
-        config, workdir, source, model, chat, train_examples, held_out, prompts, mesh, make_compute(config.model)
-    )
+    return Run(config, workdir, source, model, chat, train_examples, held_out, prompts, compute, decode)
 
 
 def _make_workdir(workdir: epath.PathLike) -> epath.Path:
@@ -227,14 +220,6 @@ def _uploaded(directory: epath.Path) -> Iterator[epath.Path]:
         yield epath.Path(local)
         for file in sorted(epath.Path(local).iterdir(), key=lambda file: file.name == "config.json"):
             file.copy(directory / file.name, overwrite=True)
-
-
-def make_compute(settings: ConfigDict) -> Compute:
-    """`config.model`'s dtype, remat and chunking; "auto" is bfloat16 where matmuls gain from it: on TPU and GPU."""
-    name = settings.compute_dtype
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return Compute(jnp.dtype(name), settings.remat, settings.logits_chunk)
 
 
 def load_chat(directory: epath.Path, template: str) -> ChatFormat:

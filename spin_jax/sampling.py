@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spin_jax.models import ModelConfig, forward, init_cache, unembed
+from spin_jax.models import Compute, ModelConfig, forward, init_cache, unembed
 
 
 class Decoding(NamedTuple):
@@ -59,13 +59,13 @@ def sample(
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     truncate: bool,
-    compute_dtype: jnp.dtype,
+    compute: Compute,
 ) -> Responses:
-    """Draw one response a row. Pure; jit it with config, max_new_tokens, stop_ids, truncate and compute_dtype static.
+    """Draw one response a row. Pure; jit it with config, max_new_tokens, stop_ids, truncate and compute static.
 
     Args:
         config: the model's.
-        params: the opponent's; store them in `compute_dtype`, since every decode step reads them all.
+        params: the opponent's; store them in the compute dtype, since every decode step reads them all.
         prompts_BP: int32, right-padded.
         prompt_lengths_B: int32, at least 1; a row of length 0 is a filler, and finished from the start.
         keys_B: from `row_keys`.
@@ -73,11 +73,11 @@ def sample(
         max_new_tokens: R, the cap of a response in tokens.
         stop_ids: a response ends with the first of these.
         truncate: whether top-p and top-k are looked at; they cost a sort of the vocabulary every step.
-        compute_dtype: of matmuls and cache.
+        compute: its dtype is also the cache's; its mesh that of `sharding.decode_mesh`.
     """
     batch, prompt_slots = prompts_BP.shape
-    cache = init_cache(config, batch, prompt_slots + max_new_tokens, compute_dtype)
-    hidden_BTD, cache = forward(config, params, prompts_BP, cache=cache, compute_dtype=compute_dtype)
+    cache = init_cache(config, batch, prompt_slots + max_new_tokens, compute)
+    hidden_BTD, cache = forward(config, params, prompts_BP, cache=cache, compute=compute)
     last_B = jnp.maximum(prompt_lengths_B - 1, 0)
     hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
     responses = Responses(
@@ -92,7 +92,7 @@ def sample(
 
     def decode(carry):
         step, hidden_BD, responses, cache = carry
-        logits_BV = unembed(config, params, hidden_BD)
+        logits_BV = unembed(config, params, hidden_BD, compute)
         token_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
         tokens_B = next_tokens(logits_BV, token_keys_B, decoding, truncate)
         running_B = ~responses.finished_B
@@ -102,7 +102,7 @@ def sample(
             finished_B=responses.finished_B | jnp.isin(tokens_B, jnp.array(stop_ids, jnp.int32)),
         )
         positions_B1 = (prompt_lengths_B + step)[:, None]
-        hidden_B1D, cache = forward(config, params, tokens_B[:, None], positions_B1, cache, compute_dtype=compute_dtype)
+        hidden_B1D, cache = forward(config, params, tokens_B[:, None], positions_B1, cache, compute=compute)
         return step + 1, hidden_B1D[:, 0], responses, cache
 
     _, _, responses, _ = jax.lax.while_loop(unfinished, decode, (jnp.int32(0), hidden_BD, responses, cache))

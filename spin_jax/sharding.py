@@ -1,18 +1,27 @@
-"""Where arrays live: the device mesh, and one table from logical axes to mesh axes."""
+"""Where arrays live: the device meshes, and one table from logical axes to mesh axes.
+
+A run has two meshes over the same devices. Training splits params and optimizer state over "fsdp" and gathers each
+layer's weights as it is reached, since a step's matmuls are long enough to hide that. A decode step is not: it reads
+every weight for one token a row, and so its mesh splits matmuls over "tensor" instead and gathers nothing. The table
+serves both, because the decode mesh has an fsdp axis of 1.
+"""
 
 import math
+from collections.abc import Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spin_jax.errors import UserError
-from spin_jax.models import ModelConfig, abstract_params, logical_axes
 
 AXES = ("data", "fsdp", "tensor")
 
-# Params: the hidden axis is split over fsdp (gathered layer by layer inside the scan), heads, MLP and vocabulary over
-# tensor. Rows are split over data and fsdp together: every device works on its own rows.
-RULES = {
+# Logical axis -> mesh axes. Of params: "embed" is split over fsdp, what a matmul adds to or takes away over tensor.
+# Of activations: rows over data and fsdp together, every device working on its own rows; "sequence" is the axis of
+# tokens between matmuls, where tensor would otherwise hold copies (arXiv 2205.05198).
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -20,18 +29,42 @@ RULES = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
+    "rows": ("data", "fsdp"),
+    "sequence": "tensor",
     None: None,
 }
-BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices with axes data, fsdp, tensor; a size of -1 takes the devices that remain.
+def spec(*axes: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes have these logical names; None is whole."""
+    return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+    """Tells the partitioner how x lies, inside of jit; an axis that the mesh does not divide stays whole. None: says
+    nothing."""
+    if mesh is None or mesh.size == 1:
+        return x
+    fitting = [axis if size % _ways(mesh, axis) == 0 else None for axis, size in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(*fitting)))
+
+
+def _ways(mesh: Mesh, axis: str | None) -> int:
+    """Over how many devices a logical axis is split."""
+    names = RULES[axis] or ()
+    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The training mesh over `devices` (None: all there are); a size of -1 takes those that remain.
+
+    TPUs are put in an order that keeps an axis's neighbours close.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices; the message names sizes that do.
     """
-    sizes, total = [data, fsdp, tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes, total = [data, fsdp, tensor], len(devices)
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, total // math.prod(size for size in sizes if size != -1))
     if math.prod(sizes) != total:
@@ -40,38 +73,73 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
             f"config.mesh data={data} fsdp={fsdp} tensor={tensor} does not make {total} devices: "
             f"possible with data=1 are {possible}"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    return _mesh(_arranged(sizes, devices))
+
+
+def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and sizes[0] % slices == 0:  # the data axis crosses the slow network between slices
+        inner = (sizes[0] // slices, *sizes[1:])
+        return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def decode_mesh(train: Mesh, decode_tensor: int, kv_heads: int) -> Mesh:
+    """The same devices in the same order, for sampling: weights and kv heads split `decode_tensor` ways, rows the rest.
+
+    Args:
+        decode_tensor: `config.mesh.decode_tensor`; -1: as many as the devices and the kv heads allow, at most 8, since
+            more chips a row mean more time in all-reduces than reading the weights takes.
+        kv_heads: the model's.
+
+    Raises:
+        UserError: it divides not both; the message names sizes that do.
+    """
+    possible = [ways for ways in range(1, train.size + 1) if train.size % ways == 0 and kv_heads % ways == 0]
+    ways = max(size for size in possible if size <= 8) if decode_tensor == -1 else decode_tensor
+    if ways not in possible:
+        raise UserError(
+            f"config.mesh.decode_tensor={decode_tensor} must divide {train.size} devices and the model's {kv_heads} "
+            f"kv heads: possible are {', '.join(map(str, possible))}"
+        )
+    return _mesh(train.devices.reshape(train.size // ways, 1, ways))
 
 
 def one_device_mesh() -> Mesh:
     """A mesh of the first device alone, with the same axes."""
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=jax.local_devices()[:1]
-    )
+    return _mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1))
 
 
-def param_shardings(mesh: Mesh, config: ModelConfig) -> dict:
-    """The NamedSharding of every param, as a tree like the params.
+def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
+    """The NamedSharding of every array of a tree.
+
+    Args:
+        abstract: arrays or jax.ShapeDtypeStructs.
+        axes: for each, the tuple of its logical axes.
 
     Raises:
-        UserError: a mesh axis does not divide the model's axis it splits.
+        UserError: a mesh axis does not divide the axis it splits.
     """
 
-    def one(leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> NamedSharding:
-        for size, axis in zip(leaf.shape, axes, strict=True):
-            if RULES[axis] and size % mesh.shape[RULES[axis]]:
+    def one(leaf: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> NamedSharding:
+        for size, axis in zip(leaf.shape, names, strict=True):
+            if size % _ways(mesh, axis):
                 raise UserError(
-                    f"config.mesh.{RULES[axis]}={mesh.shape[RULES[axis]]} does not divide the model's {axis} axis "
-                    f"of {size}: choose a divisor"
+                    f"config.mesh.{RULES[axis]}={_ways(mesh, axis)} does not divide the model's {axis} axis of {size}: "
+                    "choose a divisor"
                 )
-        return NamedSharding(mesh, PartitionSpec(*(RULES[axis] for axis in axes)))
+        return NamedSharding(mesh, spec(*names))
 
-    return jax.tree.map(one, abstract_params(config), logical_axes(config))
+    return jax.tree.map(one, abstract, axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over every device that does not share its work with others; the other axes whole."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, spec("rows"))
 
 
 def check_batch(mesh: Mesh, field: str, size: int) -> None:
@@ -80,7 +148,7 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
     Raises:
         UserError: naming `field` and a size that works.
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = _ways(mesh, "rows")
     if size % devices:
         raise UserError(
             f"{field}={size} does not split over {devices} devices (data x fsdp): use a multiple, "

@@ -2,7 +2,6 @@
 if that exists."""
 
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -12,31 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from spin_jax import sharding
+from spin_jax import programs, sharding
 from spin_jax.batches import HostBatch, Padding, batch_indices, forward_flops, num_steps, pair_batch, sft_batch
 from spin_jax.config import at_iteration
 from spin_jax.data.pairs import Pair, read_sampled, write_pairs_parquet
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
-from spin_jax.generate import Prompt, Response, generate, make_sampler
+from spin_jax.generate import Prompt, Response, generate
 from spin_jax.losses import rewards
 from spin_jax.metrics import restore, to_json, write_whole
 from spin_jax.models import for_compute
+from spin_jax.programs import FORWARD_AND_BACKWARD
 from spin_jax.run import Run
 from spin_jax.score import read_scores, score, with_scores, write_scores
 from spin_jax.step import (
     Objective,
-    init_state,
     learning_rate_schedule,
     make_optimizer,
-    make_step,
     sft_objective,
     spin_objective,
-    state_shardings,
 )
 from spin_jax.train import fit
-
-FORWARD_AND_BACKWARD = 3  # a backward pass is two matmuls for each of the forward
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,13 +57,13 @@ def generate_responses(run: Run, t: int) -> None:
         _LOG.info("iteration 0 takes the generated responses that %s holds", run.config.data.train)
         return
     responses = generate(
-        make_sampler(run.model, run.config.generate, run.chat.stop_ids, run.compute.dtype),
-        for_compute(run.params(run.start_of(t)), run.compute.dtype),
+        programs.make_sampler(run.model, run.config.generate, run.chat.stop_ids, run.decode),
+        programs.make_resharding(run.model, run.decode)(run.params(run.start_of(t))),
         [Prompt(example.row, run.prompts[example.row]) for example in examples],
         run.config.generate,
         seed=run.config.seed,
         iteration=t,
-        mesh=run.mesh,
+        mesh=run.decode.mesh,
         directory=directory,
         name=f"iteration {t}: generate",
     )
@@ -208,19 +203,15 @@ def _fit(
     settings = run.config.train
     schedule = learning_rate_schedule(peak, steps, settings.warmup_ratio)
     transform = make_optimizer(optimizer, schedule, settings.clip_norm, settings.weight_decay)
-    init = functools.partial(init_state, optimizer=transform)
-    shardings = state_shardings(transform, params)
-    state = jax.jit(init, donate_argnums=0, out_shardings=shardings)(params)
-    step = jax.jit(
-        make_step(objective, transform, settings.micro_batches), donate_argnums=0, out_shardings=(shardings, None)
-    )
+    init, step = programs.make_training(objective, transform, settings.micro_batches, params, run.compute.mesh)
+    state = init(params)
     state = fit(
         step,
         state,
         opponent,
         steps=steps,
         make_batch=make_batch,
-        sharding=sharding.batch_sharding(run.mesh),
+        sharding=sharding.batch_sharding(run.compute.mesh),
         passes=passes,
         schedule=schedule,
         directory=directory,
@@ -331,12 +322,12 @@ def _score(run: Run, model: epath.Path, pairs: Sequence[Pair], name: str) -> np.
         return np.zeros((0, 2), np.float32)
     settings = run.config.train
     return score(
-        run.pair_logprobs,
+        programs.make_scorer(run.model, run.compute),
         run.params(model),
         pairs,
         batch_size=settings.batch_size // settings.micro_batches,
         make_batch=lambda chosen: pair_batch(run.model, chosen, _padding(run)),
-        sharding=sharding.batch_sharding(run.mesh),
+        sharding=sharding.batch_sharding(run.compute.mesh),
         name=name,
     )
 

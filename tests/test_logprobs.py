@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from spin_jax.logprobs import Compute, Rows, response_logprobs
-from spin_jax.models import REMAT_POLICIES, forward, unembed
+from spin_jax.logprobs import Rows, response_logprobs
+from spin_jax.models import REMAT_POLICIES, Compute, forward, unembed
 
 # (prompt, response) tokens: short beside long, a row without padding, a response of one token, one of none.
 LENGTHS = ((1, 6), (10, 6), (3, 1), (7, 4), (5, 0))

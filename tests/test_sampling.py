@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 from spin_jax import models
 from spin_jax.config import base_config
 from spin_jax.errors import UserError
-from spin_jax.generate import Prompt, Response, batches_by_length, generate, make_sampler
+from spin_jax.generate import Prompt, Response, batches_by_length, generate
+from spin_jax.models import Compute
+from spin_jax.programs import make_sampler
 from spin_jax.sampling import Decoding, Responses, keep_likely, next_tokens, row_keys, sample
 from spin_jax.sharding import AXES, make_mesh
 
@@ -25,9 +27,7 @@ CAP = 6  # new tokens
 WIDTH = 8  # prompt slots
 PROMPT_LENGTHS = (1, 8, 3, 5, 2, 7, 4, 6)
 
-draw_jit = jax.jit(
-    sample, static_argnums=0, static_argnames=("max_new_tokens", "stop_ids", "truncate", "compute_dtype")
-)
+draw_jit = jax.jit(sample, static_argnums=0, static_argnames=("max_new_tokens", "stop_ids", "truncate", "compute"))
 
 
 def decoding(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Decoding:
@@ -66,7 +66,7 @@ def draw(
             max_new_tokens=CAP,
             stop_ids=stop_ids,
             truncate=truncate,
-            compute_dtype=jnp.float32,
+            compute=Compute(),
         )
     )
 
@@ -94,7 +94,7 @@ def test_greedy_equals_transformers_on_smollm2(smollm2):
     golden = json.loads((pathlib.Path(__file__).parent / "golden" / "greedy.json").read_text())
     config, params = models.load(smollm2)
     settings = generate_settings(temperature=0.0, max_new_tokens=golden["new_tokens"], batch_size=16, prompt_bucket=64)
-    sampler = make_sampler(config, settings, tuple(golden["stop_ids"]), jnp.float32)
+    sampler = make_sampler(config, settings, tuple(golden["stop_ids"]), Compute())
     asked = [Prompt(row, np.array(tokens, np.int32)) for row, tokens in enumerate(golden["prompts"])]
     answers = generate(sampler, params, asked, settings, seed=SEED, iteration=0, mesh=one_device())
     for answer, tokens in zip(answers, golden["responses"], strict=True):
@@ -260,7 +260,7 @@ def generate_settings(**changes) -> ConfigDict:
 @functools.cache
 def tiny_sampler():
     """One for all tests: top_p=0.9 in its settings only makes it look at top-p."""
-    return make_sampler(tiny.CONFIG, generate_settings(top_p=0.9), (3, 5), jnp.float32)
+    return make_sampler(tiny.CONFIG, generate_settings(top_p=0.9), (3, 5), Compute())
 
 
 def asked() -> list[Prompt]:
@@ -323,7 +323,7 @@ def test_only_what_is_missing_is_drawn_again(tmp_path):
 
 
 def test_one_program_a_width_whatever_is_asked():
-    sampler = make_sampler(tiny.CONFIG, generate_settings(top_p=0.9), (3,), jnp.float32)
+    sampler = make_sampler(tiny.CONFIG, generate_settings(top_p=0.9), (3,), Compute())
     answer(asked(), sampler)
     for changes in ({"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.5}, {"top_k": 3}):
         answer([dataclasses.replace(prompt, row=prompt.row + 50) for prompt in asked()[3:]], sampler, **changes)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spin_jax import sharding
 from spin_jax.batches import Padding, pair_batch
 from spin_jax.errors import UserError
-from spin_jax.logprobs import Compute
+from spin_jax.models import Compute, param_shardings
 from spin_jax.sampling import Decoding, row_keys, sample
 from spin_jax.score import with_scores
 from spin_jax.step import init_state, make_optimizer, make_step, spin_objective, state_shardings
@@ -29,7 +29,7 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
 
 
 def sharded_params(mesh: Mesh) -> dict:
-    return jax.device_put(tiny.host_params(), sharding.param_shardings(mesh, tiny.CONFIG))
+    return jax.device_put(tiny.host_params(), param_shardings(mesh, tiny.CONFIG))
 
 
 def optimizer() -> optax.GradientTransformation:
@@ -76,7 +76,7 @@ def test_training_moved_the_params_far_beyond_that_tolerance():
 
 
 draw = jax.jit(
-    functools.partial(sample, tiny.CONFIG, max_new_tokens=8, stop_ids=(3, 9), truncate=False, compute_dtype=jnp.float32)
+    functools.partial(sample, tiny.CONFIG, max_new_tokens=8, stop_ids=(3, 9), truncate=False, compute=Compute())
 )
 
 
@@ -107,7 +107,7 @@ def test_optimizer_moments_live_beside_their_params():
     params = sharded_params(mesh)
     for name in ("rmsprop", "adamw"):
         shardings = state_shardings(make_optimizer(name, optax.constant_schedule(1e-3), 1.0, 0.0), params)
-        assert shardings.params == sharding.param_shardings(mesh, tiny.CONFIG)
+        assert shardings.params == param_shardings(mesh, tiny.CONFIG)
         for moment in ("nu",) if name == "rmsprop" else ("mu", "nu"):
             assert optax.tree.get(shardings.opt_state, moment) == shardings.params
         scalars = {shardings.step, shardings.healthy, optax.tree.get_all_with_path(shardings.opt_state, "count")[0][1]}
@@ -148,7 +148,7 @@ def test_a_mesh_that_is_not_all_devices_is_refused_with_some_that_are(sizes):
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused():
     with pytest.raises(UserError, match=r"config\.mesh\.tensor=4 does not divide the model's kv_heads axis of 2"):
-        sharding.param_shardings(mesh_of(1, 2, 4), tiny.CONFIG)
+        param_shardings(mesh_of(1, 2, 4), tiny.CONFIG)
 
 
 def test_a_batch_that_does_not_split_is_refused_with_a_size_that_does():

@@ -14,8 +14,8 @@ import pytest
 import tiny
 
 from spin_jax.batches import Padding, pair_batch, sft_batch
-from spin_jax.logprobs import Compute
 from spin_jax.losses import LOSSES
+from spin_jax.models import Compute
 from spin_jax.score import with_scores
 from spin_jax.step import (
     PairBatch,

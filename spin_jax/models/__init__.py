@@ -1,9 +1,9 @@
 """The Llama family: configs, pure functions on params, Hugging Face directories in and out."""
 
+from spin_jax.models.compute import REMAT_POLICIES, Compute
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.huggingface import load, read_config, resolve, save
 from spin_jax.models.llama import (
-    REMAT_POLICIES,
     abstract_params,
     flops_per_token,
     for_compute,
@@ -12,12 +12,14 @@ from spin_jax.models.llama import (
     init_params,
     logical_axes,
     num_params,
+    param_shardings,
     unembed,
     unembed_flops,
 )
 
 __all__ = [
     "REMAT_POLICIES",
+    "Compute",
     "ModelConfig",
     "abstract_params",
     "flops_per_token",
@@ -28,6 +30,7 @@ __all__ = [
     "load",
     "logical_axes",
     "num_params",
+    "param_shardings",
     "read_config",
     "resolve",
     "save",

@@ -10,23 +10,18 @@ L layers.
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from spin_jax.models.attention import attend, attention_mask, causal_attention
+from spin_jax.models.compute import GATE, QKV, REMAT_POLICIES, UP, Compute, kept, project, swiglu, written
 from spin_jax.models.config import Llama3RopeScaling, ModelConfig
-
-# What the backward pass finds in memory; the rest of a layer is computed again.
-REMAT_POLICIES: dict[str, Callable | None] = {
-    # Every intermediate of every layer: most memory, no second forward pass.
-    "none": None,
-    # Only each layer's input [B, T, D]: least memory, a second forward pass.
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # The outputs of the weight matmuls, but not the attention scores [B, N, T, S]: recomputes what is cheap in FLOPs.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+from spin_jax.sharding import constrain, tree_shardings
 
 _normal = nnx.initializers.normal(0.02)
 _zeros = nnx.initializers.zeros_init()
@@ -39,21 +34,40 @@ def _param(rngs: nnx.Rngs, dtype: jnp.dtype, init: Callable, *axes: tuple[str | 
     return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=names)
 
 
+def _project(expression: str, x: jax.Array, param: nnx.Param, compute: Compute) -> jax.Array:
+    return project(expression, x, param[...], param.get_metadata("logical_axes"), compute, x.dtype)
+
+
+class Tokens(NamedTuple):
+    """Where the tokens of a call stand.
+
+    Attributes:
+        positions_BT: int32, the place of each in its row; [1, T] where all rows have the same.
+        rope: the (cos, sin) of `rope_tables`.
+        mask_BTS: which cache slots each sees; None without a cache, where rows see themselves.
+    """
+
+    positions_BT: jax.Array
+    rope: tuple[jax.Array, jax.Array]
+    mask_BTS: jax.Array | None
+
+
 class Embedding(nnx.Module):
     """Token ids to vectors; the transpose of the unembedding where the two are tied."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.embedding = _param(rngs, dtype, _normal, ("vocab", config.vocab_size), ("embed", config.hidden_size))
 
-    def __call__(self, tokens_BT: jax.Array, compute_dtype: jnp.dtype) -> jax.Array:
-        return self.embedding[...][tokens_BT].astype(compute_dtype)
+    def __call__(self, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
+        # Each device looks its part of the vectors up for all rows, and then they are swapped for all parts of its own
+        # rows: neither the table nor its gradient, which is summed in the table's f32, ever travels.
+        tokens_BT = constrain(tokens_BT, compute.mesh, None, None)
+        x_BTD = constrain(self.embedding[...][tokens_BT], compute.mesh, None, None, "embed").astype(compute.dtype)
+        return constrain(x_BTD, compute.mesh, "rows", "sequence", None)
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions.
-
-    Called with `rope`, the (cos, sin) of `rope_tables`, and `write_at`, the (layer, positions_BT) to write `cache` at.
-    """
+    """Grouped-query self-attention with rotary positions; with a cache, of the tokens to the slots of layer `index`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.config = config
@@ -73,12 +87,12 @@ class Attention(nnx.Module):
             self.k_norm = param(_ones, head_dim)
 
     def __call__(
-        self, x_BTD: jax.Array, rope: tuple, mask_BTS: jax.Array, cache: dict | None, write_at: tuple
+        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array, compute: Compute
     ) -> tuple[jax.Array, dict | None]:
         dtype, config = x_BTD.dtype, self.config
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q[...].astype(dtype))
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k[...].astype(dtype))
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v[...].astype(dtype))
+        q_BTNH = _project("BTD,DNH->BTNH", x_BTD, self.q, compute)
+        k_BTKH = _project("BTD,DKH->BTKH", x_BTD, self.k, compute)
+        v_BTKH = _project("BTD,DKH->BTKH", x_BTD, self.v, compute)
         if config.qkv_bias:
             q_BTNH += self.q_bias[...].astype(dtype)[None, None]
             k_BTKH += self.k_bias[...].astype(dtype)[None, None]
@@ -86,14 +100,20 @@ class Attention(nnx.Module):
         if config.qk_norm:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], config.rms_norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], config.rms_norm_eps)
-        q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
-        k_BSKH, v_BSKH = k_BTKH, v_BTKH
-        if cache is not None:
-            cache = {"k": _write(cache["k"], k_BTKH, *write_at), "v": _write(cache["v"], v_BTKH, *write_at)}
-            k_BSKH = jax.lax.dynamic_index_in_dim(cache["k"], write_at[0], keepdims=False).astype(dtype)
-            v_BSKH = jax.lax.dynamic_index_in_dim(cache["v"], write_at[0], keepdims=False).astype(dtype)
-        attended_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
-        return jnp.einsum("BTNH,NHD->BTD", attended_BTNH, self.o[...].astype(dtype)), cache
+        q_BTNH, k_BTKH = apply_rope(q_BTNH, *tokens.rope), apply_rope(k_BTKH, *tokens.rope)
+        if cache is None:
+            q_BTNH, k_BTKH, v_BTKH = (kept(x, QKV) for x in (q_BTNH, k_BTKH, v_BTKH))
+            attended_BTNH = causal_attention(
+                q_BTNH, k_BTKH, v_BTKH, sliding_window=config.sliding_window, kernel=compute.kernel
+            )
+        else:
+            cache = {
+                name: _write(cache[name], new_BTKH, index, tokens.positions_BT)
+                for name, new_BTKH in (("k", k_BTKH), ("v", v_BTKH))
+            }
+            k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[name], index, keepdims=False) for name in ("k", "v"))
+            attended_BTNH = attend(q_BTNH, k_BSKH.astype(dtype), v_BSKH.astype(dtype), tokens.mask_BTS)
+        return _project("BTNH,NHD->BTD", attended_BTNH, self.o, compute), cache
 
 
 class MLP(nnx.Module):
@@ -106,10 +126,10 @@ class MLP(nnx.Module):
         self.up = param(_normal, embed, mlp)
         self.down = param(_normal, mlp, embed)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...].astype(x_BTD.dtype))
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...].astype(x_BTD.dtype))
-        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down[...].astype(x_BTD.dtype))
+    def __call__(self, x_BTD: jax.Array, compute: Compute) -> jax.Array:
+        gate_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.gate, compute), GATE)
+        up_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.up, compute), UP)
+        return _project("BTF,FD->BTD", written(swiglu(gate_BTF, up_BTF)), self.down, compute)
 
 
 class DecoderLayer(nnx.Module):
@@ -123,15 +143,20 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x_BTD: jax.Array, rope: tuple, mask_BTS: jax.Array, cache: dict | None, write_at: tuple
+        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array, compute: Compute
     ) -> tuple[jax.Array, dict | None]:
         with jax.named_scope("attention"):
-            normed_BTD = rms_norm(x_BTD, self.attention_norm[...], self.eps)
-            attended_BTD, cache = self.attention(normed_BTD, rope, mask_BTS, cache, write_at)
-            x_BTD += attended_BTD
+            attended_BTD, cache = self.attention(
+                self._normed(x_BTD, self.attention_norm, compute), tokens, cache, index, compute
+            )
+            x_BTD = constrain(x_BTD + attended_BTD, compute.mesh, "rows", "sequence", None)
         with jax.named_scope("mlp"):
-            x_BTD += self.mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps))
-        return x_BTD, cache
+            x_BTD += written(self.mlp(self._normed(x_BTD, self.mlp_norm, compute), compute))
+            return constrain(x_BTD, compute.mesh, "rows", "sequence", None), cache
+
+    def _normed(self, x_BTD: jax.Array, scale: nnx.Param, compute: Compute) -> jax.Array:
+        # Whole along the sequence again, once for all the matmuls that read it.
+        return written(constrain(rms_norm(x_BTD, scale[...], self.eps), compute.mesh, "rows", None, None))
 
 
 class Llama(nnx.Module):
@@ -147,24 +172,25 @@ class Llama(nnx.Module):
             self.lm_head = _param(rngs, dtype, _normal, ("embed", config.hidden_size), ("vocab", config.vocab_size))
 
     def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: dict | None, compute_dtype: jnp.dtype, remat: str
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: dict | None, compute: Compute
     ) -> tuple[jax.Array, dict | None]:
-        config = self.config
-        rope = rope_tables(config, positions_BT)
-        keys_BS = positions_BT if cache is None else jnp.arange(cache["k"].shape[2], dtype=jnp.int32)[None]
-        mask_BTS = attention_mask(positions_BT, keys_BS, config.sliding_window)
+        config, mask_BTS = self.config, None
+        if cache is not None:
+            slots_1S = jnp.arange(cache["k"].shape[2], dtype=jnp.int32)[None]
+            mask_BTS = attention_mask(positions_BT, slots_1S, config.sliding_window)
+        tokens = Tokens(positions_BT, rope_tables(config, positions_BT), mask_BTS)
         layer_def, stacked_layers = nnx.split(self.layers)
 
         def apply_layer(carry: tuple, indexed_layer: tuple) -> tuple[tuple, None]:
             x_BTD, cache = carry
             index, layer = indexed_layer
-            return nnx.merge(layer_def, layer)(x_BTD, rope, mask_BTS, cache, (index, positions_BT)), None
+            return nnx.merge(layer_def, layer)(x_BTD, tokens, cache, index, compute), None
 
-        if remat != "none":
+        if compute.remat != "none":
             # Inside a scan there is nothing to eliminate a recomputation against, so no barrier is needed.
-            apply_layer = jax.checkpoint(apply_layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+            apply_layer = jax.checkpoint(apply_layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
         with jax.named_scope("embed"):
-            x_BTD = self.embed(tokens_BT, compute_dtype)
+            x_BTD = self.embed(tokens_BT, compute)
         # The cache is carried, not scanned over: a scan would stack each layer's slice into a new copy of the whole.
         indices_L = jnp.arange(config.num_layers, dtype=jnp.int32)
         (x_BTD, cache), _ = jax.lax.scan(apply_layer, (x_BTD, cache), (indices_L, stacked_layers))
@@ -196,34 +222,25 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of every rotation's angle, each f32 [B, T, 1, H/2]."""
-    angles = positions_BT[..., None, None].astype(jnp.float32) * rope_frequencies(config)[None, None, None]
+    """(cos, sin) of the angle that each of the H numbers of a head is turned by, each f32 [B, T, 1, H]."""
+    frequencies_H = np.tile(rope_frequencies(config), 2)
+    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies_H[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + H/2}), Hugging Face's pairing, in f32 (arXiv 2104.09864)."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    """Rotates the pairs (x_i, x_{i + H/2}), Hugging Face's pairing, in f32 (arXiv 2104.09864).
 
-
-def attention_mask(queries_BT: jax.Array, keys_BS: jax.Array, sliding_window: int | None) -> jax.Array:
-    """True where a query's position may see a key's, bool [B, T, S]: not ahead, nor further back than the window."""
-    distance_BTS = queries_BT[:, :, None] - keys_BS[:, None, :]
-    mask_BTS = distance_BTS >= 0
-    return mask_BTS if sliding_window is None else mask_BTS & (distance_BTS < sliding_window)
-
-
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """softmax(q k / sqrt(H)) v, [B, T, N, H]. Each of the K key heads serves G query heads without being repeated."""
-    batch, length, heads, head_dim = q_BTNH.shape
-    q_BTKGH = q_BTNH.reshape(batch, length, k_BSKH.shape[2], -1, head_dim)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores_BKGTS = scores_BKGTS * head_dim**-0.5
-    # A finite minimum: a query that sees nothing (beyond its cache) gives numbers nobody reads, not NaNs that spread.
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(batch, length, heads, head_dim)
+    That is x cos + x' sin with x' = (-second half, first half). x' comes from a product with a signed permutation,
+    which is exact: half a vector is half a register on a TPU, and to cut there and concatenate takes four times as
+    long.
+    """
+    half = x_BTNH.shape[-1] // 2
+    turn_HH = np.zeros((2 * half, 2 * half))
+    turn_HH[np.arange(half) + half, np.arange(half)] = -1
+    turn_HH[np.arange(half), np.arange(half) + half] = 1
+    turned_BTNH = jnp.einsum("BTNH,HI->BTNI", x_BTNH, jnp.asarray(turn_HH, x_BTNH.dtype), precision="highest")
+    return (x_BTNH.astype(jnp.float32) * cos + turned_BTNH.astype(jnp.float32) * sin).astype(x_BTNH.dtype)
 
 
 def _write(cache_LBSKH: jax.Array, new_BTKH: jax.Array, layer: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -253,34 +270,35 @@ def forward(
     positions_BT: jax.Array | None = None,
     cache: dict | None = None,
     *,
-    compute_dtype: jnp.dtype = jnp.float32,
-    remat: str = "none",
+    compute: Compute = Compute(),  # noqa: B008, frozen
 ) -> tuple[jax.Array, dict | None]:
     """Runs the decoder up to and including its final norm; `unembed` turns the result into logits.
 
     Args:
-        params: nested dict as `init_params` returns it. Matmuls run in `compute_dtype`, each layer cast as it is
+        params: nested dict as `init_params` returns it. Matmuls run in `compute.dtype`, each layer cast as it is
             reached; norms, rotations and softmax run in f32 whatever the dtypes.
         tokens_BT: int32. Rows are padded on the right, where causality keeps the padding from the tokens.
-        positions_BT: int32, the place of each token in its row; 0, 1, ... if None.
+        positions_BT: int32, the place of each token in its row; 0, 1, ... if None. Only with a cache.
         cache: keys and values of earlier calls, from `init_cache`. A token's slot is its position: its key and value
             are written there, and it sees the slots up to its own. What lies in later slots does not matter.
-        remat: a key of REMAT_POLICIES.
 
     Returns:
-        Hidden states [B, T, D] in `compute_dtype`, and the cache with this call's keys and values (None if none came).
+        Hidden states [B, T, D] in `compute.dtype`, and the cache with this call's keys and values (None if none came).
     """
     if positions_BT is None:
         positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     model = nnx.merge(_split_abstract(config)[0], params)
-    return model(tokens_BT, positions_BT, cache, compute_dtype, remat)
+    return model(tokens_BT, positions_BT, cache, compute)
 
 
-def unembed(config: ModelConfig, params: dict, hidden_XD: jax.Array) -> jax.Array:
-    """Logits, f32 [..., V], of final-normed hidden states [..., D]; the matmul runs in the dtype of `hidden_XD`."""
-    weights = params["embed"]["embedding"] if config.tie_embeddings else params["lm_head"]
-    spec = "...D,VD->...V" if config.tie_embeddings else "...D,DV->...V"
-    return jnp.einsum(spec, hidden_XD, weights.astype(hidden_XD.dtype), preferred_element_type=jnp.float32)
+def unembed(config: ModelConfig, params: dict, hidden_XD: jax.Array, compute: Compute = Compute()) -> jax.Array:  # noqa: B008
+    """Logits, f32 [..., V], of final-normed hidden states [B, D] or [B, T, D]; the matmul runs in their dtype."""
+    leading = "BT"[: hidden_XD.ndim - 1]
+    if config.tie_embeddings:
+        expression, weights, axes = f"{leading}D,VD->{leading}V", params["embed"]["embedding"], ("vocab", "embed")
+    else:
+        expression, weights, axes = f"{leading}D,DV->{leading}V", params["lm_head"], ("embed", "vocab")
+    return project(expression, hidden_XD, weights, axes, compute, jnp.float32)
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> dict:
@@ -311,10 +329,11 @@ def for_compute(params: dict, dtype: jnp.dtype) -> dict:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> dict:
-    """An empty cache {"k", "v"}: each [L, batch, slots, K, H]."""
+def init_cache(config: ModelConfig, batch: int, slots: int, compute: Compute = Compute()) -> dict:  # noqa: B008
+    """An empty cache {"k", "v"} in the compute dtype: each [L, batch, slots, K, H]."""
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    axes = ("layers", "rows", None, "kv_heads", "head_dim")
+    return {name: constrain(jnp.zeros(shape, compute.dtype), compute.mesh, *axes) for name in ("k", "v")}
 
 
 @functools.cache
@@ -340,6 +359,15 @@ def logical_axes(config: ModelConfig) -> dict:
     # A DecoderLayer names the axes of one layer; stacking put one more in front.
     is_names = lambda x: isinstance(x, tuple)  # noqa: E731
     return axes | {"layers": jax.tree.map(lambda names: ("layers", *names), axes["layers"], is_leaf=is_names)}
+
+
+def param_shardings(mesh: Mesh, config: ModelConfig) -> dict:
+    """The NamedSharding of every param on a mesh of `spin_jax.sharding`, as a tree like the params.
+
+    Raises:
+        UserError: a mesh axis does not divide the model's axis it splits.
+    """
+    return tree_shardings(mesh, abstract_params(config), logical_axes(config))
 
 
 def num_params(config: ModelConfig) -> int:

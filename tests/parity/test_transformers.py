@@ -144,7 +144,7 @@ def test_greedy_decoding_with_our_cache_is_theirs_with_theirs(assets):
     expected = theirs.generate(torch.from_numpy(prompt_BT).long(), max_new_tokens=60, do_sample=False)[0].tolist()
 
     step = jax.jit(lambda tokens, positions, cache: models.forward(config, params, tokens, positions, cache))
-    cache = models.init_cache(config, 1, 80, jnp.float32)
+    cache = models.init_cache(config, 1, 80)
     hidden_BTD, cache = models.forward(config, params, prompt_BT, cache=cache)
     tokens = prompt_BT[0].tolist()
     while len(tokens) < len(expected):

@@ -1,0 +1,121 @@
+"""How a model is computed: precision, kernels, what is kept for the backward pass, where arrays lie.
+
+None of it changes the result but by rounding.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from spin_jax.models.attention import SPLASH_RESIDUALS, Kernel
+from spin_jax.sharding import constrain
+
+# Arrays of a layer that a remat policy may keep, by name.
+QKV, GATE, UP = "qkv", "gate", "up"
+
+_save = jax.checkpoint_policies.save_only_these_names
+# What the backward pass finds in memory; the rest of a layer is computed again. In brackets: numbers a token and layer.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    # Every intermediate: no second forward pass.
+    "none": None,
+    # The layer's input alone [D]: a second forward pass, but for its last matmul.
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # Rotated queries and keys, and values [+ (N + 2K) H]: spares their projections.
+    "qkv": _save(QKV),
+    # And the attention kernel's result [+ N H]: spares the kernel's second forward run.
+    "attention": _save(QKV, SPLASH_RESIDUALS),
+    # And the MLP's gate [+ F], and both its halves [+ 2F]: each spares one of the three large matmuls.
+    "gate": _save(QKV, SPLASH_RESIDUALS, GATE),
+    "mlp": _save(QKV, SPLASH_RESIDUALS, GATE, UP),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Hashable, hence static under `jax.jit`.
+
+    Attributes:
+        dtype: of matmuls and activations; norms, softmax, log-probs and gradients of params are f32 always.
+        remat: name in REMAT_POLICIES.
+        logits_chunk: response positions whose logits are held at a time; 0 is all.
+        kernel: of attention; None is plain jax.numpy.
+        mesh: the devices of params and activations; None on a single one.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "full"
+    logits_chunk: int = 0
+    kernel: Kernel | None = None
+    mesh: Mesh | None = None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def project(
+    expression: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], compute: Compute, out_dtype: jnp.dtype
+) -> jax.Array:
+    """einsum(expression, x, w) with FSDP said out loud, because the partitioner left alone does something else.
+
+    Forward: the shards of w are cast first and gathered then, half the bytes, whole, so that the matmul is one (left
+    alone, XLA makes it a loop over pieces that adds up in bfloat16). Backward: dw is summed over tokens and devices in
+    f32, whatever the dtype of w's copy, and each device keeps its shard.
+
+    Args:
+        expression: such as "BTD,DF->BTF".
+        x: in the compute dtype.
+        w: a param, sharded.
+        axes: of w, their logical names.
+        out_dtype: of the result; dx is computed in x's dtype in any case.
+    """
+    return jnp.einsum(expression, x, _gathered(w, x.dtype, axes, compute.mesh), preferred_element_type=out_dtype)
+
+
+def _gathered(w: jax.Array, dtype: jnp.dtype, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
+    return constrain(w.astype(dtype), mesh, *(None if axis == "embed" else axis for axis in axes))
+
+
+def _project_forward(expression, x, w, axes, compute, out_dtype):
+    return project(expression, x, w, axes, compute, out_dtype), (x, w)
+
+
+def _project_backward(expression, axes, compute, out_dtype, residuals, dy):
+    del out_dtype
+    (x, w), (inputs, y_axes) = residuals, expression.split("->")
+    x_axes, w_axes = inputs.split(",")
+    dy = dy.astype(x.dtype)
+    dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, _gathered(w, x.dtype, axes, compute.mesh))
+    dw = jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy, preferred_element_type=jnp.float32)
+    return dx, constrain(dw, compute.mesh, *axes).astype(w.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up. Its derivative is computed once and written down: left alone, the TPU compiler computes it
+    anew inside each of the five matmuls that read it, and these matmuls take half as long again."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(residuals, dy):
+    gate, up, dy = jax.lax.optimization_barrier((*residuals, dy))
+    _, vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+    return jax.lax.optimization_barrier(vjp(dy))
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
+
+
+def written(x: jax.Array) -> jax.Array:
+    """x, in memory: neither it nor its cotangent is fused into the matmuls beside it, whose tiles shrink otherwise."""
+    return jax.lax.optimization_barrier(x)
+
+
+def kept(x: jax.Array, name: str) -> jax.Array:
+    """x, under a name that a remat policy may keep."""
+    return checkpoint_name(x, name)

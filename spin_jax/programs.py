@@ -1,0 +1,231 @@
+"""Every jitted program of a run: made here for the stages that run them, and listed for those who compile them ahead.
+
+One function a program, cached, so that the same program is not compiled twice; `make_programs` gives each with the
+shapes that a config's run calls it with.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from spin_jax import sharding
+from spin_jax.config import at_iteration
+from spin_jax.models import (
+    Compute,
+    ModelConfig,
+    abstract_params,
+    flops_per_token,
+    for_compute,
+    param_shardings,
+    unembed_flops,
+)
+from spin_jax.models.attention import choose_kernel
+from spin_jax.sampling import Decoding, row_keys, sample
+from spin_jax.step import (
+    Objective,
+    PairBatch,
+    TrainState,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_step,
+    pair_logprobs,
+    spin_objective,
+    state_shardings,
+)
+from spin_jax.xla import xla_options
+
+FORWARD_AND_BACKWARD = 3  # a backward pass is two matmuls for each of the forward
+
+
+def make_compute(settings: ConfigDict, model: ModelConfig, mesh: Mesh) -> Compute:
+    """How `config.model` says that training computes on a mesh; "auto" is what its devices are best at.
+
+    Raises:
+        UserError: the attention kernel that was asked for cannot run.
+    """
+    name = settings.compute_dtype
+    if name == "auto":  # matmuls gain from 16 bits on TPU and GPU
+        name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    dtype = jnp.dtype(name)
+    rows, heads = sharding.RULES["rows"], sharding.RULES["heads"]
+    kernel = choose_kernel(settings.attention, mesh, rows, heads, head_dim=model.head_dim, dtype=dtype)
+    return Compute(dtype, settings.remat, settings.logits_chunk, kernel, mesh)
+
+
+def make_decode_compute(compute: Compute, settings: ConfigDict, model: ModelConfig) -> Compute:
+    """The same for sampling, on the decode mesh; `settings` are those of `config.mesh`."""
+    mesh = sharding.decode_mesh(compute.mesh, settings.decode_tensor, model.num_kv_heads)
+    return dataclasses.replace(compute, kernel=None, mesh=mesh)
+
+
+@functools.cache
+def make_resharding(model: ModelConfig, compute: Compute) -> Callable:
+    """params -> a copy in the compute dtype, laid out for `compute.mesh`: once an iteration, not once a decode step."""
+    shardings = param_shardings(compute.mesh, model)
+    return _jit(compute.mesh, functools.partial(for_compute, dtype=compute.dtype), out_shardings=shardings)
+
+
+def make_sampler(model: ModelConfig, settings: ConfigDict, stop_ids: tuple[int, ...], compute: Compute) -> Callable:
+    """(params, prompts_BP, prompt_lengths_B, keys_B, decoding) -> Responses of `config.generate`: prefill, then the
+    decode loop, in one program, so that the cache is never stored twice."""
+    return _sampler(model, settings.max_new_tokens, stop_ids, settings.top_p < 1 or settings.top_k > 0, compute)
+
+
+@functools.cache
+def _sampler(model: ModelConfig, max_new_tokens: int, stop_ids: tuple[int, ...], truncate: bool, compute: Compute):
+    static = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "truncate": truncate, "compute": compute}
+    return _jit(compute.mesh, functools.partial(sample, model, **static))
+
+
+@functools.cache
+def make_scorer(model: ModelConfig, compute: Compute) -> Callable:
+    """(params, batch) -> log-probs of both responses of each pair; the very function that training differentiates."""
+    return _jit(compute.mesh, lambda params, batch: pair_logprobs(model, params, batch, compute))
+
+
+def make_training(
+    objective: Objective, optimizer: optax.GradientTransformation, micro_batches: int, params: dict, mesh: Mesh
+) -> tuple[Callable, Callable]:
+    """The jitted (init: params -> state, step: (state, opponent, batch) -> (state, metrics)); both donate their first.
+
+    Args:
+        params: arrays or jax.ShapeDtypeStructs, with their shardings.
+    """
+    shardings = state_shardings(optimizer, params)
+    init = functools.partial(init_state, optimizer=optimizer)
+    step = make_step(objective, optimizer, micro_batches)
+    return (
+        _jit(mesh, init, donate_argnums=0, out_shardings=shardings),
+        _jit(mesh, step, donate_argnums=0, out_shardings=(shardings, None)),
+    )
+
+
+def _jit(mesh: Mesh, function: Callable, **options) -> Callable:
+    return jax.jit(function, compiler_options=xla_options(mesh), **options)
+
+
+# ---- the same, for compiling ahead of time
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function with what a run calls it with.
+
+    Attributes:
+        name: such as "train step".
+        jitted: the result of `jax.jit`.
+        args: trees of jax.ShapeDtypeStruct with NamedShardings.
+        kinds: what they are, in a word each: "params", "optimizer", "batch", ...; a tree that is a prefix of `args`.
+        beside: by kind, trees of the same sort: what else the devices hold while it runs.
+        model_flops: that the algorithm asks for, of the whole batch; 0 for programs that compute nothing to speak of.
+    """
+
+    name: str
+    jitted: Callable
+    args: tuple
+    kinds: tuple
+    beside: Mapping[str, Any]
+    model_flops: float
+
+
+def make_programs(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]) -> list[Program]:
+    """The programs of an iteration of a config's run, with the largest shapes it calls them with, in order.
+
+    Raises:
+        UserError: config, model and devices do not go together.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    compute = make_compute(config.model, model, mesh)
+    decode = make_decode_compute(compute, config.mesh, model)
+    per_step = config.train.batch_size // config.train.micro_batches
+    sharding.check_batch(mesh, "config.train.batch_size / config.train.micro_batches", per_step)
+    sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
+    params = _located(abstract_params(model), param_shardings(mesh, model))
+    return _sampling_programs(config, model, decode, params) + _training_programs(config, model, compute, params)
+
+
+def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute, params: dict) -> list[Program]:
+    settings = config.generate
+    bucket, rows, cap = settings.prompt_bucket, settings.batch_size, settings.max_new_tokens
+    width = -(-config.data.max_prompt_length // bucket) * bucket
+    copy = _located(_in_compute_dtype(params, compute), param_shardings(compute.mesh, model))
+    shapes = jax.eval_shape(
+        lambda: (jnp.zeros((rows, width), jnp.int32), jnp.zeros(rows, jnp.int32), row_keys(0, 0, jnp.zeros(rows, int)))
+    )
+    batch = _located(shapes, sharding.batch_sharding(compute.mesh))
+    decoding = Decoding(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32)))
+    sampler = make_sampler(model, settings, (model.vocab_size - 1,), compute)
+    # The prompt fills the cache; then token after token is drawn, each seeing those before it.
+    prefill = width * flops_per_token(model, (width + 1) / 2)
+    drawn = cap * (flops_per_token(model, width + (cap + 1) / 2) + unembed_flops(model))
+    kinds = ("sampling params", "batch", "batch", "batch", "batch")
+    return [
+        Program("resharding", make_resharding(model, compute), (params,), ("params",), {}, 0.0),
+        Program("sampling", sampler, (copy, *batch, decoding), kinds, {"params": params}, rows * (prefill + drawn)),
+    ]
+
+
+def _training_programs(config: ConfigDict, model: ModelConfig, compute: Compute, params: dict) -> list[Program]:
+    train = config.train
+    schedule = learning_rate_schedule(at_iteration(train.learning_rate, 0), 1000, train.warmup_ratio)
+    optimizer = make_optimizer(train.optimizer, schedule, train.clip_norm, train.weight_decay)
+    objective = spin_objective(model, compute, config.spin.loss, at_iteration(config.spin.beta, 0))
+    init, step = make_training(objective, optimizer, train.micro_batches, params, compute.mesh)
+    shapes = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params)
+    state = _located(shapes, state_shardings(optimizer, params))
+    opponent, passes = None, FORWARD_AND_BACKWARD
+    if config.spin.opponent == "live":
+        opponent = _located(_in_compute_dtype(params, compute), param_shardings(compute.mesh, model))
+        passes += 1
+    batch = _pair_batch(compute.mesh, train.batch_size, config.data.max_length)
+    pairs = train.batch_size // train.micro_batches
+    part = _pair_batch(compute.mesh, pairs, config.data.max_length)
+    length = config.data.max_length
+    per_pair = 2 * length * (flops_per_token(model, (length + 1) / 2) + unembed_flops(model))
+    scoring = make_scorer(model, compute)
+    kinds = (TrainState("optimizer", "params", "optimizer", "optimizer"), "opponent", "batch")
+    return [
+        Program(
+            "scoring",
+            scoring,
+            (params, part),
+            ("params", "batch"),
+            {},
+            train.batch_size // train.micro_batches * per_pair,
+        ),
+        Program("optimizer init", init, (params,), ("params",), {}, 0.0),
+        Program(
+            "train step",
+            step,
+            (state, opponent, batch),
+            kinds,
+            {"next batch": batch},
+            passes * train.batch_size * per_pair,
+        ),
+    ]
+
+
+def _in_compute_dtype(params: dict, compute: Compute) -> dict:
+    return jax.eval_shape(functools.partial(for_compute, dtype=compute.dtype), params)
+
+
+def _pair_batch(mesh: Mesh, pairs: int, length: int) -> PairBatch:
+    """The longest batch of so many pairs."""
+    rows, lengths = ((pairs, 2, length), jnp.int32), ((pairs, 2), jnp.int32)
+    shapes = PairBatch(rows, ((pairs,), jnp.int32), rows, lengths, ((pairs, 2), jnp.float32))
+    return PairBatch(*(_located(jax.ShapeDtypeStruct(*shape), sharding.batch_sharding(mesh)) for shape in shapes))
+
+
+def _located(shapes, shardings):
+    """ShapeDtypeStructs with shardings; one sharding serves all of a tree."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -1,0 +1,39 @@
+"""What XLA is told beside the program, per platform: all flags are here, each with its reason.
+
+They go with each program (`jax.jit(..., compiler_options=...)`), not into the environment: a run, a notebook and the
+compile check then compile the same thing.
+"""
+
+import jax
+from jax.sharding import Mesh
+
+# Every TPU.
+_TPU: dict[str, bool | int] = {
+    # Else the partitioner makes a matmul with sharded weights a loop over pieces ("windowed einsum"): smaller matmuls,
+    # sums in bfloat16, thousands of permutes a step.
+    "xla_tpu_enable_windowed_einsum_for_all_gather": False,
+    "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
+}
+
+# By jax.Device.device_kind.
+_TPU_GENERATIONS: dict[str, dict[str, bool | int]] = {
+    "TPU v5 lite": {
+        # Weights are gathered behind matmuls by default. The sums of gradients need to be asked, and so does hiding
+        # either behind anything that is no matmul: the first weight of a layer has only its norm to hide behind.
+        "xla_enable_async_all_reduce": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,
+        "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
+        # Vector memory of one fusion, of 128 MiB: with the default of 16 the tiles of a 7B model's matmuls are so small
+        # that they wait for memory.
+        "xla_tpu_scoped_vmem_limit_kib": 32768,
+    },
+}
+
+
+def xla_options(mesh: Mesh | None) -> dict[str, bool | int] | None:
+    """The compiler options for programs on a mesh's devices; None where the defaults serve."""
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+    if device.platform != "tpu":
+        return None
+    return _TPU | _TPU_GENERATIONS.get(device.device_kind, {})
