@@ -6,13 +6,25 @@
 The argument names the slice (see spin_jax/slices.py). Where the paper and the released code differ this follows the
 paper, and with ",code" the code: rows of 1,024 tokens instead of 2,048, and greedy responses instead of sampled ones.
 Expected, Open LLM Leaderboard average over six tasks (the paper's table 2): SFT 58.14, then 60.80, 62.12, 62.97, 63.16.
-Not run by us: it needs eight accelerators. Slices of several hosts (v4-32, v5e-16, ...) are named already, but one
-process is all that is supported so far.
+Not run by us: it needs eight accelerators. What it needs and does on each TPU slice, by the compiler:
+docs/compile_check.md.
 """
 
 from spin_jax.config import base_config
 from spin_jax.errors import UserError
 from spin_jax.slices import use_slice
+
+# slice -> (model.remat, train.micro_batches), for rows of 2,048 tokens and, half of that, the code's 1,024: the most
+# that the compile check finds to fit. More kept is less computed again; more micro-batches gather the weights more often.
+MEMORY = {
+    "v4-32": {"": ("qkv", 1), "code": ("gate", 1)},
+    "v5e-16": {"": ("full", 2), "code": ("qkv", 1)},
+    "v5e-64": {"": ("attention", 1), "code": ("gate", 1)},
+    "v5e-256": {"": ("attention", 1), "code": ("gate", 1)},
+    "v5p-8": {"": ("qkv", 1), "code": ("gate", 1)},
+    "v5p-32": {"": ("mlp", 1), "code": ("mlp", 1)},
+    "v6e-16": {"": ("qkv", 1), "code": ("gate", 1)},
+}
 
 
 def get_config(arg: str = "h100-8"):
@@ -43,6 +55,8 @@ def get_config(arg: str = "h100-8"):
     config.train.learning_rate = (5e-7, 5e-7, 1e-7, 1e-7)
     config.train.warmup_ratio = 0.1
     config.train.optimizer = "rmsprop"
+    if slice_name in MEMORY:
+        config.model.remat, config.train.micro_batches = MEMORY[slice_name][variant]
     # One program: compiling takes a minute, and nearly every batch of 64 has a long row.
     config.train.length_multiple = 0
     return config

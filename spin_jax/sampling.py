@@ -1,8 +1,8 @@
 """The jitted sampling loop: y' ~ p_t(.|x) with a key/value cache.
 
 Randomness has an address: token j of the response to row i at iteration t is drawn with a key made of (seed, t, i, j)
-and of nothing else. Rows never see each other: a row's slot in the cache is its position, so that where it stands in a
-batch, and how long its neighbours' prompts are, leaves no trace in it.
+and of nothing else. Rows never see each other: the slots of a row's cache that are filled, and what it sees of them,
+follow from its prompt's own length, so that where it stands in a batch leaves no trace in it.
 """
 
 import functools
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spin_jax.models import Compute, ModelConfig, forward, init_cache, unembed
+from spin_jax.models import NOWHERE, Compute, ModelConfig, forward, init_cache, unembed
 
 
 class Decoding(NamedTuple):
@@ -77,7 +77,9 @@ def sample(
     """
     batch, prompt_slots = prompts_BP.shape
     cache = init_cache(config, batch, prompt_slots + max_new_tokens, compute)
-    hidden_BTD, cache = forward(config, params, prompts_BP, cache=cache, compute=compute)
+    slots_1P = jnp.arange(prompt_slots, dtype=jnp.int32)[None]
+    positions_BP = jnp.where(slots_1P < prompt_lengths_B[:, None], slots_1P, NOWHERE)
+    hidden_BTD, cache = forward(config, params, prompts_BP, positions_BP, cache, compute=compute)
     last_B = jnp.maximum(prompt_lengths_B - 1, 0)
     hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
     responses = Responses(

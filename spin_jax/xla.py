@@ -15,19 +15,31 @@ _TPU: dict[str, bool | int] = {
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
 }
 
-# By jax.Device.device_kind.
+# Where there are SparseCores, they move data while the matrix units work; left alone, every exchange stops the program.
+_SPARSE_CORE: dict[str, bool | int] = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+}
+
+# Vector memory of one fusion, in KiB: of 128 MiB, and with the default of 16 MiB the tiles of a 7B model's matmuls are
+# so small that they wait for memory. More than this compiles for many minutes.
+_LARGER_TILES: dict[str, bool | int] = {"xla_tpu_scoped_vmem_limit_kib": 32768}
+
+# By jax.Device.device_kind. "TPU v4" has neither SparseCores for this nor, says libtpu, a safe way to hide exchanges.
 _TPU_GENERATIONS: dict[str, dict[str, bool | int]] = {
-    "TPU v5 lite": {
+    "TPU v5 lite": _LARGER_TILES
+    | {
         # Weights are gathered behind matmuls by default. The sums of gradients need to be asked, and so does hiding
         # either behind anything that is no matmul: the first weight of a layer has only its norm to hide behind.
         "xla_enable_async_all_reduce": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
         "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,
         "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
-        # Vector memory of one fusion, of 128 MiB: with the default of 16 the tiles of a 7B model's matmuls are so small
-        # that they wait for memory.
-        "xla_tpu_scoped_vmem_limit_kib": 32768,
     },
+    "TPU v5": _LARGER_TILES | _SPARSE_CORE,  # v5p
+    "TPU v6 lite": _LARGER_TILES | _SPARSE_CORE,
 }
 
 

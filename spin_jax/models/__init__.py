@@ -4,6 +4,7 @@ from spin_jax.models.compute import REMAT_POLICIES, Compute
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.huggingface import load, read_config, resolve, save
 from spin_jax.models.llama import (
+    NOWHERE,
     abstract_params,
     flops_per_token,
     for_compute,
@@ -18,6 +19,7 @@ from spin_jax.models.llama import (
 )
 
 __all__ = [
+    "NOWHERE",
     "REMAT_POLICIES",
     "Compute",
     "ModelConfig",

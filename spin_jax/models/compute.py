@@ -16,7 +16,7 @@ from spin_jax.models.attention import SPLASH_RESIDUALS, Kernel
 from spin_jax.sharding import constrain
 
 # Arrays of a layer that a remat policy may keep, by name.
-QKV, GATE, UP = "qkv", "gate", "up"
+QKV, ATTENDED, GATE, UP = "qkv", "attended", "gate", "up"
 
 _save = jax.checkpoint_policies.save_only_these_names
 # What the backward pass finds in memory; the rest of a layer is computed again. In brackets: numbers a token and layer.
@@ -27,11 +27,12 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     # Rotated queries and keys, and values [+ (N + 2K) H]: spares their projections.
     "qkv": _save(QKV),
-    # And the attention kernel's result [+ N H]: spares the kernel's second forward run.
-    "attention": _save(QKV, SPLASH_RESIDUALS),
+    # And the attention kernel's result, and the residual stream after it [+ N H + D]: spares the kernel's second
+    # forward run and the output projection.
+    "attention": _save(QKV, SPLASH_RESIDUALS, ATTENDED),
     # And the MLP's gate [+ F], and both its halves [+ 2F]: each spares one of the three large matmuls.
-    "gate": _save(QKV, SPLASH_RESIDUALS, GATE),
-    "mlp": _save(QKV, SPLASH_RESIDUALS, GATE, UP),
+    "gate": _save(QKV, SPLASH_RESIDUALS, ATTENDED, GATE),
+    "mlp": _save(QKV, SPLASH_RESIDUALS, ATTENDED, GATE, UP),
 }
 
 

@@ -19,9 +19,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from spin_jax.models.attention import attend, attention_mask, causal_attention
-from spin_jax.models.compute import GATE, QKV, REMAT_POLICIES, UP, Compute, kept, project, swiglu, written
+from spin_jax.models.compute import ATTENDED, GATE, QKV, REMAT_POLICIES, UP, Compute, kept, project, swiglu, written
 from spin_jax.models.config import Llama3RopeScaling, ModelConfig
 from spin_jax.sharding import constrain, tree_shardings
+
+# The position of what no token may see: ahead of all of them, and far from overflow when positions are subtracted.
+NOWHERE = 2**30
 
 _normal = nnx.initializers.normal(0.02)
 _zeros = nnx.initializers.zeros_init()
@@ -42,14 +45,14 @@ class Tokens(NamedTuple):
     """Where the tokens of a call stand.
 
     Attributes:
-        positions_BT: int32, the place of each in its row; [1, T] where all rows have the same.
         rope: the (cos, sin) of `rope_tables`.
-        mask_BTS: which cache slots each sees; None without a cache, where rows see themselves.
+        slot: int32, the cache's slot of the first of them; None without a cache, where rows see themselves.
+        mask_BTS: which of the cache's slots each sees, or None.
     """
 
-    positions_BT: jax.Array
     rope: tuple[jax.Array, jax.Array]
-    mask_BTS: jax.Array | None
+    slot: jax.Array | None = None
+    mask_BTS: jax.Array | None = None
 
 
 class Embedding(nnx.Module):
@@ -108,7 +111,7 @@ class Attention(nnx.Module):
             )
         else:
             cache = {
-                name: _write(cache[name], new_BTKH, index, tokens.positions_BT)
+                name: _write(cache[name], new_BTKH, index, tokens.slot)
                 for name, new_BTKH in (("k", k_BTKH), ("v", v_BTKH))
             }
             k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[name], index, keepdims=False) for name in ("k", "v"))
@@ -149,7 +152,7 @@ class DecoderLayer(nnx.Module):
             attended_BTD, cache = self.attention(
                 self._normed(x_BTD, self.attention_norm, compute), tokens, cache, index, compute
             )
-            x_BTD = constrain(x_BTD + attended_BTD, compute.mesh, "rows", "sequence", None)
+            x_BTD = kept(constrain(x_BTD + attended_BTD, compute.mesh, "rows", "sequence", None), ATTENDED)
         with jax.named_scope("mlp"):
             x_BTD += written(self.mlp(self._normed(x_BTD, self.mlp_norm, compute), compute))
             return constrain(x_BTD, compute.mesh, "rows", "sequence", None), cache
@@ -174,11 +177,15 @@ class Llama(nnx.Module):
     def __call__(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: dict | None, compute: Compute
     ) -> tuple[jax.Array, dict | None]:
-        config, mask_BTS = self.config, None
+        config = self.config
+        tokens, seen = Tokens(rope_tables(config, positions_BT)), {}
         if cache is not None:
-            slots_1S = jnp.arange(cache["k"].shape[2], dtype=jnp.int32)[None]
-            mask_BTS = attention_mask(positions_BT, slots_1S, config.sliding_window)
-        tokens = Tokens(positions_BT, rope_tables(config, positions_BT), mask_BTS)
+            slot, positions_BT = cache["used"], jnp.broadcast_to(positions_BT, tokens_BT.shape)
+            positions_BS = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, (0, slot))
+            mask_BTS = attention_mask(positions_BT, positions_BS, config.sliding_window)
+            tokens = tokens._replace(slot=slot, mask_BTS=mask_BTS)
+            seen = {"positions": positions_BS, "used": slot + tokens_BT.shape[1]}
+            cache = {"k": cache["k"], "v": cache["v"]}
         layer_def, stacked_layers = nnx.split(self.layers)
 
         def apply_layer(carry: tuple, indexed_layer: tuple) -> tuple[tuple, None]:
@@ -195,7 +202,7 @@ class Llama(nnx.Module):
         indices_L = jnp.arange(config.num_layers, dtype=jnp.int32)
         (x_BTD, cache), _ = jax.lax.scan(apply_layer, (x_BTD, cache), (indices_L, stacked_layers))
         with jax.named_scope("final_norm"):
-            return rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps), cache
+            return rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps), cache and cache | seen
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -243,24 +250,10 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return (x_BTNH.astype(jnp.float32) * cos + turned_BTNH.astype(jnp.float32) * sin).astype(x_BTNH.dtype)
 
 
-def _write(cache_LBSKH: jax.Array, new_BTKH: jax.Array, layer: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """cache[layer, b, positions[b, t]] = new[b, t], in place where the cache is donated or carried by a loop.
-
-    A position beyond the last slot is dropped.
-    """
-    batch, length = new_BTKH.shape[:2]
-    positions_BT = jnp.broadcast_to(positions_BT, (batch, length))
-    indices_BT2 = jnp.stack([jnp.broadcast_to(layer, (batch, length)), positions_BT], axis=-1)
-    # Said with a batching dimension, which `.at[layer, rows, positions].set` cannot: the partitioner then knows that a
-    # device's rows go to that device's part of the cache, and gathers nothing.
-    dimensions = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(2, 3),
-        inserted_window_dims=(0, 2),
-        scatter_dims_to_operand_dims=(0, 2),
-        operand_batching_dims=(1,),
-        scatter_indices_batching_dims=(0,),
-    )
-    return jax.lax.scatter(cache_LBSKH, indices_BT2, new_BTKH.astype(cache_LBSKH.dtype), dimensions, mode="drop")
+def _write(cache_LBSKH: jax.Array, new_BTKH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
+    """cache[layer, :, slot : slot + T] = new, in place where the cache is donated or carried by a loop."""
+    new_1BTKH = new_BTKH.astype(cache_LBSKH.dtype)[None]
+    return jax.lax.dynamic_update_slice(cache_LBSKH, new_1BTKH, (layer, 0, slot, 0, 0))
 
 
 def forward(
@@ -278,9 +271,10 @@ def forward(
         params: nested dict as `init_params` returns it. Matmuls run in `compute.dtype`, each layer cast as it is
             reached; norms, rotations and softmax run in f32 whatever the dtypes.
         tokens_BT: int32. Rows are padded on the right, where causality keeps the padding from the tokens.
-        positions_BT: int32, the place of each token in its row; 0, 1, ... if None. Only with a cache.
-        cache: keys and values of earlier calls, from `init_cache`. A token's slot is its position: its key and value
-            are written there, and it sees the slots up to its own. What lies in later slots does not matter.
+        positions_BT: int32, the place of each token in its row; 0, 1, ... if None. Others need a cache.
+        cache: what earlier calls have seen, from `init_cache`; the next T of its slots are filled, the same in every
+            row, and the caller sees to it that there are so many. A token sees the slots whose position is not ahead of
+            its own; one that is padding is given the position NOWHERE, where nobody sees it.
 
     Returns:
         Hidden states [B, T, D] in `compute.dtype`, and the cache with this call's keys and values (None if none came).
@@ -330,10 +324,12 @@ def for_compute(params: dict, dtype: jnp.dtype) -> dict:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, compute: Compute = Compute()) -> dict:  # noqa: B008
-    """An empty cache {"k", "v"} in the compute dtype: each [L, batch, slots, K, H]."""
+    """An empty cache: "k" and "v" in the compute dtype, each [L, batch, slots, K, H]; "positions" of the tokens in the
+    slots, int32 [batch, slots]; "used", int32, how many of the slots are."""
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
     axes = ("layers", "rows", None, "kv_heads", "head_dim")
-    return {name: constrain(jnp.zeros(shape, compute.dtype), compute.mesh, *axes) for name in ("k", "v")}
+    keys_and_values = {name: constrain(jnp.zeros(shape, compute.dtype), compute.mesh, *axes) for name in ("k", "v")}
+    return keys_and_values | {"positions": jnp.full((batch, slots), NOWHERE, jnp.int32), "used": jnp.int32(0)}
 
 
 @functools.cache
