@@ -15,7 +15,7 @@ from spin_jax.errors import UserError
 from spin_jax.slices import use_slice
 
 # slice -> (model.remat, train.micro_batches), for rows of 2,048 tokens and, half of that, the code's 1,024: the most
-# that the compile check finds to fit. More kept is less computed again; more micro-batches gather the weights more often.
+# that the compile check finds to fit. What is kept is not computed again; each micro-batch gathers all weights anew.
 MEMORY = {
     "v4-32": {"": ("qkv", 1), "code": ("gate", 1)},
     "v5e-16": {"": ("full", 2), "code": ("qkv", 1)},

@@ -103,7 +103,7 @@ def base_config() -> ConfigDict:
     c.mesh.fsdp = -1  # devices that split params, optimizer state and the batch; -1: all that remain
     # devices that split heads, MLP and vocabulary: needed only where a batch has fewer rows than there are devices
     c.mesh.tensor = 1
-    # the same while sampling, whose mesh has no fsdp; -1: as many as divide devices and kv heads, at most 8
+    # the same while sampling, whose mesh has no fsdp; -1: as many as divide devices and model, at most 8
     c.mesh.decode_tensor = -1
 
     c.toy = ConfigDict()  # the made task of configs/quickstart.py; read only where model.path and data.train are "toy:"

@@ -62,7 +62,8 @@ def make_compute(settings: ConfigDict, model: ModelConfig, mesh: Mesh) -> Comput
 
 def make_decode_compute(compute: Compute, settings: ConfigDict, model: ModelConfig) -> Compute:
     """The same for sampling, on the decode mesh; `settings` are those of `config.mesh`."""
-    mesh = sharding.decode_mesh(compute.mesh, settings.decode_tensor, model.num_kv_heads)
+    split = (model.num_heads, model.num_kv_heads, model.intermediate_size, model.vocab_size)
+    mesh = sharding.decode_mesh(compute.mesh, settings.decode_tensor, split)
     return dataclasses.replace(compute, kernel=None, mesh=mesh)
 
 

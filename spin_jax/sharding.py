@@ -88,23 +88,24 @@ def _mesh(devices: np.ndarray) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def decode_mesh(train: Mesh, decode_tensor: int, kv_heads: int) -> Mesh:
-    """The same devices in the same order, for sampling: weights and kv heads split `decode_tensor` ways, rows the rest.
+def decode_mesh(train: Mesh, decode_tensor: int, sizes: Sequence[int]) -> Mesh:
+    """The same devices in the same order, for sampling: weights and cache split `decode_tensor` ways, rows the rest.
 
     Args:
-        decode_tensor: `config.mesh.decode_tensor`; -1: as many as the devices and the kv heads allow, at most 8, since
-            more chips a row mean more time in all-reduces than reading the weights takes.
-        kv_heads: the model's.
+        decode_tensor: `config.mesh.decode_tensor`; -1: as many as possible up to 8, since with more chips a row the
+            all-reduces take longer than reading the weights.
+        sizes: of the model's axes that are split over tensor.
 
     Raises:
-        UserError: it divides not both; the message names sizes that do.
+        UserError: it does not divide the devices and all sizes; the message names ways that do.
     """
-    possible = [ways for ways in range(1, train.size + 1) if train.size % ways == 0 and kv_heads % ways == 0]
+    common = math.gcd(train.size, *sizes)
+    possible = [ways for ways in range(1, common + 1) if common % ways == 0]
     ways = max(size for size in possible if size <= 8) if decode_tensor == -1 else decode_tensor
     if ways not in possible:
         raise UserError(
-            f"config.mesh.decode_tensor={decode_tensor} must divide {train.size} devices and the model's {kv_heads} "
-            f"kv heads: possible are {', '.join(map(str, possible))}"
+            f"config.mesh.decode_tensor={decode_tensor} must divide {train.size} devices and the model's heads, MLP "
+            f"and vocabulary: possible are {', '.join(map(str, possible))}"
         )
     return _mesh(train.devices.reshape(train.size // ways, 1, ways))
 

@@ -176,10 +176,8 @@ def test_remat_policies_save_what_they_say():
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     attention, mlp = qkv + config.hidden_size, config.intermediate_size
     more = {"full": 0, "qkv": qkv, "attention": attention, "gate": attention + mlp, "mlp": attention + 2 * mlp}
-    for (
-        policy,
-        numbers,
-    ) in more.items():  # as the comments beside REMAT_POLICIES say; the plain path has no kernel's result
+    # As the comments beside REMAT_POLICIES say, but for the kernel's result: the plain path has none.
+    for policy, numbers in more.items():
         assert residual_bytes(policy) - residual_bytes("full") == 4 * layers * tokens * numbers, policy
     assert residual_bytes("mlp") < residual_bytes("none")
 
