@@ -125,7 +125,7 @@ class Choice:
 CHOICES = (
     Choice("model.compute_dtype", ("auto", "float32", "bfloat16")),
     Choice("model.attention", ("auto", "plain", "splash", "cudnn")),
-    Choice("model.remat", ("none", "full", "qkv", "attention", "gate", "mlp")),
+    Choice("model.remat", ("none", "full", "qkv", "attention", "gate", "mlp", "projections")),
     Choice("model.export_dtype", ("float32", "bfloat16")),
     Choice("data.layout", ("auto", "messages", "conversations", "prompt_response", "alpaca", "pairs")),
     Choice("data.turn", ("last", "first")),

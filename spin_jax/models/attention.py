@@ -187,9 +187,11 @@ def _splash_kernel(
         block_kv=tile,
         block_q_dkv=tile,
         block_kv_dkv=tile,
-        # One backward kernel for dq, dk and dv computes 5 products a tile, two kernels compute 7. It leaves a partial
-        # sum of dq for each tile of keys: `tiles` times the memory of q, for one layer at a time.
-        use_fused_bwd_kernel=True,
+        block_q_dq=tile,
+        block_kv_dq=tile,
+        # Two backward kernels, one for dq and one for dk and dv, compute 7 products a tile; one for all computes 5, and
+        # leaves `tiles` partial sums of dq, whose sum the compiler expects to take longer than the two products.
+        use_fused_bwd_kernel=False,
     )
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(

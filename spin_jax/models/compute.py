@@ -33,6 +33,8 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     # And the MLP's gate [+ F], and both its halves [+ 2F]: each spares one of the three large matmuls.
     "gate": _save(QKV, SPLASH_RESIDUALS, ATTENDED, GATE),
     "mlp": _save(QKV, SPLASH_RESIDUALS, ATTENDED, GATE, UP),
+    # All of that but the kernel's result: every matmul is spared [(N + 2K) H + 2D + 2F].
+    "projections": _save(QKV, ATTENDED, GATE, UP),
 }
 
 

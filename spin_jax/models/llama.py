@@ -154,7 +154,7 @@ class DecoderLayer(nnx.Module):
             )
             x_BTD = kept(constrain(x_BTD + attended_BTD, compute.mesh, "rows", "sequence", None), ATTENDED)
         with jax.named_scope("mlp"):
-            x_BTD += written(self.mlp(self._normed(x_BTD, self.mlp_norm, compute), compute))
+            x_BTD += self.mlp(self._normed(x_BTD, self.mlp_norm, compute), compute)
             return constrain(x_BTD, compute.mesh, "rows", "sequence", None), cache
 
     def _normed(self, x_BTD: jax.Array, scale: nnx.Param, compute: Compute) -> jax.Array:
