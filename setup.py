@@ -38,6 +38,7 @@ setup(
         "cuda13": ["jax[cuda13]", "etils[epath-gcs]"],
         "eval": ["lm-eval>=0.4.9"],
         "tfds": ["tensorflow-datasets>=4.9.6"],
+        "check": ["jax[tpu]"],  # compile_check: libtpu of the version that this jax runs with; no TPU is needed
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],
         "test": [
             "pytest>=8",
@@ -47,6 +48,7 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5",
             "ipykernel>=6",
+            'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"',  # as "check"
         ],
         "parity": ["torch>=2.4"],
     },

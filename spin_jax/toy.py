@@ -14,6 +14,7 @@ import json
 import math
 import string
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
@@ -22,6 +23,9 @@ from ml_collections import ConfigDict
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
 from spin_jax.metrics import write_whole
+
+if TYPE_CHECKING:
+    from spin_jax.models import ModelConfig
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
@@ -156,29 +160,37 @@ def prepare(directory: epath.PathLike, settings: ConfigDict, seed: int) -> tuple
         write_whole(data, "".join(json.dumps({"messages": _messages(example)}) + "\n" for example in examples))
     if not (model / "config.json").exists():
         make_tokenizer(model)
-        _write_model(model, settings.hidden_size, settings.num_layers, seed)
+        _write_model(model, settings, seed)
     return str(model), str(data)
 
 
-def _write_model(directory: epath.Path, hidden_size: int, num_layers: int, seed: int) -> None:
-    import jax
-    import jax.numpy as jnp
+def model_config(settings: ConfigDict) -> "ModelConfig":
+    """The tiny Llama of `config.toy`."""
+    from spin_jax.models import ModelConfig
 
-    from spin_jax import models
-
-    config = models.ModelConfig(
+    heads = settings.hidden_size // HEAD_DIM
+    return ModelConfig(
         model_type="llama",
         vocab_size=len(SPECIAL_TOKENS) + len(TASK.letters),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_layers=num_layers,
-        num_heads=hidden_size // HEAD_DIM,
-        num_kv_heads=hidden_size // HEAD_DIM,
+        hidden_size=settings.hidden_size,
+        intermediate_size=2 * settings.hidden_size,
+        num_layers=settings.num_layers,
+        num_heads=heads,
+        num_kv_heads=heads,
         head_dim=HEAD_DIM,
         rms_norm_eps=1e-6,
         rope_theta=10_000.0,
         max_position_embeddings=64,
     )
+
+
+def _write_model(directory: epath.Path, settings: ConfigDict, seed: int) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from spin_jax import models
+
+    config = model_config(settings)
     token_ids = {f"{name}_token_id": SPECIAL_TOKENS.index(token) for name, token in (("pad", "<pad>"), ("eos", "</s>"))}
     params = jax.jit(models.init_params, static_argnums=0)(config, jax.random.key(seed))
     models.save(directory, config, params, token_ids=token_ids, dtype=jnp.float32)

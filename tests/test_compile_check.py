@@ -1,0 +1,175 @@
+"""The compile check: bytes, fit, memory of what was compiled, and the command as a user runs it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tpu
+
+from spin_jax import aot, compile_check
+from spin_jax.errors import UserError
+from spin_jax.models import read_config
+from spin_jax.models.known import known
+from spin_jax.slices import CPU, SLICES, GiB, Slice
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROWS, WIDTH = 4096, 2048
+
+
+@dataclasses.dataclass
+class Program:
+    name: str
+    jitted: object
+    args: tuple
+    kinds: tuple
+    beside: dict
+    model_flops: float = 0.0
+
+
+def program(mesh, **beside) -> Program:
+    """Two layers in a loop: w is split over x, and gathered."""
+
+    def apply(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    args = tpu.shape(mesh, (2, WIDTH, WIDTH), None, "x"), tpu.shape(mesh, (ROWS, WIDTH), "x")
+    return Program("apply", jax.jit(apply), args, ("params", "batch"), beside, 2 * 2 * ROWS * WIDTH**2)
+
+
+@tpu.needs_libtpu
+def test_bytes_and_flops(tmp_path):
+    mesh = tpu.mesh(tpu.V5E_4, x=4)
+    report = aot.report(program(mesh, opponent=tpu.shape(mesh, (1024, 1024), "x")), tpu.V5E_4, tmp_path)
+    rows_bytes = ROWS * WIDTH * 2 / 4
+    assert report.bytes["params"] == 2 * WIDTH * WIDTH * 2 / 4
+    assert report.bytes["batch"] == report.bytes["outputs"] == rows_bytes
+    assert report.bytes["beside: opponent"] == 1024 * 1024 * 2 / 4
+    assert report.total_bytes == sum(report.bytes.values())
+    assert report.fits
+    assert report.work.flops == report.model_flops == 2 * 2 * ROWS * WIDTH**2 / 4
+    assert report.seconds >= report.model_flops / report.peak_flops
+    assert report.mfu == pytest.approx(report.model_flops / report.peak_flops / report.seconds)
+
+
+@tpu.needs_libtpu
+def test_what_was_compiled_is_remembered(tmp_path):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    mesh = tpu.mesh(tpu.V5E_4, x=4)
+    first = aot.report(program(mesh), tpu.V5E_4, tmp_path)
+    assert len(compiled) == 1
+    again = aot.report(program(mesh), tpu.V5E_4, tmp_path)
+    assert len(compiled) == 1
+    assert again == first
+    aot.report(program(tpu.mesh(tpu.V5E_8, x=8)), tpu.V5E_8, tmp_path)
+    assert len(compiled) == 2
+
+
+@tpu.needs_libtpu
+def test_too_large(tmp_path):
+    """By itself, which the compiler says; or with what lives beside it, which only the sum tells."""
+    mesh = tpu.mesh(tpu.V5E_4, x=4)
+    third = tpu.shape(mesh, (7 * GiB // 2,))
+    total = jax.jit(lambda *arrays: sum(array.sum() for array in arrays))
+    alone = aot.report(Program("sum", total, (third,) * 3, ("params",) * 3, {}), tpu.V5E_4, tmp_path)
+    assert not alone.fits
+    assert alone.bytes["params"] == 21 * GiB
+    assert alone.total_bytes == pytest.approx(21 * GiB, rel=0.001)
+    fits = aot.report(Program("sum", total, (third,) * 2, ("params",) * 2, {}), tpu.V5E_4, tmp_path)
+    assert fits.fits
+    beside = aot.report(Program("sum", total, (third,) * 2, ("params",) * 2, {"opponent": third}), tpu.V5E_4, tmp_path)
+    assert not beside.fits
+    assert beside.total_bytes == fits.total_bytes + 7 * GiB
+
+
+def test_cpu_has_bytes_and_no_times(tmp_path):
+    one = Slice(1, CPU)
+    mesh = jax.make_mesh((1,), ("x",), devices=aot.devices_of(one))
+    report = aot.report(program(mesh), one, tmp_path)
+    assert report.bytes["params"] == 2 * WIDTH * WIDTH * 2
+    assert report.fits
+    assert report.work is None
+    assert "apply" in compile_check.describe(report)
+
+
+@tpu.needs_libtpu
+@pytest.mark.parametrize("name", [name for name, target in SLICES.items() if target.topology])
+def test_slices_are_what_libtpu_says(name):
+    devices = aot.devices_of(SLICES[name])
+    assert len(devices) == SLICES[name].devices
+    kinds = {"TPU v4": "TPU v4", "TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+    assert {device.device_kind for device in devices} == {kinds[SLICES[name].chip.name]}
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(UserError, match="pip install libtpu"):
+        aot.devices_of(tpu.V5E_4)
+
+
+def test_known_models_are_what_the_hub_has(smollm2):
+    assert known("HuggingFaceTB/SmolLM2-135M-Instruct") == read_config(smollm2)
+    assert known("some/other-model") is None
+
+
+def command(tmp_path, *flags: str) -> subprocess.CompletedProcess:
+    """The check as a user runs it, with nothing remembered."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, "-m", "spin_jax.compile_check", *flags]
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@tpu.needs_libtpu
+def test_command(tmp_path):
+    """Its table and its JSON say the same; a slice that a config does not take as its argument is a flag."""
+    file = tmp_path / "report.json"
+    config = ("--config=configs/smollm2_135m.py", "--slice=v5e-8", "--layers=1", "--programs=resharding")
+    done = command(tmp_path, *config, f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    (program,) = json.loads(file.read_text())["programs"]
+    assert program["fits"]
+    table = dict(re.findall(r"^(\w.*?)  +([\d.]+|<0.01)$", done.stdout, re.M))
+    assert float(table["in all"]) == pytest.approx(program["total_bytes"] / GiB, abs=0.005)
+    assert set(table) - {"in all"} == set(program["bytes"])
+    assert f"resharding: about {program['seconds']:.4g} s" in done.stdout
+    for seconds in program["work"]["seconds"].values():
+        assert f"  {seconds:9.4f} s  " in done.stdout
+    (gather,) = program["work"]["traffic"]
+    assert re.search(rf"all-gather +fsdp +bf16 +SYNC +{gather['times']} ", done.stdout)
+
+
+@tpu.needs_libtpu
+def test_command_says_what_would_fit(tmp_path):
+    """A chip cannot hold all weights of a 7B model in bfloat16 beside its share of the f32 ones."""
+    flags = ("--config=configs/zephyr_7b.py:v5e-8", "--config.mesh.decode_tensor=1", "--programs=resharding")
+    done = command(tmp_path, *flags)
+    assert done.returncode == compile_check.EXIT_TOO_LARGE, done.stderr
+    assert "DOES NOT FIT" in done.stdout
+    assert re.search(r"resharding does not fit v5e-8\. Try .*v5e-16", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "--config is missing"),
+        (["--config=configs/base.py"], "--slice is missing"),
+        (["--config=configs/zephyr_7b.py:v5e-17"], "'v5e-17' is not a slice"),
+        (["--config=configs/zephyr_7b.py:h100-8"], "needs the devices themselves, and this machine has 0"),
+        (["--config=configs/quickstart.py", "--slice=cpu", "--programs=x"], "--programs: 'x' is not one of resharding"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, flags, says):
+    done = command(tmp_path, *flags)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
