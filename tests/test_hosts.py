@@ -19,7 +19,7 @@ from spin_jax.errors import UserError
 from spin_jax.generate import Prompt, _own_responses
 from spin_jax.models import safetensors
 from spin_jax.sampling import Responses
-from spin_jax.sharding import AXES, batch_sharding, make_mesh, param_shardings
+from spin_jax.sharding import AXES, batch_sharding, make_mesh
 
 ITEMS = 20_000  # more than one exchange's
 MEBIBYTE = 2**20
@@ -128,7 +128,7 @@ def load_and_save(arguments: tuple):
         hosts.start(address, processes, process)
     source = pathlib.Path(directory) / "model"
     config = models.read_config(source)
-    shardings = param_shardings(make_mesh(), config)
+    shardings = models.param_shardings(make_mesh(), config)
     hosts.gather(None)  # connected
     params = {}
     loading = _most_memory(lambda: params.update(models.load(source, shardings=shardings)[1]))

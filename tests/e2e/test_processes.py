@@ -127,13 +127,14 @@ def test_stopped_killed_and_gone_on_by_other_processes_a_run_ends_with_the_same_
     assert all("start the same command again" in process.output for process in ended)
     generated = tmp_path / "iteration_0" / "generated"
     assert {path.name for path in generated.iterdir()} == {"part-00000.p000.jsonl", "part-00000.p001.jsonl"}
-    first_part = (generated / "part-00000.p001.jsonl").read_text()
+    first_batch = [json.loads(line) for part in generated.iterdir() for line in part.read_text().splitlines()]
+    assert len(first_batch) == SETTINGS["generate.batch_size"]
 
     # One process takes over what two began. Batches are sent one ahead: the 7th when step 6 is to come.
     run(tmp_path, LONG, 1, 2, first={0: IN_TRAINING.format(batch=7, signal="SIGTERM")}, expected=75)
     assert len(metrics(tmp_path, 0)) == 6
     answered = responses(tmp_path, 0).to_pydict()
-    for line in map(json.loads, first_part.splitlines()):
+    for line in first_batch:
         assert answered["generated_tokens"][answered["row"].index(line["row"])] == line["tokens"]
 
     # Of two the second is asked, and both stop. The wish is read a step late.
