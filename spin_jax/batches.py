@@ -5,7 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax.data.pairs import Pair
 from spin_jax.errors import UserError
@@ -31,6 +33,18 @@ class HostBatch:
     facts: dict[str, float]
     tokens: int
     flops: float
+
+
+def put(arrays, sharding: jax.sharding.Sharding):
+    """A tree of host arrays that all processes have, on the devices: a process sends its own devices their rows."""
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole of a small array that is split over a mesh, on every process."""
+    if not array.is_fully_addressable:
+        array = jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+    return np.asarray(array)
 
 
 def num_steps(rows: int, epochs: float, batch_size: int) -> int:

@@ -4,11 +4,14 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from spin_jax import hosts
+
 KEEP = 2  # the newest, and the one before it: if the newest cannot be read, it is deleted by hand
 
 
 class Checkpoints:
-    """The checkpoints of one training stage, under `directory` (local or gs://).
+    """The checkpoints of one training stage, under `directory` (local or gs://). All processes call every method: each
+    writes and reads the shards of its own devices.
 
     Saving is asynchronous: the step goes on while the arrays travel. A checkpoint that was not finished is never
     listed.
@@ -16,7 +19,7 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike):
         directory = epath.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        hosts.on_first(lambda: directory.mkdir(parents=True, exist_ok=True))
         self._checkpointer = ocp.training.Checkpointer(
             directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
@@ -24,9 +27,9 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The newest finished checkpoint's step, or None."""
+        """The newest finished checkpoint's step, or None; as the first process sees it."""
         latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return hosts.on_first(lambda: None if latest is None else latest.step)
 
     def restore(self, step: int, abstract_state):
         """The state at `step`. `abstract_state`: a tree of jax.ShapeDtypeStruct with shardings, which may differ from

@@ -1,4 +1,8 @@
-"""The generation stage: prompts and opponent params in, responses on disk out, batch by batch."""
+"""The generation stage: prompts and opponent params in, responses on disk out, batch by batch.
+
+A batch is drawn by all processes together. Each writes the responses that its own devices drew, as
+`part-BATCH.pPROCESS.jsonl`; the first process joins them when all are there.
+"""
 
 import dataclasses
 import json
@@ -11,8 +15,10 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from spin_jax import hosts, stopping
+from spin_jax.batches import put
 from spin_jax.metrics import write_whole
-from spin_jax.sampling import Decoding, row_keys
+from spin_jax.sampling import Decoding, Responses, row_keys
 from spin_jax.sharding import batch_sharding, check_batch
 
 
@@ -61,10 +67,11 @@ def generate(
     directory: epath.Path | None = None,
     name: str = "generate",
 ) -> list[Response]:
-    """One response to each prompt, in the order of `prompts`.
+    """One response to each prompt, in the order of `prompts`; the first process has them, the others get none.
 
-    Each batch is written to `directory` as soon as it is whole, and batches found there are not drawn again; None keeps
-    nothing. The response to a row is a function of (params, seed, iteration, row) alone.
+    Each batch is written to `directory` as soon as it is drawn, and batches whose rows are all found there are not
+    drawn again, however many processes wrote them; None keeps nothing, and is for one process. The response to a row is
+    a function of (params, seed, iteration, row) alone.
 
     Args:
         sampler: from `programs.make_sampler`.
@@ -79,34 +86,58 @@ def generate(
 
     Raises:
         UserError: config.generate.batch_size does not split over the devices.
+        Stopped: one of several processes was asked to.
     """
     check_batch(mesh, "config.generate.batch_size", settings.batch_size)
     decoding = Decoding(jnp.float32(settings.temperature), jnp.float32(settings.top_p), jnp.int32(settings.top_k))
     sharding = batch_sharding(mesh)
-    responses: dict[int, Response] = {}
-    sampled = 0  # tokens
-    with tqdm(total=len(prompts), desc=name, unit="prompt") as bar:
+    responses = _read_parts(directory) if directory and hosts.is_first() else {}  # by row
+    answered = hosts.on_first(lambda: set(responses))
+    written: list[str] = []
+    drawn_here = tokens_here = 0
+    with tqdm(total=len(prompts), desc=name, unit="prompt", disable=not hosts.is_first()) as bar:
         for number, (width, batch) in enumerate(
             batches_by_length(prompts, settings.batch_size, settings.prompt_bucket)
         ):
-            part = directory / f"part-{number:05d}.jsonl" if directory else None
-            if part and part.exists():
-                answers = [_from_json(line) for line in part.read_text().splitlines()]
-            else:
-                tokens_BP, lengths_B, rows_B = _pad(batch, settings.batch_size, width)
-                arrays = jax.device_put((tokens_BP, lengths_B, row_keys(seed, iteration, rows_B)), sharding)
-                drawn = jax.device_get(sampler(params, *arrays, decoding))
-                answers = [
-                    Response(prompt.row, drawn.tokens_BR[i, : drawn.lengths_B[i]], bool(drawn.finished_B[i]))
-                    for i, prompt in enumerate(batch)
-                ]
-                if part:
-                    write_whole(part, "".join(_to_json(answer) + "\n" for answer in answers))
-            responses.update((answer.row, answer) for answer in answers)
+            if not answered.issuperset(prompt.row for prompt in batch):
+                stopping.between_batches()
+                tokens_BP, lengths_B, rows_B = put(_pad(batch, settings.batch_size, width), sharding)
+                drawn = sampler(params, tokens_BP, lengths_B, _row_keys(seed, iteration, rows_B), decoding)
+                own = _own_responses(jax.device_put(drawn, sharding), batch)
+                responses.update((answer.row, answer) for answer in own)
+                drawn_here, tokens_here = drawn_here + len(own), tokens_here + sum(len(a.tokens) for a in own)
+                if directory:
+                    written.append(f"part-{number:05d}.p{jax.process_index():03d}.jsonl")
+                    write_whole(directory / written[-1], "".join(_to_json(answer) + "\n" for answer in own))
             bar.update(len(batch))
-            sampled += sum(len(answer.tokens) for answer in answers)
-            bar.set_postfix(tokens=f"{sampled / len(responses):.0f} a response")
+            bar.set_postfix(tokens=f"{tokens_here / max(drawn_here, 1):.0f} a response")
+    others = [name for names in hosts.gather(written)[1:] for name in names]  # by now, all of them are there
+    if not hosts.is_first():
+        return []
+    responses |= _read_parts(directory, others) if others else {}
     return [responses[prompt.row] for prompt in prompts]
+
+
+# Jitted, because the rows are spread over the devices of all processes.
+_row_keys = jax.jit(row_keys, static_argnums=0)
+
+
+def _own_responses(drawn: Responses, batch: list[Prompt]) -> list[Response]:
+    """The responses that this process answers for: of devices that hold the same rows, one of all processes' does."""
+    own = []
+    for shards in zip(*(array.addressable_shards for array in drawn), strict=True):
+        if shards[0].replica_id == 0:
+            prompts = batch[shards[0].index[0]]  # fewer than rows where the batch is filled up
+            for prompt, tokens_R, length, finished in zip(prompts, *(np.asarray(s.data) for s in shards), strict=False):
+                own.append(Response(prompt.row, tokens_R[:length], bool(finished)))
+    return own
+
+
+def _read_parts(directory: epath.Path, names: Sequence[str] | None = None) -> dict[int, Response]:
+    """The responses in `names`, or in all parts there are, by row."""
+    parts = sorted(directory.glob("part-*.jsonl")) if names is None else [directory / name for name in names]
+    answers = (_from_json(line) for part in parts for line in part.read_text().splitlines())
+    return {answer.row: answer for answer in answers}
 
 
 def _pad(batch: list[Prompt], batch_size: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,8 +3,12 @@
 Runs SPIN: per iteration, sample a response to every prompt from the opponent, train the policy to tell real from
 generated, export it as the next opponent. The same command again goes on where the last one ended. Exit status: 0
 done, 2 a mistake that the one line printed says how to mend, 75 stopped by a signal with everything saved.
+
+On several hosts the command is started on each, with a workdir that all of them see. The hosts of a TPU slice find each
+other; elsewhere --coordinator says where process 0 is.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -25,6 +29,13 @@ _STAGES = flags.DEFINE_list(
     list(config_lib.STAGES),
     "Which stages to run, of generate,score,train; the others' results must be there.",
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    'Several processes: HOST:PORT of process 0, or "auto" under SLURM, Open MPI and GKE, where jax finds it out.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.")
 
 
 def main(argv: list[str]) -> int:
@@ -38,24 +49,50 @@ def main(argv: list[str]) -> int:
     if unknown := [stage for stage in _STAGES.value if stage not in config_lib.STAGES]:
         raise UserError(f"--stages={unknown[0]} is not one of {', '.join(config_lib.STAGES)}")
     config_lib.validate(command.config())
+    _check_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
     # Only now: what follows imports jax and finds the devices, which a wrong flag should not wait for.
+    from spin_jax import hosts, stopping
     from spin_jax.self_play import self_play
-    from spin_jax.train import Stopped
 
-    # A preempted machine gets SIGTERM, which outside training, where it saves first, stops like Ctrl-C.
+    hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    # A preempted machine gets SIGTERM. Outside training, where it saves first, it stops like Ctrl-C; of several
+    # processes none stops alone.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals = stopping.deferred() if hosts.are_several() else contextlib.nullcontext()
+    if not hosts.is_first():
+        logging.getLogger("spin_jax").setLevel(logging.ERROR)
     try:
-        rows = self_play(command.config(), _WORKDIR.value, _STAGES.value)
-    except (Stopped, KeyboardInterrupt) as stopped:
+        with signals:
+            rows = self_play(command.config(), _WORKDIR.value, _STAGES.value)
+    except (stopping.Stopped, KeyboardInterrupt) as stopped:
         print(str(stopped) or "interrupted; start the same command again to go on", file=sys.stderr)
         return EXIT_STOPPED
+    if hosts.is_first():
+        _tell(rows)
+    return 0
+
+
+def _check_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """HOST:PORT comes with a number of processes and which of them this is; nothing else does."""
+    given = (num_processes, process_id) != (None, None)
+    if coordinator in (None, "auto"):
+        if given:
+            raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT, the address of process 0")
+    elif ":" not in coordinator or None in (num_processes, process_id) or not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--coordinator={coordinator}: write --coordinator=HOST:PORT --num_processes=N --process_id=I, with I from "
+            "0 to N - 1"
+        )
+
+
+def _tell(rows: list[dict]) -> None:
+    """Where the results are."""
     trained = [row["iteration"] for row in rows if row["iteration"] is not None]
     if trained:
         print(f"the last policy: {_WORKDIR.value}/iteration_{trained[-1]}/model; curves: {_WORKDIR.value}/plots")
     else:
         print(f"done: {', '.join(_STAGES.value)}; results are in {_WORKDIR.value}/iteration_0")
-    return 0
 
 
 def run() -> None:

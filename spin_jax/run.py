@@ -4,7 +4,7 @@
       config.json                    what the run was started with; a resumed run must agree
       sft/                           the SFT stage, where the config asks for one
       iteration_T/
-        generated/part-*.jsonl       responses of the opponent, batch by batch
+        generated/part-*.jsonl       responses of the opponent, batch by batch and process by process
         generated/pairs.parquet      the authors' layout, when all are there
         scores/opponent.npz          the opponent's log-probs of every pair
         checkpoints/                 of the training state, until model/ is whole
@@ -13,7 +13,7 @@
         result.json                  the iteration's line in the summary
       summary.json, summary.txt, plots/
 
-What exists under its final name is finished: starting again is resuming.
+What exists under its final name is finished: starting again is resuming. Several processes share one workdir.
 """
 
 import contextlib
@@ -24,6 +24,8 @@ import json
 import logging
 import math
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax import models, programs, sharding
+from spin_jax import hosts, models, programs, sharding
 from spin_jax.batches import num_steps
 from spin_jax.data.chat import ChatFormat, chat_format, fit, generation_prompts
 from spin_jax.data.pairs import Pair
@@ -84,11 +86,10 @@ class Run:
         """
         if self._loaded is None or self._loaded[0] != directory:
             self._loaded = None  # two models at a time are one too many
-            if not (directory / "config.json").exists():
+            if not hosts.on_first((directory / "config.json").exists):
                 raise UserError(f"{directory} holds no model: run the stages before this one first")
-            with _downloaded(directory) as local:
-                _, params = models.load(local, shardings=models.param_shardings(self.compute.mesh, self.model))
-            self._loaded = (directory, params)
+            shardings = models.param_shardings(self.compute.mesh, self.model)
+            self._loaded = (directory, hosts.on_each(lambda: _load_params(directory, shardings)))
         return self._loaded[1]
 
     def take_params(self, directory: epath.Path) -> dict:
@@ -102,6 +103,7 @@ class Run:
         dtype = jnp.dtype(self.config.model.export_dtype)
         with _uploaded(directory) as local:
             models.save(local, self.model, params, source=self.source, dtype=dtype)
+        hosts.gather(None)  # nobody reads it before it is whole
         self._loaded = (directory, params) if dtype == jnp.float32 else None
 
     def is_held_out(self, row: int) -> bool:
@@ -142,27 +144,29 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
         UserError: one line for whatever is wrong.
     """
     config_lib.validate(config)
-    workdir = _make_workdir(workdir)
-    _agree_with_workdir(config, workdir)
+    _check_alike(config)
+    workdir = hosts.on_each(lambda: _make_workdir(workdir))
+    _check_shared(workdir)
+    hosts.on_first(lambda: _agree_with_workdir(config, workdir))
     path, train = config.model.path, config.data.train
     if path == "toy:":
         from spin_jax import toy
 
-        path, train = toy.prepare(workdir / "toy", config.toy, config.seed)
+        path, train = hosts.on_first(lambda: toy.prepare(workdir / "toy", config.toy, config.seed))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(
         mesh,
         "config.train.batch_size / config.train.micro_batches",
         config.train.batch_size // config.train.micro_batches,
     )
-    source = epath.Path(models.resolve(path, config.model.revision or None))
-    model = models.read_config(source)
+    source = hosts.on_each(lambda: epath.Path(models.resolve(path, config.model.revision or None)))
+    model = hosts.on_each(lambda: models.read_config(source))
     compute = programs.make_compute(config.model, model, mesh)
     decode = programs.make_decode_compute(compute, config.mesh, model)
     sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
     for each in (compute, decode):
         models.param_shardings(each.mesh, model)
-    chat = load_chat(source, config.data.template)
+    chat = hosts.on_each(lambda: load_chat(source, config.data.template))
     train_examples, held_out, prompts = _load_data(config, train, chat)
     _check_steps(config, len(train_examples))
     _note_start(config, workdir, train_examples, held_out)
@@ -187,6 +191,40 @@ def _make_workdir(workdir: epath.PathLike) -> epath.Path:
     return workdir
 
 
+def _check_alike(config: ConfigDict) -> None:
+    """Refuse processes that were started with different settings: they would wait for each other."""
+    first, *others = hosts.gather(_as_json(config))
+    for process, other in enumerate(others, start=1):
+        if changed := [field for field in first if first[field] != other[field]]:
+            raise UserError(
+                f"config.{changed[0]} is {first[changed[0]]!r} for process 0 and {other[changed[0]]!r} for process "
+                f"{process}: start all with the same settings"
+            )
+
+
+def _check_shared(workdir: epath.Path) -> None:
+    """Refuse a workdir that the hosts do not share, in which each would wait for the others' files."""
+    if not hosts.are_several():
+        return
+    note = workdir / f"seen_by_all_hosts_{hosts.gather(uuid.uuid4().hex)[0]}"
+    hosts.on_first(lambda: note.write_text(""))
+    seen = hosts.gather(_appears(note))
+    hosts.on_first(note.unlink)
+    if not all(seen):
+        raise UserError(
+            f"--workdir={workdir} is not one directory for all hosts (process {seen.index(False)} does not see what "
+            "process 0 writes): give a gs:// path, or a file system that all of them mount"
+        )
+
+
+def _appears(path: epath.Path, seconds: int = 5) -> bool:
+    for _ in range(seconds):
+        if path.exists():
+            return True
+        time.sleep(1)
+    return False
+
+
 def _check_steps(config: ConfigDict, rows: int) -> None:
     """Refuse an iteration that would end before its warm-up does: nothing would be trained, or nearly nothing."""
     steps = num_steps(rows, config.train.epochs, config.train.batch_size)
@@ -195,6 +233,11 @@ def _check_steps(config: ConfigDict, rows: int) -> None:
             f"{rows} rows give {steps} step(s), all of them warm-up: lower config.train.batch_size or "
             "config.train.warmup_ratio, or raise config.train.epochs"
         )
+
+
+def _load_params(directory: epath.Path, shardings: dict) -> dict:
+    with _downloaded(directory) as local:
+        return models.load(local, shardings=shardings)[1]
 
 
 @contextlib.contextmanager
@@ -247,12 +290,17 @@ def _eos_ids(directory: epath.Path) -> tuple[int, ...]:
 def _load_data(
     config: ConfigDict, source: str, chat: ChatFormat
 ) -> tuple[list[Example], list[Example], dict[int, np.ndarray]]:
-    """(examples to train on, held-out ones, generation prompts by row)."""
+    """(examples to train on, held-out ones, generation prompts by row). Every process reads all of the text, of which
+    it then tokenises a share."""
     data = config.data
-    found = load_examples(source, split=data.split, layout=data.layout, turn=data.turn)
+    found = hosts.on_each(lambda: load_examples(source, split=data.split, layout=data.layout, turn=data.turn))
     _LOG.info("%s: %s", source, found.summary())
     usable, prompts = generation_prompts(
-        chat, found.examples, max_prompt_length=data.max_prompt_length, long_prompts=data.long_prompts
+        chat,
+        found.examples,
+        max_prompt_length=data.max_prompt_length,
+        long_prompts=data.long_prompts,
+        each=hosts.shared,
     )
     if usable.skipped:
         _LOG.info("%s: %s", source, usable.summary())
@@ -291,14 +339,23 @@ def _note_start(config: ConfigDict, workdir: epath.Path, train: list[Example], h
     """Note the settings and the data in the workdir, once all has been found to work.
 
     Raises:
-        UserError: the data is not what the run was started with, whatever its path: pairs would be mismatched.
+        UserError: the data is not what the run was started with, whatever its path, or not the same on all hosts:
+            pairs would be mismatched.
     """
     path = workdir / "config.json"
     rows = [(e.row, e.prompt, e.response, e.generated) for e in train + held_out]
     fingerprint = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    if path.exists() and json.loads(path.read_text()).get("fingerprint", fingerprint) != fingerprint:
-        raise UserError(f"{config.data.train} is not the data that {workdir} was started with: give another --workdir")
-    write_whole(path, json.dumps(_as_json(config) | {"fingerprint": fingerprint}, indent=1) + "\n")
+    if len(set(hosts.gather(fingerprint))) > 1:
+        raise UserError(f"config.data.train={config.data.train} is not the same data on all hosts: copy it anew")
+
+    def note() -> None:
+        if path.exists() and json.loads(path.read_text()).get("fingerprint", fingerprint) != fingerprint:
+            raise UserError(
+                f"{config.data.train} is not the data that {workdir} was started with: give another --workdir"
+            )
+        write_whole(path, json.dumps(_as_json(config) | {"fingerprint": fingerprint}, indent=1) + "\n")
+
+    hosts.on_first(note)
 
 
 def _as_json(config: ConfigDict) -> dict:

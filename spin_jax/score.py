@@ -10,7 +10,8 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from spin_jax.batches import HostBatch
+from spin_jax import hosts, stopping
+from spin_jax.batches import HostBatch, fetch, put
 from spin_jax.data.pairs import Pair
 from spin_jax.errors import UserError
 from spin_jax.metrics import write_whole
@@ -29,7 +30,8 @@ def score(
     """log p(y|x) of the real and the generated response of each pair under `params`, in nats, f32 [pairs, 2].
 
     `logprobs` is the jitted `step.pair_logprobs`: the very function that training differentiates. Pairs of like length
-    are scored together; the last batch is filled up with copies of its last pair.
+    are scored together; the last batch is filled up with copies of its last pair. Each process computes the rows of its
+    devices, and all get all scores.
     """
     order = sorted(
         range(len(pairs)),
@@ -37,13 +39,14 @@ def score(
         reverse=True,  # longest first: if something does not fit, it shows at once
     )
     logps = np.zeros((len(pairs), 2), np.float32)
-    with tqdm(total=len(pairs), desc=name, unit="pair") as bar:
+    with tqdm(total=len(pairs), desc=name, unit="pair", disable=not hosts.is_first()) as bar:
         for start in range(0, len(pairs), batch_size):
+            stopping.between_batches()
             chosen = order[start : start + batch_size]
             filled = chosen + chosen[-1:] * (batch_size - len(chosen))
             batch = make_batch([pairs[i] for i in filled])
-            scored = jax.device_get(logprobs(params, jax.device_put(batch.arrays, sharding)))
-            logps[chosen] = scored[: len(chosen)]
+            scored = logprobs(params, put(batch.arrays, sharding))
+            logps[chosen] = fetch(scored)[: len(chosen)]
             bar.update(len(chosen))
     return logps
 

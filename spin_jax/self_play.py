@@ -1,11 +1,12 @@
 """Algorithm 1 of SPIN (arXiv 2401.01335): generate, score, train, hand over."""
 
+import functools
 from collections.abc import Sequence
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import report, stages
+from spin_jax import hosts, report, stages
 from spin_jax.config import STAGES
 from spin_jax.run import open_run
 
@@ -28,23 +29,27 @@ def self_play(config: ConfigDict, workdir: epath.PathLike, only: Sequence[str] =
     rows: list[dict] = []
     for t in range(config.iterations):
         model = run.iteration(t) / "model" / "config.json"
-        was_finished = model.exists()
+        was_finished = hosts.on_first(model.exists)
         if "generate" in only:
             stages.generate_responses(run, t)  # y'_i ~ p_t(.|x_i) for every prompt
         if "score" in only:
             stages.score_pairs(run, t)  # log p_t of y_i and y'_i
         if "train" in only:
             stages.train_policy(run, t)  # theta_{t+1} = argmin of equation 4.7, from theta_t; it is the next opponent
-        if not model.exists():
+        if not hosts.on_first(model.exists):
             break
         if not rows:
             rows.append(stages.describe_start(run))
         rows.append(stages.evaluate_policy(run, t))
         if config.sft.control:
             rows.append(stages.continue_sft(run, t))
-        report.write_summary(run.workdir, rows)
-        report.plot_iterations(run.workdir)
-        print(f"\n{report.summary_table(rows)}\n", flush=True)
+        hosts.on_first(functools.partial(_report, run.workdir, rows))
         if not was_finished and set(only) != set(STAGES):
             break
     return rows
+
+
+def _report(workdir: epath.Path, rows: list[dict]) -> None:
+    report.write_summary(workdir, rows)
+    report.plot_iterations(workdir)
+    print(f"\n{report.summary_table(rows)}\n", flush=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from spin_jax import programs, sharding
+from spin_jax import hosts, programs, sharding
 from spin_jax.batches import HostBatch, Padding, batch_indices, forward_flops, num_steps, pair_batch, sft_batch
 from spin_jax.config import at_iteration
 from spin_jax.data.pairs import Pair, read_sampled, write_pairs_parquet
@@ -50,7 +50,7 @@ def fine_tune(run: Run) -> None:
 def generate_responses(run: Run, t: int) -> None:
     """y' ~ p_t(.|x) for every prompt, train and held-out: `generated/pairs.parquet`, in the authors' layout."""
     directory = run.iteration(t) / "generated"
-    if (directory / "pairs.parquet").exists():
+    if hosts.on_first((directory / "pairs.parquet").exists):
         return
     examples = run.train_examples + run.held_out_examples
     if t == 0 and all(example.generated is not None for example in examples):
@@ -67,9 +67,7 @@ def generate_responses(run: Run, t: int) -> None:
         directory=directory,
         name=f"iteration {t}: generate",
     )
-    _write_responses(run, directory / "pairs.parquet", examples, responses)
-    for part in directory.glob("part-*.jsonl"):
-        part.unlink()
+    hosts.on_first(lambda: _write_responses(run, directory, examples, responses))
 
 
 def score_pairs(run: Run, t: int) -> None:
@@ -78,10 +76,11 @@ def score_pairs(run: Run, t: int) -> None:
     With a live opponent only the held-out pairs are scored here.
     """
     path = run.iteration(t) / "scores" / "opponent.npz"
-    if path.exists():
+    if hosts.on_first(path.exists):
         return
     pairs = _scored_ahead(run, t)
-    write_scores(path, pairs, _score(run, run.start_of(t), pairs, f"iteration {t}: score"))
+    logps = _score(run, run.start_of(t), pairs, f"iteration {t}: score")
+    hosts.on_first(lambda: write_scores(path, pairs, logps))
 
 
 def train_policy(run: Run, t: int) -> None:
@@ -127,7 +126,7 @@ def evaluate_policy(run: Run, t: int) -> dict:
     """The summary's row of theta_{t+1}: rewards of held-out pairs against the opponent of iteration t, which wrote
     their y'."""
     path = run.iteration(t) / "result.json"
-    if path.exists():
+    if hosts.on_first(path.exists):
         return json.loads(path.read_text(), object_hook=restore)
     row = {"model": f"iteration {t}", "iteration": t}
     train, held_out = _pairs_of(run, t)
@@ -143,7 +142,7 @@ def evaluate_policy(run: Run, t: int) -> dict:
         row["held_out/nats_per_token"] = _nats_per_token(by_policy)
         row |= _held_out_rewards(by_policy, by_opponent, at_iteration(run.config.spin.beta, t))
     row |= _exact_measures(run, run.start_of(t + 1))
-    write_whole(path, to_json(row) + "\n")
+    hosts.on_first(lambda: write_whole(path, to_json(row) + "\n"))
     return row
 
 
@@ -237,26 +236,29 @@ def _padding(run: Run) -> Padding:
 
 def _export(run: Run, directory: epath.Path, params: dict) -> None:
     run.export(directory / "model", params)
-    _drop_checkpoints(directory)
+    _is_trained(directory)
 
 
 def _is_trained(directory: epath.Path) -> bool:
-    """Whether a training stage has exported its model; checkpoints that a kill right then left behind go."""
-    whole = (directory / "model" / "config.json").exists()
-    if whole:
-        _drop_checkpoints(directory)
-    return whole
+    """Whether a training stage has exported its model. Once it is whole, nobody needs the checkpoints that led to it,
+    three times its size each: they go."""
 
+    def is_whole() -> bool:
+        whole = (directory / "model" / "config.json").exists()
+        if whole:
+            (directory / "checkpoints").rmtree(missing_ok=True)
+        return whole
 
-def _drop_checkpoints(directory: epath.Path) -> None:
-    """Once the model is whole, nobody needs the checkpoints that led to it: three times its size each."""
-    (directory / "checkpoints").rmtree(missing_ok=True)
+    return hosts.on_first(is_whole)
 
 
 # ---- pairs
 
 
-def _write_responses(run: Run, path: epath.Path, examples: Sequence[Example], responses: Sequence[Response]) -> None:
+def _write_responses(
+    run: Run, directory: epath.Path, examples: Sequence[Example], responses: Sequence[Response]
+) -> None:
+    """`pairs.parquet`, which takes the place of the parts."""
     texts = run.chat.tokenizer.batch_decode([response.tokens for response in responses], skip_special_tokens=True)
     answered = [
         dataclasses.replace(example, generated=text, truncated=not response.finished)
@@ -266,14 +268,16 @@ def _write_responses(run: Run, path: epath.Path, examples: Sequence[Example], re
         "generated_tokens": [response.tokens.tolist() for response in responses],
         "held_out": [run.is_held_out(response.row) for response in responses],
     }
-    write_pairs_parquet(path, answered, columns)
+    write_pairs_parquet(directory / "pairs.parquet", answered, columns)
+    for part in directory.glob("part-*.jsonl"):
+        part.unlink()
 
 
 def _pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
     """(train, held-out) pairs whose y' are the responses of iteration t."""
     if t not in run.pairs:
         path = run.iteration(t) / "generated" / "pairs.parquet"
-        if path.exists():
+        if hosts.on_first(path.exists):
             sampled = read_sampled(path)
         elif t == 0 and run.train_examples[0].generated is not None:
             sampled = {e.row: (e.generated, not e.truncated) for e in run.train_examples + run.held_out_examples}
@@ -282,10 +286,8 @@ def _pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
         examples = run.train_examples + run.held_out_examples
         if absent := [example.row for example in examples if example.row not in sampled]:
             raise UserError(f"{path} has no response to row {absent[0]}: the data changed; give another --workdir")
-        run.pairs[t] = tuple(
-            [run.pair(example, *sampled[example.row], t) for example in examples]
-            for examples in (run.train_examples, run.held_out_examples)
-        )
+        pairs = hosts.shared(lambda example: run.pair(example, *sampled[example.row], t), examples)
+        run.pairs[t] = pairs[: len(run.train_examples)], pairs[len(run.train_examples) :]
     return run.pairs[t]
 
 
@@ -303,7 +305,7 @@ def _scored_ahead(run: Run, t: int) -> list[Pair]:
 
 def _with_opponent_scores(run: Run, t: int) -> list[Pair]:
     path, pairs = run.iteration(t) / "scores" / "opponent.npz", _scored_ahead(run, t)
-    if not path.exists():
+    if not hosts.on_first(path.exists):
         raise UserError(f"{path} is missing: run the score stage of iteration {t} first")
     return with_scores(pairs, read_scores(path, pairs))
 
@@ -311,7 +313,7 @@ def _with_opponent_scores(run: Run, t: int) -> list[Pair]:
 def _sft_pairs(run: Run, examples: Sequence[Example]) -> list[Pair]:
     """Examples as pairs without a generated response."""
     nothing = np.zeros(0, np.int32)
-    return [run.pair(example, nothing, False, -1) for example in examples]
+    return hosts.shared(lambda example: run.pair(example, nothing, False, -1), examples)
 
 
 # ---- measures

@@ -313,9 +313,9 @@ def test_only_what_is_missing_is_drawn_again(tmp_path):
     directory = epath.Path(tmp_path)
     whole = as_lists(answer(asked(), counting, directory))
     parts = {part.name: part.read_text() for part in directory.iterdir()}
-    assert sorted(parts) == [f"part-{number:05d}.jsonl" for number in range(4)]
+    assert sorted(parts) == [f"part-{number:05d}.p000.jsonl" for number in range(4)]
     assert len(calls) == 4
-    (directory / "part-00002.jsonl").unlink()
+    (directory / "part-00002.p000.jsonl").unlink()
     assert as_lists(answer(asked(), counting, directory)) == whole
     assert len(calls) == 5
     assert {part.name: part.read_text() for part in directory.iterdir()} == parts

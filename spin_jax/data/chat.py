@@ -13,7 +13,7 @@ The tokenizer never adds special tokens of its own: a template's text has them a
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -181,23 +181,32 @@ def fit(prompt: np.ndarray, *responses: np.ndarray, max_length: int, max_prompt_
 
 
 def generation_prompts(
-    chat: ChatFormat, examples: Sequence[Example], *, max_prompt_length: int, long_prompts: str = "keep_end"
+    chat: ChatFormat,
+    examples: Sequence[Example],
+    *,
+    max_prompt_length: int,
+    long_prompts: str = "keep_end",
+    each: Callable[[Callable, Sequence], Iterable] = map,
 ) -> tuple[Examples, list[np.ndarray]]:
     """Generation prompts: (the examples kept and skipped, int32 ids [<= max_prompt_length] of each kept one).
 
-    A longer prompt keeps its end ("keep_end"), or its row is skipped and reported ("skip").
+    A longer prompt keeps its end ("keep_end"), or its row is skipped and reported ("skip"). `each` is `map`, or does
+    what `map` does by several processes.
 
     Raises:
         UserError: the template refuses a row (its number is in the message), or `long_prompts` is unknown.
     """
     if long_prompts not in ("keep_end", "skip"):
         raise UserError(f"unknown data.long_prompts {long_prompts!r}: write 'keep_end' or 'skip'")
-    found, prompts = Examples([], []), []
-    for example in examples:
+
+    def asked_with(example: Example) -> np.ndarray:
         try:
-            ids = chat.generation_prompt(example.prompt)
+            return chat.generation_prompt(example.prompt)
         except UserError as error:
             raise UserError(f"row {example.row}: {error}") from None
+
+    found, prompts = Examples([], []), []
+    for example, ids in zip(examples, each(asked_with, examples), strict=True):
         if len(ids) > max_prompt_length and long_prompts == "skip":
             found.skipped.append(Skip(example.row, f"prompt longer than {max_prompt_length} tokens"))
             continue

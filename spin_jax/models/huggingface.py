@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax.errors import UserError
 from spin_jax.models import llama, safetensors
@@ -190,7 +191,10 @@ def save(
     dtype: jnp.dtype = jnp.bfloat16,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Writes a directory that `load` and transformers (4 and 5) read. Every process of a multi-host run must call it.
+    """Writes a directory that `load` and transformers (4 and 5) read.
+
+    Where params are split over several processes, all of them must call it: the first one writes, a tensor at a time,
+    and is done last.
 
     Files are written beside their names and renamed when whole, and config.json comes last: a directory with a
     config.json is complete.
@@ -220,17 +224,14 @@ def save(
     for file, weights in shards.items():
         tensors = (_fetch(weight, params, dtype) for weight in weights)
         if writes:
-            safetensors.write(directory / file, {weight.name: weight.their_shape for weight in weights}, dtype, tensors)
+            theirs = (weight.to_theirs(np.asarray(ours)) for weight, ours in zip(weights, tensors, strict=True))
+            safetensors.write(directory / file, {weight.name: weight.their_shape for weight in weights}, dtype, theirs)
         else:
-            for _ in tensors:  # take part in the gathering
-                pass
+            for ours in tensors:  # take part in the gathering, of one tensor at a time
+                jax.block_until_ready(ours)
     if writes:
         _write_index(directory, shards, dtype)
         _write_configs(directory, config, source, token_ids or {}, dtype)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("spin_jax.models.save")
 
 
 def _names(path: tuple) -> tuple[str, ...]:
@@ -328,15 +329,13 @@ def _plan_shards(config: ModelConfig, dtype: np.dtype, max_shard_bytes: int) -> 
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
-def _fetch(weight: _Weight, params: dict, dtype: np.dtype) -> np.ndarray:
-    """One tensor in their layout, on every host, from wherever its shards are."""
+def _fetch(weight: _Weight, params: dict, dtype: np.dtype) -> np.ndarray | jax.Array:
+    """One tensor in our layout, on the devices of all hosts, from wherever its shards are."""
     param = functools.reduce(dict.__getitem__, weight.path, params)
     ours = (param if weight.layer is None else param[weight.layer]).astype(dtype)
     if isinstance(ours, jax.Array) and not ours.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        ours = multihost_utils.process_allgather(ours, tiled=True)
-    return weight.to_theirs(np.asarray(ours))
+        ours = jax.device_put(ours, NamedSharding(ours.sharding.mesh, PartitionSpec()))
+    return ours
 
 
 def _write_index(directory: pathlib.Path, shards: dict[str, list[_Weight]], dtype: np.dtype) -> None:

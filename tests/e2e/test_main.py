@@ -49,6 +49,12 @@ BASE = ("--config=configs/base.py", "--workdir=never/made", "--config.model.path
         ([*BASE, "--stages=generate,sample"], ["--stages=sample is not one of generate, score, train"]),
         ([*BASE, "config.iterations=2"], ["'config.iterations=2' is not a flag"]),
         ([*BASE, "--iterations=2"], ["iterations"]),
+        ([*BASE, "--num_processes=2"], ["--num_processes and --process_id need --coordinator=HOST:PORT"]),
+        ([*BASE, "--coordinator=auto"], ["--coordinator=auto: jax does not find the other processes"]),
+        (
+            [*BASE, "--coordinator=h:1", "--num_processes=2", "--process_id=2"],
+            ["write --coordinator=HOST:PORT", "from 0 to N - 1"],
+        ),
     ],
     ids=lambda value: value[-1] if value[-1].startswith("-") or "=" in value[-1] else "",
 )

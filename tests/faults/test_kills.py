@@ -29,7 +29,7 @@ IN_GENERATION_WITH_A_TORN_FILE = """
 from spin_jax import generate
 write_whole = generate.write_whole
 def write(path, content):
-    if path.name == "part-00001.jsonl":
+    if path.name == "part-00001.p000.jsonl":
         path.with_name(path.name + ".partial").write_text(content[: len(content) // 2])
         die(signal.SIGKILL)
     write_whole(path, content)
@@ -40,7 +40,7 @@ from spin_jax import generate
 write_whole = generate.write_whole
 def write(path, content):
     write_whole(path, content)
-    if path.name == "part-00001.jsonl":
+    if path.name == "part-00001.p000.jsonl":
         die(signal.SIGTERM)
 generate.write_whole = write
 """
@@ -112,14 +112,14 @@ def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(command, tmp_path)
     result = command(killed, IN_GENERATION_WITH_A_TORN_FILE)
     assert result.returncode == -signal.SIGKILL, result.stderr
     generated = killed / "iteration_0" / "generated"
-    assert {path.name for path in generated.iterdir()} == {"part-00000.jsonl", "part-00001.jsonl.partial"}
-    first_part = (generated / "part-00000.jsonl").stat().st_mtime_ns
+    assert {path.name for path in generated.iterdir()} == {"part-00000.p000.jsonl", "part-00001.p000.jsonl.partial"}
+    first_part = (generated / "part-00000.p000.jsonl").stat().st_mtime_ns
 
     result = command(killed, ASKED_IN_GENERATION)
     assert result.returncode == 75, result.stderr
     assert "start the same command again" in result.stderr and "Traceback" not in result.stderr
-    assert {path.name for path in generated.iterdir()} == {"part-00000.jsonl", "part-00001.jsonl"}
-    assert (generated / "part-00000.jsonl").stat().st_mtime_ns == first_part  # not drawn again
+    assert {path.name for path in generated.iterdir()} == {"part-00000.p000.jsonl", "part-00001.p000.jsonl"}
+    assert (generated / "part-00000.p000.jsonl").stat().st_mtime_ns == first_part  # not drawn again
 
     result = command(killed, IN_TRAINING.format(t=0, step=2, signal="SIGTERM"))
     assert result.returncode == 75, result.stderr
