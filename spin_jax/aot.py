@@ -49,6 +49,7 @@ class Program(Protocol):
         kinds: what they are, in a word each: "params", "optimizer", "batch", ...; a tree that is a prefix of `args`.
         beside: by kind, trees of the same sort: what else the devices hold while it runs.
         model_flops: that the algorithm asks for, of the whole batch; 0 for programs that compute nothing to speak of.
+        inside: by kind, what it makes for itself and is worth a line of its own among its temporaries.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Program(Protocol):
     kinds: Any
     beside: Mapping[str, Any]
     model_flops: float
+    inside: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +162,12 @@ def report(program: Program, target: Slice, cache: pathlib.Path | None = CACHE) 
     made = {"padding": padding} | memory
     if compiled.needed:
         made = {"activations": max(0.0, compiled.needed - sum(held.values()))}
-    beside = {f"beside: {kind}": sum(held_bytes(kind, tree).values()) for kind, tree in program.beside.items()}
+    inside = _by_kind(program.inside)
+    made["activations"] -= sum(inside.values())
+    beside = {f"beside: {kind}": size for kind, size in _by_kind(program.beside).items()}
     return Report(
         program=program.name,
-        bytes={kind: size for kind, size in (held | made | beside).items() if size},
+        bytes={kind: size for kind, size in (held | inside | made | beside).items() if size},
         limit=target.chip.hbm_bytes,
         model_flops=program.model_flops / target.devices,
         peak_flops=target.chip.flops,
@@ -182,6 +186,10 @@ def held_bytes(kinds: Any, args: Any) -> dict[str, float]:
 
     jax.tree.map(add, kinds, args)
     return held
+
+
+def _by_kind(trees: Mapping[str, Any]) -> dict[str, float]:
+    return {kind: sum(held_bytes(kind, tree).values()) for kind, tree in trees.items()}
 
 
 def _mesh(args: Any) -> Mesh:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from spin_jax import sharding
@@ -23,6 +23,7 @@ from spin_jax.models import (
     abstract_params,
     flops_per_token,
     for_compute,
+    init_cache,
     param_shardings,
     unembed_flops,
 )
@@ -127,6 +128,7 @@ class Program:
         kinds: what they are, in a word each: "params", "optimizer", "batch", ...; a tree that is a prefix of `args`.
         beside: by kind, trees of the same sort: what else the devices hold while it runs.
         model_flops: that the algorithm asks for, of the whole batch; 0 for programs that compute nothing to speak of.
+        inside: by kind, what it makes for itself and is worth a line of its own among its temporaries.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Program:
     kinds: tuple
     beside: Mapping[str, Any]
     model_flops: float
+    inside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make_programs(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]) -> list[Program]:
@@ -168,9 +171,14 @@ def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute,
     prefill = width * flops_per_token(model, (width + 1) / 2)
     drawn = cap * (flops_per_token(model, width + (cap + 1) / 2) + unembed_flops(model))
     kinds = ("sampling params", "batch", "batch", "batch", "batch")
+    flops = rows * (prefill + drawn)
+    keys = jax.eval_shape(functools.partial(init_cache, model, rows, width + cap, Compute(compute.dtype)))["k"]
+    # Split as `init_cache` says.
+    keys = _located(keys, NamedSharding(compute.mesh, sharding.spec(None, "rows", None, "kv_heads")))
+    cache = {"cache": (keys, keys)}
     return [
         Program("resharding", make_resharding(model, compute), (params,), ("params",), {}, 0.0),
-        Program("sampling", sampler, (copy, *batch, decoding), kinds, {"params": params}, rows * (prefill + drawn)),
+        Program("sampling", sampler, (copy, *batch, decoding), kinds, {"params": params}, flops, cache),
     ]
 
 

@@ -31,6 +31,7 @@ class Program:
     kinds: tuple
     beside: dict
     model_flops: float = 0.0
+    inside: dict = dataclasses.field(default_factory=dict)
 
 
 def program(mesh, **beside) -> Program:
