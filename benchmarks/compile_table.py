@@ -3,7 +3,7 @@
     python benchmarks/compile_table.py [CONFIG:SLICE ...]
 
 Without arguments: all of them, one to two hours on two cores the first time; what was compiled is remembered. With
-arguments: those are compiled and printed, and nothing is written. Needs libtpu (pip install libtpu), and no TPU.
+arguments: those are compiled and printed, and nothing is written. Needs libtpu (pip install 'jax[tpu]'), and no TPU.
 """
 
 import itertools

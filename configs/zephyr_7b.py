@@ -17,13 +17,13 @@ from spin_jax.slices import use_slice
 # slice -> (model.remat, train.micro_batches), for rows of 2,048 tokens and, half of that, the code's 1,024: the most
 # that the compile check finds to fit. What is kept is not computed again; each micro-batch gathers all weights anew.
 MEMORY = {
-    "v4-32": {"": ("qkv", 1), "code": ("gate", 1)},
+    "v4-32": {"": ("qkv", 1), "code": ("projections", 1)},
     "v5e-16": {"": ("full", 2), "code": ("qkv", 1)},
     "v5e-64": {"": ("attention", 1), "code": ("gate", 1)},
     "v5e-256": {"": ("attention", 1), "code": ("gate", 1)},
     "v5p-8": {"": ("qkv", 1), "code": ("gate", 1)},
     "v5p-32": {"": ("mlp", 1), "code": ("mlp", 1)},
-    "v6e-16": {"": ("qkv", 1), "code": ("gate", 1)},
+    "v6e-16": {"": ("qkv", 1), "code": ("projections", 1)},
 }
 
 

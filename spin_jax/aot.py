@@ -137,7 +137,7 @@ def devices_of(target: Slice) -> list[jax.Device]:
             )
         return found[: target.devices]
     if not importlib.util.find_spec("libtpu") and "TPU_LIBRARY_PATH" not in os.environ:
-        raise UserError("the compiler for TPUs is not installed: pip install libtpu")
+        raise UserError("the compiler for TPUs is not installed: pip install 'jax[tpu]' brings the libtpu of this jax")
     for variable, value in _WITHOUT_A_TPU.items():
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies

@@ -4,8 +4,8 @@
 
 Compiles every program of a run for the slice that the config's argument names, and prints for each the bytes a chip
 needs, an estimate of its time with the assumptions it rests on, and its traffic between chips. TPUs are compiled for by
-libtpu (pip install libtpu), which needs no TPU. Exit status: 0 all programs fit, 1 one does not, 2 a mistake that the
-one line printed says how to mend. How to read the table: docs/compile_check.md.
+libtpu (pip install 'jax[tpu]'), which needs no TPU. Exit status: 0 all programs fit, 1 one does not, 2 a mistake that
+the one line printed says how to mend. How to read the table: docs/compile_check.md.
 """
 
 import dataclasses

@@ -114,7 +114,7 @@ def test_slices_are_what_libtpu_says(name):
 def test_without_the_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    with pytest.raises(UserError, match="pip install libtpu"):
+    with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]'"):
         aot.devices_of(tpu.V5E_4)
 
 

@@ -14,7 +14,7 @@ from spin_jax import aot
 from spin_jax.slices import V5E, V6E, Slice
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the compiler for TPUs: pip install libtpu"
+    importlib.util.find_spec("libtpu") is None, reason="needs the compiler for TPUs: pip install 'jax[tpu]'"
 )
 V5E_4 = Slice(4, V5E, "v5e:2x2")
 V6E_4 = Slice(4, V6E, "v6e:2x2")
