@@ -1,0 +1,56 @@
+"""The programs of a 7B run as a TPU's compiler makes them: what is known to go wrong there has not."""
+
+import importlib.util
+import math
+import pathlib
+
+import jax
+import pytest
+import tpu
+
+from spin_jax import compile_check
+from spin_jax.models import abstract_params
+from spin_jax.models.known import known
+from spin_jax.slices import SLICES
+
+MODEL = known("alignment-handbook/zephyr-7b-sft-full")
+
+
+def compiled(slice_name: str, program: str, layers: int = 0, **fields):
+    """The compile check's report of one program of the paper's config, rows of 1,024 tokens."""
+    file = pathlib.Path(__file__).parent.parent / "configs" / "zephyr_7b.py"
+    spec = importlib.util.spec_from_file_location("zephyr_7b", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(f"{slice_name},code")
+    config.update_from_flattened_dict(fields)
+    (report,) = compile_check.check(config, SLICES[slice_name], layers, [program])
+    return report
+
+
+@tpu.needs_libtpu
+@pytest.mark.parametrize("slice_name", ["v5e-16", "v6e-16"])
+def test_a_training_step_wastes_nothing_on_the_way(slice_name):
+    """No windowed einsum, no gradient summed in bfloat16, no weight that the chip waits for."""
+    traffic = compiled(slice_name, "train step", layers=2).work.traffic
+    assert not [one for one in traffic if one.kind == "collective-permute"]
+    summed = [one for one in traffic if one.kind in ("all-reduce", "reduce-scatter")]
+    assert {one.dtype for one in summed} == {"f32"}
+    assert sum(one.bytes for one in summed if one.is_async) > 4 * sum(one.bytes for one in summed if not one.is_async)
+    gathers = [one for one in traffic if one.kind == "all-gather"]
+    assert gathers and all(one.is_async for one in gathers)
+
+
+@tpu.needs_libtpu
+def test_a_decode_step_reads_the_weights_and_the_cache_once():
+    rows, slots, cap = 256, 512 + 256, 256
+    report = compiled("v5e-16", "sampling", **{"generate.batch_size": rows})
+    ways, copies = 8, 2  # of the decode mesh: tensor, and data
+    weights = 2 * sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(MODEL))) / ways
+    slot = 2 * 2 * MODEL.num_layers * MODEL.num_kv_heads * MODEL.head_dim * rows / copies / ways  # bytes, k and v
+    (token,) = [loop for loop in report.work.loops if (loop.times, loop.trips) == (1, cap)]
+    written = slot * (slots - cap / 2)  # on average
+    assert token.hbm_bytes < 1.3 * (weights + written)
+    cache = report.bytes["cache"]
+    assert cache == slot * slots
+    assert report.bytes["activations"] < cache  # no room for a second one in it, with all that prefilling needs
