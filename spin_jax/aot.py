@@ -15,7 +15,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -24,6 +24,7 @@ from spin_jax import compile_report, hlo, hlo_cost
 from spin_jax.compile_report import Work, read_work
 from spin_jax.errors import UserError
 from spin_jax.metrics import write_whole
+from spin_jax.programs import Program
 from spin_jax.slices import Slice
 from spin_jax.xla import xla_options
 
@@ -37,28 +38,6 @@ _WITHOUT_A_TPU = {
 }
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spin_jax" / "compile_check"
-
-
-class Program(Protocol):
-    """A jitted function with what it is called with.
-
-    Attributes:
-        name: such as "train step".
-        jitted: the result of `jax.jit`.
-        args: trees of jax.ShapeDtypeStruct with NamedShardings.
-        kinds: what they are, in a word each: "params", "optimizer", "batch", ...; a tree that is a prefix of `args`.
-        beside: by kind, trees of the same sort: what else the devices hold while it runs.
-        model_flops: that the algorithm asks for, of the whole batch; 0 for programs that compute nothing to speak of.
-        inside: by kind, what it makes for itself and is worth a line of its own among its temporaries.
-    """
-
-    name: str
-    jitted: Any
-    args: tuple
-    kinds: Any
-    beside: Mapping[str, Any]
-    model_flops: float
-    inside: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The compile check: bytes, fit, memory of what was compiled, and the command as a user runs it."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -17,21 +16,11 @@ from spin_jax import aot, compile_check
 from spin_jax.errors import UserError
 from spin_jax.models import read_config
 from spin_jax.models.known import known
+from spin_jax.programs import Program
 from spin_jax.slices import CPU, SLICES, GiB, Slice
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS, WIDTH = 4096, 2048
-
-
-@dataclasses.dataclass
-class Program:
-    name: str
-    jitted: object
-    args: tuple
-    kinds: tuple
-    beside: dict
-    model_flops: float = 0.0
-    inside: dict = dataclasses.field(default_factory=dict)
 
 
 def program(mesh, **beside) -> Program:
@@ -81,13 +70,15 @@ def test_too_large(tmp_path):
     mesh = tpu.mesh(tpu.V5E_4, x=4)
     third = tpu.shape(mesh, (7 * GiB // 2,))
     total = jax.jit(lambda *arrays: sum(array.sum() for array in arrays))
-    alone = aot.report(Program("sum", total, (third,) * 3, ("params",) * 3, {}), tpu.V5E_4, tmp_path)
+    alone = aot.report(Program("sum", total, (third,) * 3, ("params",) * 3, {}, 0.0), tpu.V5E_4, tmp_path)
     assert not alone.fits
     assert alone.bytes["params"] == 21 * GiB
     assert alone.total_bytes == pytest.approx(21 * GiB, rel=0.001)
-    fits = aot.report(Program("sum", total, (third,) * 2, ("params",) * 2, {}), tpu.V5E_4, tmp_path)
+    fits = aot.report(Program("sum", total, (third,) * 2, ("params",) * 2, {}, 0.0), tpu.V5E_4, tmp_path)
     assert fits.fits
-    beside = aot.report(Program("sum", total, (third,) * 2, ("params",) * 2, {"opponent": third}), tpu.V5E_4, tmp_path)
+    beside = aot.report(
+        Program("sum", total, (third,) * 2, ("params",) * 2, {"opponent": third}, 0.0), tpu.V5E_4, tmp_path
+    )
     assert not beside.fits
     assert beside.total_bytes == fits.total_bytes + 7 * GiB
 
