@@ -89,7 +89,10 @@ def _project_backward(expression, axes, compute, out_dtype, residuals, dy):
     del out_dtype
     (x, w), (inputs, y_axes) = residuals, expression.split("->")
     x_axes, w_axes = inputs.split(",")
-    dy = dy.astype(x.dtype)
+    # Tokens whole, features as w has them: where tensor splits the sequence, each device would sum up a whole dw else.
+    split = dict(zip(w_axes, axes, strict=True)) | {"B": "rows", "D": None}
+    x = constrain(x, compute.mesh, *(split.get(axis) for axis in x_axes))
+    dy = constrain(dy.astype(x.dtype), compute.mesh, *(split.get(axis) for axis in y_axes))
     dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, _gathered(w, x.dtype, axes, compute.mesh))
     dw = jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy, preferred_element_type=jnp.float32)
     return dx, constrain(dw, compute.mesh, *axes).astype(w.dtype)
