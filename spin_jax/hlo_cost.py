@@ -225,13 +225,15 @@ def collective(module: Module, instruction: Instruction, computation: Computatio
 
 
 def _find_collective(module: Module, instruction: Instruction) -> tuple[Instruction, Computation] | None:
-    """The first exchange in what a fusion, an asynchronous instruction or a call runs, with its computation."""
-    inner = module.computations[instruction.called.get("calls") or instruction.called["to_apply"]]
-    for one in inner.instructions.values():
-        if one.opcode in COLLECTIVES:
-            return one, inner
-        if one.opcode in ("fusion", "call") and (found := _find_collective(module, one)):
-            return found
+    """The first exchange in what a fusion, an asynchronous instruction or a call runs, with its computation. From
+    libtpu 0.0.52 on, a SparseCore's is in a custom call."""
+    for name in instruction.called.values():
+        inner = module.computations[name]
+        for one in inner.instructions.values():
+            if one.opcode in COLLECTIVES:
+                return one, inner
+            if one.opcode in ("fusion", "call", "custom-call") and (found := _find_collective(module, one)):
+                return found
     return None
 
 
