@@ -183,7 +183,8 @@ def test_a_host_holds_its_share_of_a_model_and_no_more(large_model):
     assert size < json.loads(alone)["loading"] < size + largest + slack  # what is loaded is seen
     for printed in run_here(load_and_save, 2, str(large_model), devices=1):
         took = json.loads(printed)
-        assert size / 2 < took["loading"] < size / 2 + largest / 2 + slack
+        # The allocator may hold on to the copy of the param before while the next is read: two shares of the largest.
+        assert size / 2 < took["loading"] < size / 2 + 2 * largest / 2 + slack < size
         assert took["saving"] < size / 2  # a tensor at a time; the other half would be this much
     for saved in ("saved_by_1", "saved_by_2"):
         assert (large_model / saved / "model.safetensors").read_bytes() == weights.read_bytes()
