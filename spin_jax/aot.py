@@ -65,6 +65,8 @@ class Report:
         limit: bytes of HBM that a chip has; 0: unlimited.
         model_flops: a chip's share of what the algorithm asks for.
         peak_flops: FLOP/s of a chip.
+        kernel_share: as in `Program`.
+        work: its kernels do that share of what the compiler was told.
     """
 
     program: str
@@ -72,6 +74,7 @@ class Report:
     limit: float
     model_flops: float
     peak_flops: float
+    kernel_share: float
     work: Work | None
 
     @property
@@ -150,7 +153,8 @@ def report(program: Program, target: Slice, cache: pathlib.Path | None = CACHE) 
         limit=target.chip.hbm_bytes,
         model_flops=program.model_flops / target.devices,
         peak_flops=target.chip.flops,
-        work=compiled.work,
+        kernel_share=program.kernel_share,
+        work=compiled.work and compiled.work.with_kernels(program.kernel_share, target.chip.flops),
     )
 
 

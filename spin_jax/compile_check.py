@@ -147,7 +147,8 @@ def describe(report) -> str:
     lines += [
         f"  {work.roofline_seconds:9.4f} s  would be enough at the speed of matmul units and HBM, without traffic"
     ]
-    kernels = f" and {work.kernel_flops / 1e12:.4g} in Pallas kernels" if work.kernel_flops else ""
+    visited = f" ({report.kernel_share:.0%} of the tiles of causal rows)"
+    kernels = f" and {work.kernel_flops / 1e12:.4g} in Pallas kernels{visited}" if work.kernel_flops else ""
     asked = f", of which the model asks for {report.model_flops / 1e12:.4g}" if report.model_flops else ""
     lines += [f"  TFLOP a chip: {work.flops / 1e12:.4g} in matmuls{kernels}{asked}"]
     for loop in work.loops:

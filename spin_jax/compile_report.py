@@ -20,7 +20,8 @@ KERNEL_EFFICIENCY = 0.4
 
 ASSUMPTIONS = {
     "compiler": "the compiler's cycles for each instruction, at the nominal clock; pessimistic where memory-bound",
-    "kernels": f"Pallas kernels at {KERNEL_EFFICIENCY:.0%} of peak FLOPs or {HBM_EFFICIENCY:.0%} of HBM, the slower",
+    "kernels": "tiles that Pallas kernels visit, "
+    f"at {KERNEL_EFFICIENCY:.0%} of peak FLOPs or {HBM_EFFICIENCY:.0%} of HBM, the slower",
     "exposed": "traffic between chips not hidden: rings over one torus axis, in the order of the compiler's schedule",
 }
 
@@ -70,8 +71,9 @@ class Work:
     Attributes:
         flops: of matmuls, loop trips counted.
         kernel_flops: of Pallas kernels.
-        hbm_bytes: moved.
+        hbm_bytes: moved; by kernels as much as their authors estimate.
         seconds: by the keys of ASSUMPTIONS; they add up.
+        exposed_alone: seconds["exposed"] if kernels took no time, and so hid nothing.
         roofline_seconds: every instruction at peak FLOPs or at HBM_EFFICIENCY of HBM, whichever is slower, summed; no
             traffic between chips.
     """
@@ -80,6 +82,7 @@ class Work:
     kernel_flops: float
     hbm_bytes: float
     seconds: dict[str, float]
+    exposed_alone: float
     roofline_seconds: float
     loops: tuple[Loop, ...]
     traffic: tuple[Traffic, ...]
@@ -89,15 +92,29 @@ class Work:
         loops = tuple(Loop(**loop) for loop in fields["loops"])
         return Work(**{**fields, "loops": loops, "traffic": tuple(Traffic(**one) for one in fields["traffic"])})
 
+    def with_kernels(self, share: float, peak_flops: float) -> "Work":
+        """The same where kernels do a share of what their authors estimate, FLOPs and bytes alike.
+
+        Exposed seconds are convex in the share, as a longest path is in the lengths of its parts. They are read from
+        the chord between no kernels and whole ones, which lies above. The roofline takes kernels as limited by FLOPs.
+        """
+        exposed = share * self.seconds["exposed"] + (1 - share) * self.exposed_alone
+        return dataclasses.replace(
+            self,
+            kernel_flops=share * self.kernel_flops,
+            seconds=self.seconds | {"kernels": share * self.seconds["kernels"], "exposed": exposed},
+            roofline_seconds=self.roofline_seconds - (1 - share) * self.kernel_flops / peak_flops,
+        )
+
 
 def read_work(text: str, chip: Chip, mesh: Mapping[str, int]) -> Work:
-    """Adds up a program from the text of its schedule.
+    """Adds up a program from the text of its schedule; Pallas kernels do what their authors estimate.
 
     Args:
         mesh: size of each mesh axis, in the order in which devices are numbered.
     """
     module = hlo.parse(text)
-    time = _Clock(module, chip)
+    time, alone = _Clock(module, chip, True), _Clock(module, chip, False)
     flops = kernel_flops = moved = compiler = kernels = roofline = 0.0
     loops, traffic = [], collections.defaultdict(lambda: np.zeros(3))
     for run in hlo.executed(module):
@@ -122,6 +139,7 @@ def read_work(text: str, chip: Chip, mesh: Mapping[str, int]) -> Work:
         kernel_flops=kernel_flops,
         hbm_bytes=moved,
         seconds={"compiler": compiler, "kernels": kernels, "exposed": time.computation(module.entry)[1]},
+        exposed_alone=alone.computation(module.entry)[1],
         roofline_seconds=roofline,
         loops=tuple(loops),
         traffic=tuple(sorted(rows, key=lambda row: -row.wire_bytes)),
@@ -140,13 +158,15 @@ def _loop(module: Module, run: hlo.Run, chip: Chip) -> Loop:
 
 
 class _Clock:
-    """Walks schedules with a chip's speeds."""
+    """Walks schedules with a chip's speeds; Pallas kernels take their time, or none."""
 
-    def __init__(self, module: Module, chip: Chip):
-        self._module, self._chip = module, chip
+    def __init__(self, module: Module, chip: Chip, with_kernels: bool):
+        self._module, self._chip, self._with_kernels = module, chip, with_kernels
 
     def kernels(self, instruction: Instruction, computation: Computation) -> float:
         """Seconds of the Pallas kernels in an instruction."""
+        if not self._with_kernels:
+            return 0.0
         flops, bytes_ = KERNEL_EFFICIENCY * self._chip.flops, HBM_EFFICIENCY * self._chip.hbm_bytes_per_second
         found = hlo_cost.kernels(self._module, instruction, computation)
         return sum(max(kernel_flops / flops, moved / bytes_) for kernel_flops, moved in found)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from spin_jax import sharding
-from spin_jax.batches import Packing, Plan, empty_batch, forward_flops, plan_scoring, plan_training
+from spin_jax.batches import Packing, Plan, empty_batch, forward_flops, plan_scoring, plan_training, spin_batch
 from spin_jax.config import at_iteration
 from spin_jax.data.pairs import Pair
 from spin_jax.models import (
@@ -35,6 +35,7 @@ from spin_jax.models import (
     unembed_flops,
 )
 from spin_jax.models.attention import choose_kernel
+from spin_jax.models.flash import heads_and_tile, share_of_causal
 from spin_jax.sampling import Decoding, row_keys, sample
 from spin_jax.step import (
     Batch,
@@ -154,6 +155,8 @@ class Program:
         beside: by kind, trees of the same sort: what else the devices hold while it runs.
         model_flops: that the algorithm asks for, of the whole batch; 0 for programs that compute nothing to speak of.
         inside: by kind, what it makes for itself and is worth a line of its own among its temporaries.
+        kernel_share: tiles that its attention kernels visit, on average over the batch's rows, over those of rows that
+            hold one causal sequence each, which is what the compiler is told of.
     """
 
     name: str
@@ -163,6 +166,7 @@ class Program:
     beside: Mapping[str, Any]
     model_flops: float
     inside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kernel_share: float = 1.0
 
 
 def make_programs(
@@ -256,17 +260,29 @@ def _training_programs(
     state = _located(shapes, state_shardings(optimizer, trained))
     passes = training_passes(config) + live
     part = pairs[: len(pairs) // train.micro_batches]
-    scored = _abstract_batch(mesh, plan_scoring(part, len(part), make_packing(train, mesh)))
-    packing = make_packing(train, mesh, train.micro_batches)
-    batch = _abstract_batch(mesh, plan_training(pairs, np.arange(len(pairs))[None], packing))
+    scoring = plan_scoring(part, len(part), make_packing(train, mesh))
+    training = plan_training(pairs, np.arange(len(pairs))[None], make_packing(train, mesh, train.micro_batches))
+    scored, batch = _abstract_batch(mesh, scoring), _abstract_batch(mesh, training)
+    shares = [kernel_share(model, compute, pairs, plan) for plan in (scoring, training)]
     kinds = (TrainState("optimizer", kind, "optimizer", "optimizer"), "opponent", "batch")
     flops, part_flops = (sum(forward_flops(model, pair) for pair in some) for some in (pairs, part))
+    score, beside = make_scorer(model, compute), {"next batch": batch}
     return [
-        Program("scoring", make_scorer(model, compute), (params, scored), ("params", "batch"), {}, part_flops),
+        Program("scoring", score, (params, scored), ("params", "batch"), {}, part_flops, kernel_share=shares[0]),
         Program("optimizer init", init, (trained,), (kind,), {}, 0.0),
-        Program("train step", step, (state, opponent, batch), kinds, {"next batch": batch}, passes * flops),
+        Program("train step", step, (state, opponent, batch), kinds, beside, passes * flops, kernel_share=shares[1]),
         *merging,
     ]
+
+
+def kernel_share(model: ModelConfig, compute: Compute, pairs: Sequence[Pair], plan: Plan) -> float:
+    """`Program.kernel_share` of a program that is called with a plan's first batch; 1 without a kernel that skips."""
+    if compute.kernel is None or compute.kernel.name != "flash":
+        return 1.0
+    ways = sharding.ways(compute.mesh, "heads")
+    _, tile = heads_and_tile(model.num_heads // ways, model.num_kv_heads // ways, model.head_dim, compute.dtype)
+    rows = spin_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays.rows
+    return share_of_causal(rows.ends_BT, rows.positions_BT, tile, model.sliding_window)
 
 
 def _in_compute_dtype(params: dict, compute: Compute) -> dict:

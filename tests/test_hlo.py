@@ -1,5 +1,7 @@
 """The compiler's schedule, read: loops, matmuls, HBM traffic and exchanges between chips, against counts by hand."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from spin_jax import hlo, hlo_cost
-from spin_jax.compile_report import read_work
+from spin_jax.compile_report import KERNEL_EFFICIENCY, read_work
 from spin_jax.slices import V5E, V6E
 
 ONE_MATMUL = 2 * 256 * 512 * 512
@@ -262,6 +264,20 @@ def test_what_is_scheduled_in_between_hides_an_exchange(milliseconds, exposed):
     work = read_work(SCHEDULE.replace("CYCLES", str(cycles)), V5E, {"x": 2})
     assert work.seconds["compiler"] == pytest.approx(milliseconds * 1e-3)
     assert work.seconds["exposed"] == pytest.approx(exposed * 1e-3)
+
+
+def test_kernels_that_visit_a_share_of_their_tiles():
+    """They compute less, and hide less of an exchange: here 4 ms in full, of which a quarter is left."""
+    flops = round(4e-3 * KERNEL_EFFICIENCY * V5E.flops)
+    kernel = f'custom-call(%x), custom_call_target="{hlo.MOSAIC}", backend_config={{"cost_estimate":{{"flops":{flops},'
+    text = re.sub("add\\(%x, %x\\).*", kernel + '"bytes_accessed":0}}', SCHEDULE)
+    full = read_work(text, V5E, {"x": 2})
+    assert full.seconds == pytest.approx({"compiler": 0, "kernels": 4e-3, "exposed": 16e-3})
+    assert full.with_kernels(1, V5E.flops) == full
+    part = full.with_kernels(0.25, V5E.flops)
+    assert part.kernel_flops == flops / 4
+    assert part.seconds == pytest.approx({"compiler": 0, "kernels": 1e-3, "exposed": 19e-3})
+    assert full.roofline_seconds - part.roofline_seconds == pytest.approx(3e-3 * KERNEL_EFFICIENCY)
 
 
 @pytest.mark.parametrize(

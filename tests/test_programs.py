@@ -7,15 +7,20 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import tiny
 import tpu
 from jax.sharding import NamedSharding
 
 from spin_jax import aot, compile_check, sharding
+from spin_jax.batches import Packing, plan_training
 from spin_jax.compile_report import read_work
 from spin_jax.models import Compute, abstract_adapters, abstract_params, num_params
+from spin_jax.models.attention import Kernel
 from spin_jax.models.compute import project
 from spin_jax.models.known import known
+from spin_jax.programs import kernel_share
 from spin_jax.slices import SLICES
 
 MODEL = known("alignment-handbook/zephyr-7b-sft-full")
@@ -97,3 +102,22 @@ def test_a_decode_step_reads_the_weights_and_the_cache_once():
     cache = report.bytes["cache"]
     assert cache == slot * slots
     assert report.bytes["activations"] < cache  # no room for a second one in it, with all that prefilling needs
+
+
+def share(lengths: list[tuple[int, int, int]], kernel: str = "flash") -> float:
+    """Of tiles of 256, in one row of up to 4,096 slots."""
+    mesh = sharding.one_device_mesh()
+    compute = Compute(jnp.bfloat16, kernel=Kernel(kernel, mesh, ("data", "fsdp"), "tensor"), mesh=mesh)
+    pairs = tiny.pairs(tuple(lengths))
+    return kernel_share(MODEL, compute, pairs, plan_training(pairs, np.arange(len(pairs))[None], Packing(1, 128, 4096)))
+
+
+def test_share_of_the_tiles_that_kernels_visit():
+    """Of a triangle of I (I + 1) / 2 tiles: all but the square in which the second response would see the first; of
+    pairs within tiles the diagonal alone. cuDNN skips nothing."""
+    one = [(1024, 1537, 1537)]  # whole tiles, as the last token of a response has no slot
+    assert share(one) == 1 - 6 * 6 / (16 * 17 / 2)
+    assert share(one) == pytest.approx(1 - 1536**2 / (4096**2 / 2), abs=0.02)
+    assert share([(1024, 3073, 1)]) == 1
+    assert share([(32, 17, 17)] * 64) == 16 / (16 * 17 / 2)
+    assert share(one, "cudnn") == 1

@@ -90,25 +90,36 @@ def flash_attention(
         tile: a multiple of 128; None: TILE, or half of it where heads are many and wide.
         interpret: run without a TPU: exact, slow, for tests.
     """
-    batch, length, heads, head_dim = q_BTNH.shape
-    groups = heads // k_BTKH.shape[2]
-    kv_heads = math.gcd(k_BTKH.shape[2], max(1, HEADS // groups))  # a step
-    if tile is None:
-        # With more than 1 MiB of queries a step the kernels may outgrow the 16 MiB of a v4's vector memory.
-        tile = TILE if TILE * kv_heads * groups * head_dim * q_BTNH.dtype.itemsize <= 2**20 else TILE // 2
-    tiling = Tiling(tile, kv_heads, groups, sliding_window, interpret)
-    # Padding is ahead of every query, so that none sees it.
-    padding = -length % tile
-    slots_BT = jax.lax.broadcasted_iota(jnp.int32, (batch, length + padding), 1)
-    ends_BT, positions_BT = (
-        slots_BT if x_BT is None else jnp.pad(x_BT, ((0, 0), (0, padding))) for x_BT in (ends_BT, positions_BT)
-    )
-    tokens_B2T = jnp.stack([jnp.maximum(ends_BT, slots_BT + 1), positions_BT], axis=1)
+    length, heads, head_dim = q_BTNH.shape[1:]
+    kv_heads, chosen = heads_and_tile(heads, k_BTKH.shape[2], head_dim, q_BTNH.dtype)
+    tiling = Tiling(tile or chosen, kv_heads, heads // k_BTKH.shape[2], sliding_window, interpret)
+    tokens_B2T = _tokens(ends_BT, positions_BT, tiling.tile)
+    padding = tokens_B2T.shape[2] - length
     # Heads before tokens: XLA lays the projections out so, without a copy.
     q_BNTH, k_BKTH, v_BKTH = (
         jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
     )
     return _attention(q_BNTH, k_BKTH, v_BKTH, tokens_B2T, tiling)[:, :, :length].swapaxes(1, 2)
+
+
+def heads_and_tile(heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
+    """(kv heads of a step, a tile's edge in slots) for the heads that a device has."""
+    groups = heads // kv_heads
+    of_step = math.gcd(kv_heads, max(1, HEADS // groups))
+    # With more than 1 MiB of queries a step the kernels may outgrow the 16 MiB of a v4's vector memory.
+    fits = TILE * of_step * groups * head_dim * jnp.dtype(dtype).itemsize <= 2**20
+    return of_step, TILE if fits else TILE // 2
+
+
+def _tokens(ends_BT: jax.Array, positions_BT: jax.Array | None, tile: int) -> jax.Array:
+    """Ends and positions of whole blocks, int32 [B, 2, T]. Padding is ahead of every query, so that none sees it."""
+    batch, length = ends_BT.shape
+    padding = -length % tile
+    slots_BT = jax.lax.broadcasted_iota(jnp.int32, (batch, length + padding), 1)
+    ends_BT, positions_BT = (
+        slots_BT if x_BT is None else jnp.pad(x_BT, ((0, 0), (0, padding))) for x_BT in (ends_BT, positions_BT)
+    )
+    return jnp.stack([jnp.maximum(ends_BT, slots_BT + 1), positions_BT], axis=1)
 
 
 # Which tiles
@@ -136,6 +147,13 @@ def needed_tiles(tokens_B2T: jax.Array, tile: int, sliding_window: int | None) -
         positions_BIS = tokens_B2IS[:, POSITIONS]
         needed_BIJ &= positions_BIS.min(-1)[:, :, None] - positions_BIS.max(-1)[:, None] < sliding_window
     return needed_BIJ
+
+
+def share_of_causal(ends_BT: jax.Array, positions_BT: jax.Array, tile: int, sliding_window: int | None) -> float:
+    """The tiles that kernels visit, over those of the same rows if each held one sequence."""
+    needed_BIJ = needed_tiles(_tokens(ends_BT, positions_BT, tile), tile, sliding_window)
+    batch, blocks, _ = needed_BIJ.shape
+    return int(needed_BIJ.sum()) / (batch * blocks * (blocks + 1) // 2)
 
 
 def walk_queries(needed_BIJ: jax.Array) -> tuple[Walk, jax.Array]:
@@ -335,7 +353,8 @@ def _call(
     in_specs = Inputs(*(None if x is None else spec for x, spec in zip(inputs, specs, strict=True)))
     of_queries = outputs[0] == "q"
     sums = tiling.heads if of_queries else tiling.kv_heads
-    # What the compiler is told is of rows that hold one sequence each: no tile of the past is left out.
+    # What the compiler is told is of rows that hold one sequence each: no tile of the past is left out. How many are,
+    # `share_of_causal` says.
     scores = heads * walk.row.size * tiling.tile**2
     fetched = (inputs.k, inputs.v) if of_queries else (inputs.q, inputs.do)  # at each step
     bytes_fetched = sum(x.nbytes // x.shape[0] // (length // tiling.tile) * walk.row.size for x in fetched)
