@@ -165,7 +165,10 @@ def describe(report) -> str:
 
 def advice(config: ConfigDict, name: str, report) -> str:
     """What would make a program fit, as far as bytes a chip tell: fields to change, slices to take."""
-    train, generate, mesh, target = config.train, config.generate, config.mesh, SLICES[name]
+    from spin_jax.sharding import mesh_sizes
+
+    train, generate, target = config.train, config.generate, SLICES[name]
+    data, fsdp, tensor = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, target.devices)
     activations = report.bytes.get("activations", 0.0)
     room = report.limit - (report.total_bytes - activations)
     parts = 2 ** math.ceil(math.log2(activations / room)) if activations and room > 0 else 0
@@ -175,8 +178,9 @@ def advice(config: ConfigDict, name: str, report) -> str:
             tries.append("config.spin.opponent=stored")
         if config.model.remat != "full":
             tries.append("config.model.remat=full")
-        if parts and train.batch_size % (train.micro_batches * parts * mesh.data * mesh.fsdp) == 0:
-            tries.append(f"config.train.micro_batches={train.micro_batches * parts}")
+        micro_batches = train.micro_batches * parts
+        if parts and micro_batches * data * fsdp <= train.batch_size:  # a pair for each device
+            tries.append(f"config.train.micro_batches={micro_batches}")
         if not config.lora.rank:
             tries.append("config.lora.rank=64")
     elif parts and generate.batch_size >= parts:
@@ -185,8 +189,8 @@ def advice(config: ConfigDict, name: str, report) -> str:
     larger = [other for other, s in SLICES.items() if s.topology and s.devices * s.chip.hbm_bytes > wanted]
     if larger:
         tries.append(f"a slice with more memory ({', '.join(larger)})")
-    if mesh.fsdp % 2 == 0:
-        tries.append(f"config.mesh.fsdp={mesh.fsdp // 2} with config.mesh.tensor={2 * mesh.tensor}")
+    if fsdp % 2 == 0:
+        tries.append(f"config.mesh.fsdp={fsdp // 2} with config.mesh.tensor={2 * tensor}")
     return f"Try {', or '.join(tries)}."
 
 

@@ -77,7 +77,16 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
         UserError: the sizes do not multiply to the number of devices; the message names sizes that do.
     """
     devices = jax.devices() if devices is None else devices
-    sizes, total = [data, fsdp, tensor], len(devices)
+    return _mesh(_arranged(mesh_sizes(data, fsdp, tensor, len(devices)), devices))
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, total: int) -> list[int]:
+    """The sizes of a training mesh of `total` devices, none of them -1.
+
+    Raises:
+        UserError: as `make_mesh`.
+    """
+    sizes = [data, fsdp, tensor]
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, total // math.prod(size for size in sizes if size != -1))
     if math.prod(sizes) != total:
@@ -86,7 +95,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
             f"config.mesh data={data} fsdp={fsdp} tensor={tensor} does not make {total} devices: "
             f"possible with data=1 are {possible}"
         )
-    return _mesh(_arranged(sizes, devices))
+    return sizes
 
 
 def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:

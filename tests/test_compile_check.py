@@ -13,6 +13,7 @@ import pytest
 import tpu
 
 from spin_jax import aot, compile_check
+from spin_jax.config import base_config
 from spin_jax.errors import UserError
 from spin_jax.models import read_config
 from spin_jax.models.known import known
@@ -148,6 +149,19 @@ def test_command_says_what_would_fit(tmp_path):
     assert done.returncode == compile_check.EXIT_TOO_LARGE, done.stderr
     assert "DOES NOT FIT" in done.stdout
     assert re.search(r"resharding does not fit v5e-8\. Try .*v5e-16", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "fsdp", "micro_batches", "advised"),
+    [(64, 16, 2, 4), (65, 16, 2, 4), (64, -1, 1, 2), (63, 16, 2, None), (16, 16, 1, None)],
+)
+def test_micro_batches_are_advised_while_each_device_has_a_pair(pairs, fsdp, micro_batches, advised):
+    config = base_config()
+    config.mesh.fsdp = fsdp
+    config.train.update(batch_size=pairs, micro_batches=micro_batches)
+    report = aot.Report("train step", {"optimizer": 6.0, "activations": 15.0}, 16.0, 1.0, 1.0, 1.0, None)
+    found = re.findall(r"micro_batches=(\d+)", compile_check.advice(config, "v5e-16", report))
+    assert found == ([str(advised)] if advised else [])
 
 
 @pytest.mark.parametrize(
