@@ -10,7 +10,7 @@ when the devices had nothing left to do, and what the host spends on a batch. On
 the step, which is part of the gap there.
 
 Weights are random, and so are the tokens: they cost what others cost. --model takes the shape of a model from its
-directory; without, it is a tiny one.
+directory; without, it is the quickstart's tiny one.
 """
 
 import argparse
@@ -27,26 +27,13 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from etils import epath  # noqa: E402
 
-from spin_jax import models, programs, sharding  # noqa: E402
+from spin_jax import models, programs, sharding, toy  # noqa: E402
 from spin_jax.batches import Packing, batch_order, plan_training, put, spin_batch  # noqa: E402
 from spin_jax.config import base_config  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.step import learning_rate_schedule, make_optimizer, spin_objective  # noqa: E402
 from spin_jax.train import fit  # noqa: E402
 
-TINY = models.ModelConfig(
-    model_type="llama",
-    vocab_size=512,
-    hidden_size=128,
-    intermediate_size=256,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_position_embeddings=2048,
-)
 ROWS = 2_000  # of the data set that the batches are drawn from
 WARM_UP = 3  # calls that are not counted
 
@@ -144,9 +131,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     flags = parser.parse_args()
     logging.disable(logging.WARNING)
-    training = Training(
-        models.read_config(flags.model) if flags.model else TINY, flags.pairs, flags.length, flags.steps + WARM_UP
-    )
+    model = models.read_config(flags.model) if flags.model else toy.model_config(base_config().toy)
+    training = Training(model, flags.pairs, flags.length, flags.steps + WARM_UP)
     loop, alone, starved = [], [], []  # a median a round; of every call
     for turn in range(flags.rounds):
         if turn % 2:
