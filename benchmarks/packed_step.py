@@ -9,6 +9,8 @@ Two steps over the same 64 pairs are compiled for a slice that is not there, and
             tokens, and the opponent's forward pass in every step
     packed  a run of configs/zephyr_7b.py:SLICE,code: pairs share rows, the prompt once, the opponent scored before
 
+Before that, and in seconds, it tells how full the rows of many such batches are on more and fewer devices.
+
 Lengths are drawn, since the data is not here: log-normal with the medians and spreads below, cut where the config cuts.
 They are a guess at UltraChat's first turns. Needs libtpu (pip install 'jax[tpu]'), and no TPU.
 """
@@ -24,9 +26,12 @@ import numpy as np  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from spin_jax import compile_check  # noqa: E402
+from spin_jax.batches import Packing, plan_training  # noqa: E402
+from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.slices import GiB, find_slice  # noqa: E402
 
 PAIRS = 64
+WAYS, BATCHES = (8, 16, 32, 64), 400  # devices that split the rows; batches over which their fill is taken
 # Tokens: median and sigma of the logarithm. A model's answers are as long as those it was fine-tuned on.
 PROMPT, RESPONSE = (120, 0.9), (280, 0.6)
 
@@ -34,7 +39,9 @@ PROMPT, RESPONSE = (120, 0.9), (280, 0.6)
 def main(slices: list[str]) -> None:
     for name in slices or ["v5e-16"]:
         config = load_config(f"{name},code")
-        lengths = draw(config)
+        fills = ", ".join(f"{fill(config, ways, BATCHES):.1%} on {ways} devices" for ways in WAYS)
+        print(f"{name}: over {BATCHES} batches of {PAIRS} pairs, rows are full to {fills}", flush=True)
+        lengths = draw(config, PAIRS)
         packed = report(config, name, lengths)
         config.spin.opponent = "live"
         # A pair with a prompt of one token is a row of 1,024 for each response: the padded step's arithmetic.
@@ -59,18 +66,26 @@ def load_config(argument: str) -> ConfigDict:
     return module.get_config(argument)
 
 
-def draw(config: ConfigDict) -> list[tuple[int, int, int]]:
+def fill(config: ConfigDict, ways: int, batches: int) -> float:
+    """The share of all slots that is not padding, where so many devices split the rows of each batch."""
+    lengths = draw(config, batches * PAIRS)
+    pairs = [Pair(0, 0, *(np.zeros(tokens, np.int32) for tokens in pair), False, False) for pair in lengths]
+    packing = Packing(ways, config.train.length_multiple, config.train.row_length)
+    return plan_training(pairs, np.arange(len(pairs)).reshape(batches, PAIRS), packing).fill
+
+
+def draw(config: ConfigDict, pairs: int) -> list[tuple[int, int, int]]:
     """(prompt, real, generated) tokens of each pair."""
     rng = np.random.default_rng(0)
-    prompts = draw_lengths(rng, *PROMPT, config.data.max_prompt_length)
-    real, generated = (draw_lengths(rng, *RESPONSE, config.data.max_length) for _ in range(2))
+    prompts = draw_lengths(rng, *PROMPT, pairs, config.data.max_prompt_length)
+    real, generated = (draw_lengths(rng, *RESPONSE, pairs, config.data.max_length) for _ in range(2))
     room = config.data.max_length - prompts
     real, generated = np.minimum(real, room), np.minimum(generated, np.minimum(room, config.generate.max_new_tokens))
     return [tuple(map(int, pair)) for pair in zip(prompts, real, generated, strict=True)]
 
 
-def draw_lengths(rng: np.random.Generator, median: float, sigma: float, longest: int) -> np.ndarray:
-    return np.clip(median * np.exp(sigma * rng.standard_normal(PAIRS)), 1, longest).astype(int)
+def draw_lengths(rng: np.random.Generator, median: float, sigma: float, count: int, longest: int) -> np.ndarray:
+    return np.clip(median * np.exp(sigma * rng.standard_normal(count)), 1, longest).astype(int)
 
 
 def report(config: ConfigDict, name: str, lengths: list[tuple[int, int, int]]):

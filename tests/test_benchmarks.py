@@ -1,5 +1,6 @@
-"""benchmarks/train_step.py with real contestants, on a tiny model."""
+"""benchmarks/train_step.py with real contestants, on a tiny model; and what packed_step.py says without a compiler."""
 
+import importlib.util
 import json
 import math
 import pathlib
@@ -63,3 +64,12 @@ def test_too_few_pairs(files):
     )
     assert run.returncode == 1
     assert "has 8 pairs, not 4 batches of 8: lower --batches" in run.stderr
+
+
+def test_rows_that_more_devices_split_are_less_full():
+    spec = importlib.util.spec_from_file_location("packed_step", ROOT / "benchmarks/packed_step.py")
+    packed_step = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(packed_step)
+    config = packed_step.load_config("v5e-16,code")
+    fills = [packed_step.fill(config, ways, batches=20) for ways in packed_step.WAYS]
+    assert 1 > fills[0] and fills == sorted(fills, reverse=True) and fills[-1] > 0.4
