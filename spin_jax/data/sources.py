@@ -356,7 +356,7 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, object]]:
     repository, _, config = name.partition(":")
     try:
         data = datasets.load_dataset(repository, config or None, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError: the data set is a script
         raise UserError(f"{name}: the Hub gave no split {split!r}: {_hub_advice(error)}") from error
     return ((f"{name} row {index}", row) for index, row in enumerate(data))
 
@@ -379,7 +379,9 @@ def _read_tfds(name: str, split: str) -> Iterator[tuple[str, object]]:
         raise UserError("reading tfds:... needs TensorFlow Datasets: pip install 'spin_jax[tfds]'") from None
     try:
         data = tensorflow_datasets.data_source(name, split=split)
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+    # No network or disk; a server that refuses; no such data set, configuration or split; data that was prepared
+    # earlier in a format that cannot be read row by row. All else is a bug, and shown as one.
+    except (OSError, tensorflow_datasets.download.DownloadError, ValueError, NotImplementedError) as error:
         advice = str(error).partition("\n")[0]  # the lines after it list every data set there is
         raise UserError(f"tfds:{name}: cannot load split {split!r}: {advice}") from error
     rows = (data[index] for index in range(len(data)))
