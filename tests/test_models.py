@@ -16,6 +16,7 @@ from spin_jax import models
 from spin_jax.errors import UserError
 from spin_jax.models import REMAT_POLICIES, Compute, ModelConfig, llama
 from spin_jax.models.config import LinearRopeScaling, Llama3RopeScaling
+from spin_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 
 BFLOAT16 = Compute(jnp.dtype(jnp.bfloat16))
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -187,7 +188,7 @@ def test_scan_over_stacked_layers_is_a_loop_over_layers():
     abstract_layer = nnx.eval_shape(lambda: llama.DecoderLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
     layer_def = nnx.split(abstract_layer)[0]
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-    tokens = llama.Tokens(llama.rope_tables(config, positions_BT), jnp.broadcast_to(positions_BT, tokens_BT.shape))
+    tokens = llama.Tokens(rope_tables(config, positions_BT), jnp.broadcast_to(positions_BT, tokens_BT.shape))
     x_BTD = params["embed"]["embedding"][tokens_BT]
     for layer in range(config.num_layers):
         one = nnx.merge(layer_def, jax.tree.map(lambda x, layer=layer: x[layer], params["layers"]))
@@ -221,9 +222,9 @@ def test_bfloat16_compute_is_close_and_keeps_its_dtypes():
 
 def test_linear_rope_divides_every_frequency():
     config = ModelConfig.from_huggingface(source_config("llama2"), "x")
-    plain = llama.rope_frequencies(config)
+    plain = rope_frequencies(config)
     np.testing.assert_allclose(plain, [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
-    scaled = llama.rope_frequencies(dataclasses.replace(config, rope_scaling=LinearRopeScaling(4.0)))
+    scaled = rope_frequencies(dataclasses.replace(config, rope_scaling=LinearRopeScaling(4.0)))
     np.testing.assert_allclose(scaled, plain / 4, rtol=1e-6)
 
 
@@ -235,7 +236,7 @@ def test_llama3_rope_of_the_published_model():
         rope_theta=500000.0,
         rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 8192),
     )
-    scaled = llama.rope_frequencies(config)
+    scaled = rope_frequencies(config)
     assert scaled.shape == (64,) and scaled.dtype == np.float32
     for i, frequency in enumerate(scaled):
         plain = 500000.0 ** (-2 * i / 128)
@@ -254,8 +255,8 @@ def test_rope_scores_depend_on_the_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, config.head_dim))
 
     def score(query_position, key_position):
-        tables = (llama.rope_tables(config, jnp.asarray([[p]])) for p in (query_position, key_position))
-        return float(jnp.sum(llama.apply_rope(q, *next(tables)) * llama.apply_rope(k, *next(tables))))
+        tables = (rope_tables(config, jnp.asarray([[p]])) for p in (query_position, key_position))
+        return float(jnp.sum(apply_rope(q, *next(tables)) * apply_rope(k, *next(tables))))
 
     assert score(17, 5) == pytest.approx(score(112, 100), abs=1e-4)
     assert abs(score(17, 5) - score(18, 5)) > 1e-2

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -33,7 +32,8 @@ from spin_jax.models.compute import (
     swiglu,
     written,
 )
-from spin_jax.models.config import Llama3RopeScaling, ModelConfig
+from spin_jax.models.config import ModelConfig
+from spin_jax.models.rope import apply_rope, rope_tables
 from spin_jax.sharding import constrain, tree_shardings
 
 # The position of what no token may see: ahead of all of them, and far from overflow when positions are subtracted.
@@ -234,44 +234,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x_f32 = x.astype(jnp.float32)
     normed = x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
     return (normed * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(x.dtype)
-
-
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each of the H/2 rotations, f32: theta^(-2i/H), scaled as config.py's classes say."""
-    # In f32, as transformers computes them: thousands of positions on, a rounding of a frequency is a visible angle.
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if not isinstance(scaling, Llama3RopeScaling):
-        return frequencies / np.float32(scaling.factor)
-    # The turns that a frequency makes within the original context, placed between the two factors: 0 long, 1 short.
-    turns = scaling.original_max_position_embeddings * frequencies / np.float32(2 * math.pi)
-    short = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
-    return ((1 - short) * frequencies / np.float32(scaling.factor) + short * frequencies).astype(np.float32)
-
-
-def rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of the angle that each of the H numbers of a head is turned by, each f32 [B, T, 1, H]."""
-    frequencies_H = np.tile(rope_frequencies(config), 2)
-    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies_H[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + H/2}), Hugging Face's pairing, in f32 (arXiv 2104.09864).
-
-    That is x cos + x' sin with x' = (-second half, first half). x' comes from a product with a signed permutation,
-    which is exact: half a vector is half a register on a TPU, and to cut there and concatenate takes four times as
-    long.
-    """
-    half = x_BTNH.shape[-1] // 2
-    turn_HH = np.zeros((2 * half, 2 * half))
-    turn_HH[np.arange(half) + half, np.arange(half)] = -1
-    turn_HH[np.arange(half), np.arange(half) + half] = 1
-    turned_BTNH = jnp.einsum("BTNH,HI->BTNI", x_BTNH, jnp.asarray(turn_HH, x_BTNH.dtype), precision="highest")
-    return (x_BTNH.astype(jnp.float32) * cos + turned_BTNH.astype(jnp.float32) * sin).astype(x_BTNH.dtype)
 
 
 def _write(cache_LBSKH: jax.Array, new_BTKH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
