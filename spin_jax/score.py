@@ -1,4 +1,4 @@
-"""The scoring stage: the opponent's log-probs of every pair, computed once an iteration and stored."""
+"""Log-probs of pairs: the scoring stage, which computes and stores the opponent's once an iteration; what they tell."""
 
 import dataclasses
 import hashlib
@@ -14,6 +14,7 @@ from spin_jax import hosts, stopping
 from spin_jax.batches import Plan, fetch, put, spin_batch
 from spin_jax.data.pairs import Pair
 from spin_jax.errors import UserError
+from spin_jax.losses import rewards
 from spin_jax.metrics import write_whole
 from spin_jax.models import ModelConfig
 
@@ -85,3 +86,20 @@ def read_scores(path: epath.Path, pairs: Sequence[Pair]) -> np.ndarray:
         if str(stored["fingerprint"]) != fingerprint(pairs):
             raise UserError(f"{path} holds scores of other rows than this run's: delete it, and it is made anew")
         return stored["logps"]
+
+
+def held_out_rewards(policy: Sequence[Pair], opponent: Sequence[Pair], beta: float) -> dict[str, float]:
+    """Rewards (equation 4.6) of the same held-out pairs, scored by policy and opponent."""
+    logps = [np.array([(pair.real_logp, pair.generated_logp) for pair in scored]) for scored in (policy, opponent)]
+    real, generated = np.asarray(rewards(*logps, beta)).T
+    return {
+        "held_out/rewards/accuracy": float(np.mean(real > generated)),
+        "held_out/rewards/margin": float(np.mean(real - generated)),
+        "held_out/rewards/real": float(np.mean(real)),
+        "held_out/rewards/generated": float(np.mean(generated)),
+    }
+
+
+def nats_per_token(scored: Sequence[Pair]) -> float:
+    """The model's mean loss on the human responses as a plain language model."""
+    return -sum(pair.real_logp for pair in scored) / sum(len(pair.real) for pair in scored)

@@ -28,11 +28,10 @@ from spin_jax.data.pairs import Pair, read_sampled, write_pairs_parquet
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
 from spin_jax.generate import Prompt, Response, generate
-from spin_jax.losses import rewards
 from spin_jax.metrics import restore, to_json, write_whole
 from spin_jax.models import for_compute
 from spin_jax.run import Run
-from spin_jax.score import read_scores, score, with_scores, write_scores
+from spin_jax.score import held_out_rewards, nats_per_token, read_scores, score, with_scores, write_scores
 from spin_jax.step import (
     Objective,
     learning_rate_schedule,
@@ -128,7 +127,7 @@ def describe_start(run: Run) -> dict:
     """The summary's first row: theta_0, the opponent of iteration 0, which has scored the held-out pairs."""
     row = {"model": "SFT", "iteration": None}
     if held_out := _pairs_of(run, 0)[1]:
-        row["held_out/nats_per_token"] = _nats_per_token(_with_opponent_scores(run, 0)[-len(held_out) :])
+        row["held_out/nats_per_token"] = nats_per_token(_with_opponent_scores(run, 0)[-len(held_out) :])
     return row | _exact_measures(run, run.start_of(0))
 
 
@@ -149,8 +148,8 @@ def evaluate_policy(run: Run, t: int) -> dict:
         by_opponent = _with_opponent_scores(run, t)[-len(held_out) :]
         policy_logps = _score(run, run.start_of(t + 1), held_out, f"iteration {t}: evaluate")
         by_policy = with_scores(held_out, policy_logps)
-        row["held_out/nats_per_token"] = _nats_per_token(by_policy)
-        row |= _held_out_rewards(by_policy, by_opponent, at_iteration(run.config.spin.beta, t))
+        row["held_out/nats_per_token"] = nats_per_token(by_policy)
+        row |= held_out_rewards(by_policy, by_opponent, at_iteration(run.config.spin.beta, t))
     row |= _exact_measures(run, run.start_of(t + 1))
     hosts.on_first(lambda: write_whole(path, to_json(row) + "\n"))
     return row
@@ -169,7 +168,7 @@ def continue_sft(run: Run, t: int) -> dict:
     row = {"model": f"SFT control {t}", "iteration": None}
     if held_out := _pairs_of(run, t)[1]:
         logps = _score(run, directory / "model", held_out, f"iteration {t}: evaluate SFT control")
-        row["held_out/nats_per_token"] = _nats_per_token(with_scores(held_out, logps))
+        row["held_out/nats_per_token"] = nats_per_token(with_scores(held_out, logps))
     return row | _exact_measures(run, directory / "model")
 
 
@@ -359,23 +358,6 @@ def _score(run: Run, model: epath.Path, pairs: Sequence[Pair], name: str) -> np.
         sharding=sharding.batch_sharding(run.compute.mesh),
         name=name,
     )
-
-
-def _held_out_rewards(policy: Sequence[Pair], opponent: Sequence[Pair], beta: float) -> dict[str, float]:
-    """Rewards (equation 4.6) of the same held-out pairs, scored by policy and opponent."""
-    logps = [np.array([(pair.real_logp, pair.generated_logp) for pair in scored]) for scored in (policy, opponent)]
-    real, generated = np.asarray(rewards(*logps, beta)).T
-    return {
-        "held_out/rewards/accuracy": float(np.mean(real > generated)),
-        "held_out/rewards/margin": float(np.mean(real - generated)),
-        "held_out/rewards/real": float(np.mean(real)),
-        "held_out/rewards/generated": float(np.mean(generated)),
-    }
-
-
-def _nats_per_token(scored: Sequence[Pair]) -> float:
-    """The model's mean loss on the human responses as a plain language model."""
-    return -sum(pair.real_logp for pair in scored) / sum(len(pair.real) for pair in scored)
 
 
 def _exact_measures(run: Run, model: epath.Path) -> dict[str, float]:
