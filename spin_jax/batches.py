@@ -150,8 +150,7 @@ def plan_training(pairs: Sequence[Pair], order: np.ndarray, packing: Packing) ->
 
 
 def plan_scoring(pairs: Sequence[Pair], at_a_time: int, packing: Packing) -> Plan:
-    """All pairs, in whatever order fills rows of one length best; a batch holds about `at_a_time`. One
-    program."""
+    """All pairs, about `at_a_time` a batch, in whatever order fills rows of one length best: one program."""
     sizes = [slots(pair) for pair in pairs]
     length = round_up(max(packing.row_length, *sizes), packing.multiple)
     in_rows = best_fit(sizes, length)
