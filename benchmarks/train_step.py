@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from spin_jax.data.chat import chat_format, fit  # noqa: E402
 from spin_jax.data.sources import load_examples  # noqa: E402
 
-_OURS = {"compute_dtype": "float32", "opponent": "stored", "padded": False, "row_length": 512, "length_multiple": 64}
+_OURS = {"compute_dtype": "float32", "opponent": "stored", "padded": False, "row_length": 2048, "length_multiple": 64}
 _TRL = {"weights": "float32", "autocast": False, "precompute": True, "micro_batch": None, "compile": False}
 _AUTHORS = {"weights": "float32", "autocast": False}
 _BFLOAT16 = {"weights": "bfloat16"}  # faster; bfloat16 cannot hold most of what a learning rate of 5e-7 changes

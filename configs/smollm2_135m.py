@@ -23,7 +23,7 @@ def get_config():
     config.train.epochs = 1.0
     config.train.learning_rate = (2e-6,)  # 4x the paper's: 50x smaller a model, 50x fewer steps
     config.train.micro_batches = 2
-    config.train.row_length = 512
+    config.train.row_length = 2048
     config.train.length_multiple = 64
     config.train.checkpoint_every = 8
     return config

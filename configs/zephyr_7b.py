@@ -18,14 +18,14 @@ from spin_jax.slices import use_slice
 # compile check with 64 of the longest pairs. What is kept is not computed again; each micro-batch gathers all
 # weights anew.
 MEMORY = {
-    "v4-32": {"": ("qkv", 1), "code": ("projections", 1)},
+    "v4-32": {"": ("gate", 1), "code": ("projections", 1)},
     "v5e-8": {"": ("full", 8), "code": ("full", 8)},
-    "v5e-16": {"": ("full", 2), "code": ("qkv", 1)},
-    "v5e-64": {"": ("attention", 1), "code": ("gate", 1)},
-    "v5e-256": {"": ("attention", 1), "code": ("gate", 1)},
-    "v5p-8": {"": ("qkv", 1), "code": ("gate", 1)},
+    "v5e-16": {"": ("qkv", 1), "code": ("attention", 1)},
+    "v5e-64": {"": ("mlp", 1), "code": ("mlp", 1)},
+    "v5e-256": {"": ("mlp", 1), "code": ("mlp", 1)},
+    "v5p-8": {"": ("attention", 1), "code": ("projections", 1)},
     "v5p-32": {"": ("mlp", 1), "code": ("mlp", 1)},
-    "v6e-16": {"": ("qkv", 1), "code": ("projections", 1)},
+    "v6e-16": {"": ("gate", 1), "code": ("projections", 1)},
 }
 
 

@@ -26,10 +26,11 @@ def base_config() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = ""  # SFT model: Hugging Face directory or Hub id; "toy:" makes a tiny one
     c.model.revision = ""  # Hub revision (branch, tag or commit); "" is the default branch
-    # "float32" | "bfloat16" | "auto": bfloat16 on TPU and GPU, float32 on CPU, where bf16 matmuls gain nothing
+    # of activations and matmuls, which add up in float32: "float32" | "bfloat16" | "auto", which is bfloat16, but on a
+    # CPU without instructions for it (xla.matmul_dtype)
     c.model.compute_dtype = "auto"
-    # attention of whole rows: "plain" jax.numpy | "flash", a TPU kernel | "cudnn", a GPU kernel | "auto": the
-    # platform's kernel; the kernels never hold a row's scores [length, length]
+    # attention of whole rows: "plain" jax.numpy | "tiled", for CPUs | "flash", a TPU kernel | "cudnn", a GPU kernel |
+    # "auto": the platform's; all but the plain one never hold a row's scores [length, length]
     c.model.attention = "auto"
     # what the backward pass finds in memory, see models.compute.REMAT_POLICIES; "full" recomputes most and needs least
     c.model.remat = "full"
@@ -94,8 +95,8 @@ def base_config() -> ConfigDict:
     c.train.optimizer = "rmsprop"  # "rmsprop" with torch's semantics (the paper) | "adamw"
     c.train.weight_decay = 0.0  # adamw only; the paper uses none
     c.train.clip_norm = 1.0  # global gradient norm; the HF Trainer's default, which the released code keeps
-    # Pairs share rows, about this many tokens long: shorter where attention computes what no token sees (everywhere but
-    # on TPUs), on TPUs so long that each device has one row of each micro-batch
+    # Pairs share rows, about this many tokens long. The longer, the fuller; on GPUs attention computes what no token
+    # sees, too, which long rows have more of. On TPUs: so long that each device has one row of each micro-batch.
     c.train.row_length = 1024
     # a batch's rows are as short as its pairs allow, and a multiple of this many tokens long: each length is a compiled
     # program, and half of it is lost in each row on average
@@ -137,7 +138,7 @@ class Choice:
 
 CHOICES = (
     Choice("model.compute_dtype", ("auto", "float32", "bfloat16")),
-    Choice("model.attention", ("auto", "plain", "flash", "cudnn")),
+    Choice("model.attention", ("auto", "plain", "tiled", "flash", "cudnn")),
     Choice("model.remat", ("none", "full", "qkv", "attention", "gate", "mlp", "projections")),
     Choice("model.export_dtype", ("float32", "bfloat16")),
     Choice("data.layout", ("auto", "messages", "conversations", "prompt_response", "alpaca", "pairs")),

@@ -35,7 +35,8 @@ from spin_jax.models import (
     unembed_flops,
 )
 from spin_jax.models.attention import choose_kernel
-from spin_jax.models.flash import heads_and_tile, share_of_causal
+from spin_jax.models.flash import heads_and_tile
+from spin_jax.models.tiles import share_of_causal
 from spin_jax.sampling import Decoding, row_keys, sample
 from spin_jax.step import (
     Batch,
@@ -50,7 +51,7 @@ from spin_jax.step import (
     spin_objective,
     state_shardings,
 )
-from spin_jax.xla import xla_options
+from spin_jax.xla import matmul_dtype, xla_options
 
 
 def training_passes(config: ConfigDict) -> int:
@@ -65,10 +66,8 @@ def make_compute(settings: ConfigDict, model: ModelConfig, mesh: Mesh) -> Comput
     Raises:
         UserError: the attention kernel that was asked for cannot run.
     """
-    name = settings.compute_dtype
-    if name == "auto":  # matmuls gain from 16 bits on TPU and GPU
-        name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    dtype = jnp.dtype(name)
+    asked = settings.compute_dtype
+    dtype = matmul_dtype(mesh.devices.flat[0]) if asked == "auto" else jnp.dtype(asked)
     rows, heads = sharding.RULES["rows"], sharding.RULES["heads"]
     kernel = choose_kernel(settings.attention, mesh, rows, heads, head_dim=model.head_dim, dtype=dtype)
     return Compute(dtype, settings.remat, settings.logits_chunk, kernel, mesh, sharding.sum_line(mesh))

@@ -84,15 +84,40 @@ def test_plain_is_the_definition(sliding_window, packed):
         np.testing.assert_allclose(found[b, i, n], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["tiled", "flash"])
 @pytest.mark.parametrize(
     ("length", "head_dim", "sliding_window", "packed"), [(200, 64, None, False), (600, 128, 70, True)]
 )
-def test_flash_on_a_mesh_is_plain(length, head_dim, sliding_window, packed):
-    """Each device with its rows and heads; the kernel itself is tested in test_flash.py."""
+def test_tiles_on_a_mesh_are_plain(name, length, head_dim, sliding_window, packed):
+    """Each device with its rows and heads; flash's kernel itself is tested in test_flash.py."""
     arrays = rows(length, 8, 4, head_dim, packed)
     plain = value_and_gradients(with_kernel(None, sliding_window), arrays)
-    flash = Kernel("flash", cpu_mesh(), ROWS, HEADS)
-    assert_same(value_and_gradients(with_kernel(flash, sliding_window), arrays), plain)
+    tiles = Kernel(name, cpu_mesh(), ROWS, HEADS)
+    assert_same(value_and_gradients(with_kernel(tiles, sliding_window), arrays), plain)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (9, 3), (6, 1)])
+@pytest.mark.parametrize(("length", "sliding_window"), [(1, None), (63, 5), (64, None), (130, 64), (400, None)])
+def test_tiled_is_plain(heads, length, sliding_window):
+    """Of every grouping of heads, about the tiles' edges."""
+    arrays = rows(length, *heads, 16, packed=True)
+    plain = value_and_gradients(with_kernel(None, sliding_window), arrays)
+    mesh = mesh_of(jax.devices("cpu")[:1], 1, 1, 1)
+    tiled = value_and_gradients(with_kernel(Kernel("tiled", mesh, ROWS, HEADS), sliding_window), arrays)
+    assert_same(tiled, plain)
+
+
+def test_tiled_does_not_compute_what_nobody_sees():
+    """A value that is no number spoils what is computed with it, were it at weight 0."""
+    q, k, v = (x[:, :256] for x in map(rows(256, 2, 1, 16, False).get, ("q", "k", "v")))
+    slots = np.broadcast_to(np.arange(256, dtype=np.int32), q.shape[:2])
+    ends = np.where(slots < 128, 128, 256).astype(np.int32)
+    found = attention.tiled_attention(q, k, v.at[:, :128].set(jnp.nan), ends, slots, sliding_window=None)
+    assert np.isnan(found[:, :128]).all() and np.isfinite(found[:, 128:]).all()
+
+
+def test_tiled_in_bfloat16_is_as_good_as_plain():
+    assert_as_good_as_plain(Kernel("tiled", mesh_of(jax.devices("cpu")[:1], 1, 1, 1), ROWS, HEADS), 70, True)
 
 
 @pytest.mark.parametrize(("sliding_window", "packed"), [(None, False), (70, False), (300, False), (70, True)])
@@ -155,7 +180,7 @@ def test_auto_is_the_kernel_of_the_devices():
     tpus = tpu.mesh(tpu.V5E_4, data=1, fsdp=4, tensor=1)
     assert choose("auto", tpus) == Kernel("flash", tpus, ROWS, HEADS)
     assert choose("plain", tpus) is None
-    assert choose("auto", cpu_mesh()) is None
+    assert choose("auto", cpu_mesh()) == Kernel("tiled", cpu_mesh(), ROWS, HEADS)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from spin_jax.compile_report import read_work
 from spin_jax.models.attention import attend
-from spin_jax.models.flash import RESIDUALS, TILE, flash_attention, needed_tiles, walk_keys, walk_queries
+from spin_jax.models.flash import TILE, flash_attention
+from spin_jax.models.tiles import RESIDUALS, needed_tiles, walk_keys, walk_queries
 from spin_jax.slices import V5E
 
 # Lengths of prompt, real and generated, pair by pair of a row.

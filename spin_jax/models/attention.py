@@ -1,6 +1,6 @@
-"""softmax(q k / sqrt(H)) v of causal rows: in plain jax.numpy, and as the kernels of TPUs and GPUs, chosen by name.
+"""softmax(q k / sqrt(H)) v of causal rows: in plain jax.numpy, and as each platform does it best, chosen by name.
 
-The plain path holds the scores [B, N, T, S]; the kernels hold a tile of them at a time (FlashAttention, arXiv
+The plain path holds the scores [B, N, T, S]; the others hold a tile of them at a time (FlashAttention, arXiv
 2205.14135). Softmax runs in f32 in all of them.
 
 Axes: B batch, T tokens, S key slots, N query heads, K kv heads, G = N // K, H head_dim.
@@ -15,17 +15,18 @@ from jax.sharding import Mesh, PartitionSpec
 
 from spin_jax.errors import UserError
 from spin_jax.models.flash import flash_attention
+from spin_jax.models.tiled import tiled_attention
 
 # What config.model.attention may say; "auto" is the platform's kernel.
-ATTENTION = ("auto", "plain", "flash", "cudnn")
+ATTENTION = ("auto", "plain", "tiled", "flash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """An attention kernel, the devices it is compiled for, and how its arguments lie on them.
+    """A way to compute attention by tiles, the devices it is compiled for, and how its arguments lie on them.
 
     Attributes:
-        name: "flash" or "cudnn".
+        name: "tiled", "flash" or "cudnn".
         mesh: the devices. On a mesh without TPUs flash is interpreted: exact, slow, for tests.
         rows: mesh axes that the batch is split over.
         heads: mesh axis that query heads and kv heads are split over.
@@ -48,7 +49,7 @@ def choose_kernel(
         UserError: a kernel was asked for by name that cannot run.
     """
     platform = mesh.devices.flat[0].platform
-    name = {"tpu": "flash", "gpu": "cudnn"}.get(platform, "plain") if asked == "auto" else asked
+    name = {"tpu": "flash", "gpu": "cudnn"}.get(platform, "tiled") if asked == "auto" else asked
     reason = _refusal(name, platform, head_dim, dtype)
     if reason and asked != "auto":
         raise UserError(f"config.model.attention={name!r} {reason}: use 'plain' or 'auto'")
@@ -97,10 +98,12 @@ def causal_attention(
     if ends_BT is None:
         ends_BT = jnp.full(positions_BT.shape, positions_BT.shape[1], jnp.int32)
     if kernel.name == "flash":
-        interpret = kernel.mesh.devices.flat[0].platform != "tpu"
-        attention = functools.partial(flash_attention, sliding_window=sliding_window, interpret=interpret)
+        attention = functools.partial(flash_attention, interpret=kernel.mesh.devices.flat[0].platform != "tpu")
+    elif kernel.name == "tiled":
+        attention = tiled_attention
     else:
-        attention = functools.partial(dot_product, sliding_window=sliding_window, implementation="cudnn")
+        attention = functools.partial(dot_product, implementation="cudnn")
+    attention = functools.partial(attention, sliding_window=sliding_window)
     # The partitioner cannot look into a kernel. No row or head needs another, so each device runs its own.
     rows, heads = PartitionSpec(kernel.rows), PartitionSpec(kernel.rows, None, kernel.heads, None)
     by_device = jax.shard_map(

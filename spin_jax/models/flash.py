@@ -1,17 +1,8 @@
 """FlashAttention of packed rows: forward and backward kernels for TPUs, in Pallas.
 
-A row holds several pairs, each `prompt | real | generated`. One integer a token says who sees it: slot i sees slot j
-iff
-
-    j <= i < ends[j].
-
-A token of `real` ends with `real`; those of the prompt and of `generated` with their pair; padding sees itself. This is
-the causal case of FlashMask (arXiv 2410.01359). A sliding window adds positions[i] - positions[j] < window: positions
-are those of rope, where both responses follow the prompt.
-
 Scores exist a tile of queries by keys at a time (FlashAttention, arXiv 2205.14135). A kernel does not pass over all
-tiles: it is given the list of those with a visible entry, and its grid is as long as the list. The others are neither
-fetched nor computed, and cost no step.
+tiles: it is given the list of those with a visible entry (`spin_jax/models/tiles.py`), and its grid is as long as the
+list. The others are neither fetched nor computed, and cost no step.
 
 Axes: B rows, T slots, N query heads, K kv heads, G = N // K, H head_dim; I query blocks, J key blocks, S slots a block.
 """
@@ -28,9 +19,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# The output and its logsumexp carry this name: a remat policy that saves it spares the backward pass a second run of
-# the forward kernel.
-RESIDUALS = "flash_residuals"
+from spin_jax.models.tiles import (
+    ENDS,
+    MASKED,
+    POSITIONS,
+    RESIDUALS,
+    Walk,
+    begins_and_ends,
+    block_tokens,
+    needed_tiles,
+    walk_keys,
+    walk_queries,
+)
 
 # A tile's edge in slots, and how many heads a step computes where they divide so. In libtpu's schedules for a v5e (bf16
 # and H = 128) the three kernels take 1,320 cycles a head and tile, of which matmuls alone would take 1,150; with one
@@ -40,9 +40,6 @@ RESIDUALS = "flash_residuals"
 TILE = 256
 HEADS = 4
 LANES = 128  # of a TPU's vector unit
-
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: the difference of two is a number
-ENDS, POSITIONS = 0, 1  # of tokens_B2T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +90,7 @@ def flash_attention(
     length, heads, head_dim = q_BTNH.shape[1:]
     kv_heads, chosen = heads_and_tile(heads, k_BTKH.shape[2], head_dim, q_BTNH.dtype)
     tiling = Tiling(tile or chosen, kv_heads, heads // k_BTKH.shape[2], sliding_window, interpret)
-    tokens_B2T = _tokens(ends_BT, positions_BT, tiling.tile)
+    tokens_B2T = block_tokens(ends_BT, positions_BT, tiling.tile)
     padding = tokens_B2T.shape[2] - length
     # Heads before tokens: XLA lays the projections out so, without a copy.
     q_BNTH, k_BKTH, v_BKTH = (
@@ -109,68 +106,6 @@ def heads_and_tile(heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -
     # With more than 1 MiB of queries a step the kernels may outgrow the 16 MiB of a v4's vector memory.
     fits = TILE * of_step * groups * head_dim * jnp.dtype(dtype).itemsize <= 2**20
     return of_step, TILE if fits else TILE // 2
-
-
-def _tokens(ends_BT: jax.Array, positions_BT: jax.Array | None, tile: int) -> jax.Array:
-    """Ends and positions of whole blocks, int32 [B, 2, T]. Padding is ahead of every query, so that none sees it."""
-    batch, length = ends_BT.shape
-    padding = -length % tile
-    slots_BT = jax.lax.broadcasted_iota(jnp.int32, (batch, length + padding), 1)
-    ends_BT, positions_BT = (
-        slots_BT if x_BT is None else jnp.pad(x_BT, ((0, 0), (0, padding))) for x_BT in (ends_BT, positions_BT)
-    )
-    return jnp.stack([jnp.maximum(ends_BT, slots_BT + 1), positions_BT], axis=1)
-
-
-# Which tiles
-
-
-class Walk(NamedTuple):
-    """Tiles in the order in which a kernel computes them, int32 [steps]: row, query block, key block."""
-
-    row: jax.Array
-    i: jax.Array
-    j: jax.Array
-
-
-def needed_tiles(tokens_B2T: jax.Array, tile: int, sliding_window: int | None) -> jax.Array:
-    """Tiles of query blocks by key blocks that may hold a visible entry, bool [B, I, J].
-
-    Exact by ends: if a later block sees a key, its first slot does. By a window a superset: a tile is left out if the
-    smallest of its queries' positions is out of reach of the largest of its keys'.
-    """
-    tokens_B2IS = tokens_B2T.reshape(*tokens_B2T.shape[:2], -1, tile)
-    starts_I = tile * jnp.arange(tokens_B2IS.shape[2], dtype=jnp.int32)
-    ends_BJ = tokens_B2IS[:, ENDS].max(-1)
-    needed_BIJ = (starts_I[None, :, None] >= starts_I[None, None]) & (starts_I[None, :, None] < ends_BJ[:, None])
-    if sliding_window is not None:
-        positions_BIS = tokens_B2IS[:, POSITIONS]
-        needed_BIJ &= positions_BIS.min(-1)[:, :, None] - positions_BIS.max(-1)[:, None] < sliding_window
-    return needed_BIJ
-
-
-def share_of_causal(ends_BT: jax.Array, positions_BT: jax.Array, tile: int, sliding_window: int | None) -> float:
-    """The tiles that kernels visit, over those of the same rows if each held one sequence."""
-    needed_BIJ = needed_tiles(_tokens(ends_BT, positions_BT, tile), tile, sliding_window)
-    batch, blocks, _ = needed_BIJ.shape
-    return int(needed_BIJ.sum()) / (batch * blocks * (blocks + 1) // 2)
-
-
-def walk_queries(needed_BIJ: jax.Array) -> tuple[Walk, jax.Array]:
-    """The needed tiles by row, then i, then j; and their count, after which the walk means nothing."""
-    batch, blocks, _ = needed_BIJ.shape
-    size = needed_BIJ.size
-    tiles = jnp.arange(size, dtype=jnp.int32)
-    tiles = jnp.sort(jnp.where(needed_BIJ.reshape(size), tiles, size))[: batch * blocks * (blocks + 1) // 2]
-    return Walk(*jnp.unravel_index(tiles, needed_BIJ.shape)), jnp.sum(needed_BIJ, dtype=jnp.int32)
-
-
-def walk_keys(needed_BIJ: jax.Array) -> tuple[Walk, jax.Array]:
-    """The needed tiles by row, then j, then i, both from the last to the first: `walk_queries` in a mirror, so that a
-    block's last tile is the diagonal one here as there."""
-    (row, j, i), count = walk_queries(jnp.flip(needed_BIJ.swapaxes(1, 2), (1, 2)))
-    last = needed_BIJ.shape[1] - 1
-    return Walk(row, last - i, last - j), count
 
 
 # Kernels. A step is one tile of some heads. Scores lie [queries, keys], and [keys, queries] where keys' gradients are
@@ -195,12 +130,6 @@ class Inputs(NamedTuple):
     do: Any = None
     logsumexp: Any = None
     di: Any = None
-
-
-def _begins_and_ends(walk: Walk, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether a step is the first of its block, and the last. Blocks end on the diagonal."""
-    before = jnp.maximum(step - 1, 0)
-    return (step == 0) | (walk.i[before] == walk.j[before]), walk.i[step] == walk.j[step]
 
 
 def _along(x_S: jax.Array, axis: int) -> jax.Array:
@@ -248,7 +177,7 @@ def _forward_kernel(walk, at, out_ref, logsumexp_ref, max_ref, denominator_ref, 
     [S, LANES]; the numerator [S, H].
     """
     step = pl.program_id(1)
-    begins, ends = _begins_and_ends(walk, step)
+    begins, ends = begins_and_ends(walk, step)
     visible = _visible(walk, step, at, tiling, axis=0)
     for n in range(tiling.heads):
         scores = _scores(at.q[n], at.k[n // tiling.groups], visible, axis=0)
@@ -281,7 +210,7 @@ def _softmax_gradient(at: Inputs, n: int, kv: int, visible: jax.Array, axis: int
 def _dq_kernel(walk, at, dq_ref, sum_ref, *, tiling):
     """Gradient of a query block, summed over key blocks."""
     step = pl.program_id(1)
-    begins, ends = _begins_and_ends(walk, step)
+    begins, ends = begins_and_ends(walk, step)
     visible = _visible(walk, step, at, tiling, axis=0)
     for n in range(tiling.heads):
         kv = n // tiling.groups
@@ -296,7 +225,7 @@ def _dq_kernel(walk, at, dq_ref, sum_ref, *, tiling):
 def _dkv_kernel(walk, at, dk_ref, dv_ref, dk_sum_ref, dv_sum_ref, *, tiling):
     """Gradients of a key block, summed over query blocks and the G heads that share it."""
     step = pl.program_id(1)
-    begins, ends = _begins_and_ends(walk, step)
+    begins, ends = begins_and_ends(walk, step)
     visible = _visible(walk, step, at, tiling, axis=1)
     for kv in range(tiling.kv_heads):
         dk, dv = (jnp.where(begins, 0, ref[kv]) for ref in (dk_sum_ref, dv_sum_ref))

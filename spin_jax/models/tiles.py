@@ -1,0 +1,91 @@
+"""Which tiles of a row's scores, queries by keys, hold something that a query may see.
+
+A row holds several pairs, each `prompt | real | generated`. One integer a token says who sees it: slot i sees slot j
+iff
+
+    j <= i < ends[j].
+
+A token of `real` ends with `real`; those of the prompt and of `generated` with their pair; padding sees itself. This is
+the causal case of FlashMask (arXiv 2410.01359). A sliding window adds positions[i] - positions[j] < window: positions
+are those of rope, where both responses follow the prompt.
+
+Attention by tiles walks along the list of those needed. The others cost nothing.
+
+Axes: B rows, T slots; I query blocks, J key blocks, S slots a block.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# The output of attention and its logsumexp carry this name: a remat policy that saves them spares the backward pass a
+# second forward run.
+RESIDUALS = "attention_residuals"
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: the difference of two is a number
+ENDS, POSITIONS = 0, 1  # of tokens_B2T
+
+
+def block_tokens(ends_BT: jax.Array, positions_BT: jax.Array | None, tile: int) -> jax.Array:
+    """Ends and positions of whole blocks, int32 [B, 2, T]. Padding is ahead of every query, so that none sees it."""
+    batch, length = ends_BT.shape
+    padding = -length % tile
+    slots_BT = jax.lax.broadcasted_iota(jnp.int32, (batch, length + padding), 1)
+    ends_BT, positions_BT = (
+        slots_BT if x_BT is None else jnp.pad(x_BT, ((0, 0), (0, padding))) for x_BT in (ends_BT, positions_BT)
+    )
+    return jnp.stack([jnp.maximum(ends_BT, slots_BT + 1), positions_BT], axis=1)
+
+
+class Walk(NamedTuple):
+    """Tiles in the order in which a kernel computes them, int32 [steps]: row, query block, key block."""
+
+    row: jax.Array
+    i: jax.Array
+    j: jax.Array
+
+
+def needed_tiles(tokens_B2T: jax.Array, tile: int, sliding_window: int | None) -> jax.Array:
+    """Tiles of query blocks by key blocks that may hold a visible entry, bool [B, I, J].
+
+    Exact by ends: if a later block sees a key, its first slot does. By a window a superset: a tile is left out if the
+    smallest of its queries' positions is out of reach of the largest of its keys'.
+    """
+    tokens_B2IS = tokens_B2T.reshape(*tokens_B2T.shape[:2], -1, tile)
+    starts_I = tile * jnp.arange(tokens_B2IS.shape[2], dtype=jnp.int32)
+    ends_BJ = tokens_B2IS[:, ENDS].max(-1)
+    needed_BIJ = (starts_I[None, :, None] >= starts_I[None, None]) & (starts_I[None, :, None] < ends_BJ[:, None])
+    if sliding_window is not None:
+        positions_BIS = tokens_B2IS[:, POSITIONS]
+        needed_BIJ &= positions_BIS.min(-1)[:, :, None] - positions_BIS.max(-1)[:, None] < sliding_window
+    return needed_BIJ
+
+
+def share_of_causal(ends_BT: jax.Array, positions_BT: jax.Array, tile: int, sliding_window: int | None) -> float:
+    """The tiles that kernels visit, over those of the same rows if each held one sequence."""
+    needed_BIJ = needed_tiles(block_tokens(ends_BT, positions_BT, tile), tile, sliding_window)
+    batch, blocks, _ = needed_BIJ.shape
+    return int(needed_BIJ.sum()) / (batch * blocks * (blocks + 1) // 2)
+
+
+def walk_queries(needed_BIJ: jax.Array) -> tuple[Walk, jax.Array]:
+    """The needed tiles by row, then i, then j; and their count, after which the walk means nothing."""
+    batch, blocks, _ = needed_BIJ.shape
+    size = needed_BIJ.size
+    tiles = jnp.arange(size, dtype=jnp.int32)
+    tiles = jnp.sort(jnp.where(needed_BIJ.reshape(size), tiles, size))[: batch * blocks * (blocks + 1) // 2]
+    return Walk(*jnp.unravel_index(tiles, needed_BIJ.shape)), jnp.sum(needed_BIJ, dtype=jnp.int32)
+
+
+def walk_keys(needed_BIJ: jax.Array) -> tuple[Walk, jax.Array]:
+    """The needed tiles by row, then j, then i, both from the last to the first: `walk_queries` in a mirror, so that a
+    block's last tile is the diagonal one here as there."""
+    (row, j, i), count = walk_queries(jnp.flip(needed_BIJ.swapaxes(1, 2), (1, 2)))
+    last = needed_BIJ.shape[1] - 1
+    return Walk(row, last - i, last - j), count
+
+
+def begins_and_ends(walk: Walk, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether a step is the first of its block, and the last. Blocks end on the diagonal."""
+    before = jnp.maximum(step - 1, 0)
+    return (step == 0) | (walk.i[before] == walk.j[before]), walk.i[step] == walk.j[step]
