@@ -60,7 +60,7 @@ def value_and_gradients(attend, arrays: dict, dtype=jnp.float32) -> dict[str, np
 
 
 def with_kernel(kernel: Kernel | None, sliding_window: int | None):
-    return lambda q, k, v, ends, positions: causal_attention(q, k, v, positions, ends, sliding_window, kernel)
+    return lambda q, k, v, ends, positions: causal_attention(q, k, v, ends, positions, sliding_window, kernel)
 
 
 def assert_same(found: dict, expected: dict) -> None:

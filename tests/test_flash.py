@@ -10,6 +10,7 @@ import tpu
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from spin_jax.compile_report import read_work
+from spin_jax.models import flash
 from spin_jax.models.attention import attend
 from spin_jax.models.flash import TILE, flash_attention
 from spin_jax.models.tiles import RESIDUALS, needed_tiles, walk_keys, walk_queries
@@ -85,15 +86,14 @@ def on_eight_devices(attention):
         pytest.param(6, 6, 128, 300, 256, id="no groups, window across blocks"),
     ],
 )
-def test_kernels_are_attention(heads, kv_heads, head_dim, sliding_window, tile):
+def test_kernels_are_attention(heads, kv_heads, head_dim, sliding_window, tile, monkeypatch):
     """Equal up to f32's rounding in sums of a few hundred terms of size 1."""
+    monkeypatch.setattr(flash, "TILE", tile)
     ends, positions, visible = packed(PACKED, LENGTH)
     mask = within(visible, positions, sliding_window)
     data = arrays(heads, kv_heads, head_dim)
-    flash = on_eight_devices(
-        functools.partial(flash_attention, sliding_window=sliding_window, tile=tile, interpret=True)
-    )
-    found = value_and_gradients(lambda q, k, v: flash(q, k, v, ends, positions), *data)
+    kernels = on_eight_devices(functools.partial(flash_attention, sliding_window=sliding_window, interpret=True))
+    found = value_and_gradients(lambda q, k, v: kernels(q, k, v, ends, positions), *data)
     expected = value_and_gradients(lambda q, k, v: attend(q, k, v, jnp.asarray(mask)), *data)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=2e-5, err_msg=name)
@@ -102,7 +102,7 @@ def test_kernels_are_attention(heads, kv_heads, head_dim, sliding_window, tile):
 def test_bfloat16_is_as_good_as_plain():
     """Against f32 of numbers that are not rounded: at most 1.5 times plain's error in norm, as the backward pass reads
     the rounded output."""
-    ends, _, visible = packed(PACKED, LENGTH)
+    ends, positions, visible = packed(PACKED, LENGTH)
     data = arrays(2, 1, 128)
 
     def plain(q, k, v):
@@ -110,26 +110,31 @@ def test_bfloat16_is_as_good_as_plain():
 
     exact = value_and_gradients(plain, *data)
 
+    def kernels(q, k, v):
+        return flash_attention(q, k, v, jnp.asarray(ends), jnp.asarray(positions), sliding_window=None, interpret=True)
+
     def errors(attention) -> dict[str, float]:
         found = value_and_gradients(attention, *data, jnp.bfloat16)
         return {name: np.linalg.norm(found[name] - exact[name]) / np.linalg.norm(exact[name]) for name in exact}
 
-    flash, plain = errors(lambda q, k, v: flash_attention(q, k, v, jnp.asarray(ends), interpret=True)), errors(plain)
-    assert all(flash[name] < 1.5 * plain[name] for name in plain), (flash, plain)
+    found, expected = errors(kernels), errors(plain)
+    assert all(found[name] < 1.5 * expected[name] for name in expected), (found, expected)
 
 
-def test_a_slot_sees_itself():
+def test_a_slot_sees_itself(monkeypatch):
     """Whatever its end: the weight of its own value is 1."""
+    monkeypatch.setattr(flash, "TILE", 128)
     q, k, v, _ = (x[:1, :200] for x in arrays(2, 1, 16))
-    found = flash_attention(q, k, v, jnp.zeros((1, 200), jnp.int32), tile=128, interpret=True)
+    zeros = jnp.zeros((1, 200), jnp.int32)
+    found = flash_attention(q, k, v, zeros, zeros, sliding_window=None, interpret=True)
     np.testing.assert_allclose(found, jnp.repeat(v, 2, axis=2), rtol=1e-6)
 
 
 def test_what_nobody_sees_is_not_computed():
     """A value that is no number spoils what is computed with it, were it at weight 0."""
-    ends, _, _ = packed([[(100, 100, 56), (100, 100, 56)]], 512)
+    tokens = map(jnp.asarray, packed([[(100, 100, 56), (100, 100, 56)]], 512)[:2])
     q, k, v, _ = (x[:1, :512] for x in arrays(2, 1, 16))
-    found = flash_attention(q, k, v.at[:, :256].set(jnp.nan), jnp.asarray(ends), tile=128, interpret=True)
+    found = flash_attention(q, k, v.at[:, :256].set(jnp.nan), *tokens, sliding_window=None, interpret=True)
     assert np.isnan(found[:, :256]).all() and np.isfinite(found[:, 256:]).all()
 
 
@@ -174,7 +179,7 @@ def test_compiles_for_tpus(chips, dtype, head_dim, sliding_window, saved, kernel
     layers, batch, length, heads, kv_heads = 3, 2, 1024, 8, 2
     mesh = tpu.mesh(chips, rows=2, heads=2)
     rows, qkv = PartitionSpec("rows"), PartitionSpec("rows", None, "heads")
-    flash = jax.shard_map(
+    attention = jax.shard_map(
         functools.partial(flash_attention, sliding_window=sliding_window),
         mesh=mesh,
         in_specs=(qkv, qkv, qkv, rows, rows),
@@ -184,7 +189,7 @@ def test_compiles_for_tpus(chips, dtype, head_dim, sliding_window, saved, kernel
 
     def loss(q, k, v, ends, positions):
         def layer(q, _):
-            return flash(q, k, v, ends, positions), None
+            return attention(q, k, v, ends, positions), None
 
         policy = jax.checkpoint_policies.save_only_these_names(saved)
         return jnp.sum(jax.lax.scan(jax.checkpoint(layer, policy=policy), q, length=layers)[0].astype(jnp.float32))

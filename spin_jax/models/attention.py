@@ -76,10 +76,10 @@ def causal_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
+    ends_BT: jax.Array | None,
     positions_BT: jax.Array,
-    ends_BT: jax.Array | None = None,
-    sliding_window: int | None = None,
-    kernel: Kernel | None = None,
+    sliding_window: int | None,
+    kernel: Kernel | None,
 ) -> jax.Array:
     """Attention of whole rows to themselves, [B, T, N, H] in q's dtype. Differentiable in q, k, v.
 
@@ -89,12 +89,12 @@ def causal_attention(
 
     Args:
         q_BTNH: N is a multiple of K: query heads [n G, (n + 1) G) share kv head n.
-        positions_BT: int32, places of the tokens in their sequences.
         ends_BT: int32, above j for token j; None where a row is one sequence.
+        positions_BT: int32, places of the tokens in their sequences.
         kernel: from `choose_kernel`; None computes with jax.numpy. The kernel's mesh axes divide B, N and K.
     """
     if kernel is None:
-        return attend(q_BTNH, k_BTKH, v_BTKH, causal_mask(positions_BT, ends_BT, sliding_window))
+        return attend(q_BTNH, k_BTKH, v_BTKH, causal_mask(ends_BT, positions_BT, sliding_window))
     if ends_BT is None:
         ends_BT = jnp.full(positions_BT.shape, positions_BT.shape[1], jnp.int32)
     if kernel.name == "flash":
@@ -131,7 +131,7 @@ def attention_mask(queries_BT: jax.Array, keys_BS: jax.Array, sliding_window: in
     return mask_BTS if sliding_window is None else mask_BTS & (distance_BTS < sliding_window)
 
 
-def causal_mask(positions_BT: jax.Array, ends_BT: jax.Array | None, sliding_window: int | None) -> jax.Array:
+def causal_mask(ends_BT: jax.Array | None, positions_BT: jax.Array, sliding_window: int | None) -> jax.Array:
     """What `causal_attention` says that a query sees, bool [B, T, T]."""
     slots_T = jnp.arange(positions_BT.shape[1], dtype=jnp.int32)
     mask_BTT = attention_mask(slots_T[None], slots_T[None], None)
@@ -156,5 +156,5 @@ def dot_product(
 
     cuDNN has no mask of this kind: it is written down, [B, 1, T, T], and no tile is skipped.
     """
-    mask_B1TT = causal_mask(positions_BT, ends_BT, sliding_window)[:, None]
+    mask_B1TT = causal_mask(ends_BT, positions_BT, sliding_window)[:, None]
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TT, implementation=implementation)

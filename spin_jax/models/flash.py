@@ -47,7 +47,7 @@ class Tiling:
     """What is static of a kernel.
 
     Attributes:
-        tile: S, slots of a block.
+        tile: S, slots of a block, a multiple of LANES.
         kv_heads: of a step, each with the `groups` query heads that share it.
         sliding_window: in positions; None: unlimited.
         interpret: run as jax.numpy.
@@ -70,27 +70,27 @@ def flash_attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     ends_BT: jax.Array,
-    positions_BT: jax.Array | None = None,
+    positions_BT: jax.Array,
     *,
-    sliding_window: int | None = None,
-    tile: int | None = None,
+    sliding_window: int | None,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the keys that a slot sees, [B, T, N, H] in q's dtype. Differentiable in q, k, v.
 
-    Softmax and sums are f32. A slot sees itself whatever its end.
+    Softmax and sums are f32. A slot sees itself whatever its end. Rows may have any length: they are padded to whole
+    tiles for the kernels.
 
     Args:
         q_BTNH: N is a multiple of K: query heads [n G, (n + 1) G) share kv head n.
         ends_BT: int32, the first slot that no longer sees this one.
-        positions_BT: int32, of which `sliding_window` counts; None: slots.
-        tile: a multiple of 128; None: TILE, or half of it where heads are many and wide.
+        positions_BT: int32, places of the tokens in their sequences, which repeat where two of them share a beginning.
+        sliding_window: how many of these places a token sees, its own and those before it; None: all.
         interpret: run without a TPU: exact, slow, for tests.
     """
     length, heads, head_dim = q_BTNH.shape[1:]
-    kv_heads, chosen = heads_and_tile(heads, k_BTKH.shape[2], head_dim, q_BTNH.dtype)
-    tiling = Tiling(tile or chosen, kv_heads, heads // k_BTKH.shape[2], sliding_window, interpret)
-    tokens_B2T = block_tokens(ends_BT, positions_BT, tiling.tile)
+    kv_heads, tile = heads_and_tile(heads, k_BTKH.shape[2], head_dim, q_BTNH.dtype)
+    tiling = Tiling(tile, kv_heads, heads // k_BTKH.shape[2], sliding_window, interpret)
+    tokens_B2T = block_tokens(ends_BT, positions_BT, tile)
     padding = tokens_B2T.shape[2] - length
     # Heads before tokens: XLA lays the projections out so, without a copy.
     q_BNTH, k_BKTH, v_BKTH = (

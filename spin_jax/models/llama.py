@@ -125,7 +125,7 @@ class Attention(nnx.Module):
         if cache is None:
             q_BTNH, k_BTKH, v_BTKH = (kept(x, QKV) for x in (q_BTNH, k_BTKH, v_BTKH))
             attended_BTNH = causal_attention(
-                q_BTNH, k_BTKH, v_BTKH, tokens.positions_BT, tokens.ends_BT, config.sliding_window, compute.kernel
+                q_BTNH, k_BTKH, v_BTKH, tokens.ends_BT, tokens.positions_BT, config.sliding_window, compute.kernel
             )
         else:
             cache = {

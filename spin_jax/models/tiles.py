@@ -26,14 +26,12 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: the difference of t
 ENDS, POSITIONS = 0, 1  # of tokens_B2T
 
 
-def block_tokens(ends_BT: jax.Array, positions_BT: jax.Array | None, tile: int) -> jax.Array:
+def block_tokens(ends_BT: jax.Array, positions_BT: jax.Array, tile: int) -> jax.Array:
     """Ends and positions of whole blocks, int32 [B, 2, T]. Padding is ahead of every query, so that none sees it."""
     batch, length = ends_BT.shape
     padding = -length % tile
     slots_BT = jax.lax.broadcasted_iota(jnp.int32, (batch, length + padding), 1)
-    ends_BT, positions_BT = (
-        slots_BT if x_BT is None else jnp.pad(x_BT, ((0, 0), (0, padding))) for x_BT in (ends_BT, positions_BT)
-    )
+    ends_BT, positions_BT = (jnp.pad(x_BT, ((0, 0), (0, padding))) for x_BT in (ends_BT, positions_BT))
     return jnp.stack([jnp.maximum(ends_BT, slots_BT + 1), positions_BT], axis=1)
 
 
