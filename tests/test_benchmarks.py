@@ -73,3 +73,15 @@ def test_rows_that_more_devices_split_are_less_full():
     config = packed_step.load_config("v5e-16,code")
     fills = [packed_step.fill(config, ways, batches=20) for ways in packed_step.WAYS]
     assert 1 > fills[0] and fills == sorted(fills, reverse=True) and fills[-1] > 0.4
+
+
+def test_growth_is_measured_and_drawn(files, tmp_path):
+    """With a tiny model, and no compiler for TPUs: the lengths alone."""
+    model = files[0]
+    flags = [model, "--lengths=64,128", "--tokens=256", "--slices=", f"--json={tmp_path / 'growth.json'}"]
+    command = [sys.executable, ROOT / "benchmarks/growth.py", *flags, f"--plot={tmp_path / 'growth.png'}"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    lengths = json.loads((tmp_path / "growth.json").read_text())["lengths"]
+    assert [set(one["seconds"]) for one in lengths] == [{"tiled", "plain"}] * 2
+    assert (tmp_path / "growth.png").stat().st_size > 1000

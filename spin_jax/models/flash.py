@@ -25,7 +25,6 @@ from spin_jax.models.tiles import (
     POSITIONS,
     RESIDUALS,
     Walk,
-    begins_and_ends,
     block_tokens,
     needed_tiles,
     walk_keys,
@@ -132,6 +131,12 @@ class Inputs(NamedTuple):
     di: Any = None
 
 
+def _begins_and_ends(walk: Walk, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether a step is the first of its block, and the last. Blocks end on the diagonal."""
+    before = jnp.maximum(step - 1, 0)
+    return (step == 0) | (walk.i[before] == walk.j[before]), walk.i[step] == walk.j[step]
+
+
 def _along(x_S: jax.Array, axis: int) -> jax.Array:
     """As a column (axis 0) or row of a tile."""
     return jnp.expand_dims(x_S, 1 - axis)
@@ -177,7 +182,7 @@ def _forward_kernel(walk, at, out_ref, logsumexp_ref, max_ref, denominator_ref, 
     [S, LANES]; the numerator [S, H].
     """
     step = pl.program_id(1)
-    begins, ends = begins_and_ends(walk, step)
+    begins, ends = _begins_and_ends(walk, step)
     visible = _visible(walk, step, at, tiling, axis=0)
     for n in range(tiling.heads):
         scores = _scores(at.q[n], at.k[n // tiling.groups], visible, axis=0)
@@ -210,7 +215,7 @@ def _softmax_gradient(at: Inputs, n: int, kv: int, visible: jax.Array, axis: int
 def _dq_kernel(walk, at, dq_ref, sum_ref, *, tiling):
     """Gradient of a query block, summed over key blocks."""
     step = pl.program_id(1)
-    begins, ends = begins_and_ends(walk, step)
+    begins, ends = _begins_and_ends(walk, step)
     visible = _visible(walk, step, at, tiling, axis=0)
     for n in range(tiling.heads):
         kv = n // tiling.groups
@@ -225,7 +230,7 @@ def _dq_kernel(walk, at, dq_ref, sum_ref, *, tiling):
 def _dkv_kernel(walk, at, dk_ref, dv_ref, dk_sum_ref, dv_sum_ref, *, tiling):
     """Gradients of a key block, summed over query blocks and the G heads that share it."""
     step = pl.program_id(1)
-    begins, ends = begins_and_ends(walk, step)
+    begins, ends = _begins_and_ends(walk, step)
     visible = _visible(walk, step, at, tiling, axis=1)
     for kv in range(tiling.kv_heads):
         dk, dv = (jnp.where(begins, 0, ref[kv]) for ref in (dk_sum_ref, dv_sum_ref))

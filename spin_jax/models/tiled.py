@@ -22,7 +22,6 @@ from spin_jax.models.tiles import (
     MASKED,
     POSITIONS,
     RESIDUALS,
-    begins_and_ends,
     block_tokens,
     needed_tiles,
     walk_queries,
@@ -67,32 +66,38 @@ def _attention(q_BIKQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window: int | None
 def _forward(q_BIKQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window: int | None) -> tuple[jax.Array, tuple]:
     """The output, and what the backward pass reads. Softmax of a block's queries, key block after key block, with the
     largest score so far for the largest of all."""
-    walk, count = walk_queries(needed_tiles(tokens_B2T, TILE, sliding_window))
+    needed_BIJ = needed_tiles(tokens_B2T, TILE, sliding_window)
+    walk, _ = walk_queries(needed_BIJ)
+    last_N = jnp.cumsum(needed_BIJ.sum(axis=2, dtype=jnp.int32))  # of the B I query blocks, where their steps end
     batch, blocks, kv_heads, queries, head_dim = q_BIKQH.shape
     values_BIKHS = v_BIKSH.swapaxes(3, 4)
 
-    def visit(carry):
-        step, (numerator, denominator, largest), outs = carry
-        row, i, j = walk.row[step], walk.i[step], walk.j[step]
-        begins, _ = begins_and_ends(walk, step)
-        scores = _scores(_at(k_BIKSH, row, j), _at(q_BIKQH, row, i), _bias(tokens_B2T, row, i, j, sliding_window))
-        before = jnp.where(begins, MASKED, largest)
-        largest = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-        weights, decay = jnp.exp(scores - largest), jnp.exp(before - largest)
-        denominator = decay * jnp.where(begins, 0, denominator) + weights.sum(axis=1, keepdims=True)
-        added = _product(_at(values_BIKHS, row, j), weights.astype(v_BIKSH.dtype), 1)
-        numerator = decay * jnp.where(begins, 0, numerator) + added
-        # Each visit of a block writes what is known by then; the last one, on the diagonal, knows all.
-        news = ((numerator / denominator).astype(q_BIKQH.dtype), largest + jnp.log(denominator))
-        outs = tuple(_put(out, new, row, i) for out, new in zip(outs, news, strict=True))
-        return step + 1, (numerator, denominator, largest), outs
+    def attend_block(n, outs):
+        row, i = jnp.divmod(n, blocks)
+        q = _at(q_BIKQH, row, i)
 
-    sums = tuple(jnp.zeros((kv_heads, rows, queries), jnp.float32) for rows in (head_dim, 1, 1))
+        def visit(step, sums):
+            numerator, denominator, before = sums
+            j = walk.j[step]
+            scores = _scores(_at(k_BIKSH, row, j), q, _bias(tokens_B2T, row, i, j, sliding_window))
+            largest = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+            weights, decay = jnp.exp(scores - largest), jnp.exp(before - largest)
+            added = _product(_at(values_BIKHS, row, j), weights.astype(q.dtype), 1)
+            return decay * numerator + added, decay * denominator + weights.sum(axis=1, keepdims=True), largest
+
+        sums = (
+            jnp.full((kv_heads, rows, queries), of, jnp.float32) for rows, of in ((head_dim, 0), (1, 0), (1, MASKED))
+        )
+        first = jnp.where(n == 0, 0, last_N[n - 1])
+        numerator, denominator, largest = jax.lax.fori_loop(first, last_N[n], visit, tuple(sums))
+        news = ((numerator / denominator).astype(q.dtype), largest + jnp.log(denominator))
+        return tuple(_put(out, new, row, i) for out, new in zip(outs, news, strict=True))
+
     outs = tuple(
         jnp.zeros((batch, blocks, kv_heads, rows, queries), dtype)
         for rows, dtype in ((head_dim, q_BIKQH.dtype), (1, jnp.float32))
     )
-    _, _, (out_BIKHQ, logsumexp_BIK1Q) = jax.lax.while_loop(lambda c: c[0] < count, visit, (jnp.int32(0), sums, outs))
+    out_BIKHQ, logsumexp_BIK1Q = jax.lax.fori_loop(0, batch * blocks, attend_block, outs)
     out_BIKQH, logsumexp_BIK1Q = checkpoint_name((out_BIKHQ.swapaxes(3, 4), logsumexp_BIK1Q), RESIDUALS)
     return out_BIKQH, (q_BIKQH, k_BIKSH, v_BIKSH, tokens_B2T, out_BIKQH, logsumexp_BIK1Q)
 
@@ -104,8 +109,8 @@ def _backward(sliding_window: int | None, residuals: tuple, do_BIKQH: jax.Array)
     walk, count = walk_queries(needed_tiles(tokens_B2T, TILE, sliding_window))
     dtype, scale, keys_BIKHS = q_BIKQH.dtype, q_BIKQH.shape[-1] ** -0.5, k_BIKSH.swapaxes(3, 4)
 
-    def visit(carry):
-        step, dq, dk, dv = carry
+    def visit(step, sums):
+        dq, dk, dv = sums
         row, i, j = walk.row[step], walk.i[step], walk.j[step]
         q, do, k, v = _at(q_BIKQH, row, i), _at(do_BIKQH, row, i), _at(k_BIKSH, row, j), _at(v_BIKSH, row, j)
         scores = _scores(k, q, _bias(tokens_B2T, row, i, j, sliding_window))
@@ -114,10 +119,10 @@ def _backward(sliding_window: int | None, residuals: tuple, do_BIKQH: jax.Array)
         dq = _put(dq, _at(dq, row, i) + _product(_at(keys_BIKHS, row, j), gradient, 1), row, i)
         dk = _put(dk, _at(dk, row, j) + _product(gradient, q, 1), row, j)
         dv = _put(dv, _at(dv, row, j) + _product(weights.astype(dtype), do, 1), row, j)
-        return step + 1, dq, dk, dv
+        return dq, dk, dv
 
-    sums = (jnp.zeros(x.shape, jnp.float32) for x in (q_BIKQH.swapaxes(3, 4), k_BIKSH, v_BIKSH))
-    _, dq_BIKHQ, dk_BIKSH, dv_BIKSH = jax.lax.while_loop(lambda c: c[0] < count, visit, (jnp.int32(0), *sums))
+    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_BIKQH.swapaxes(3, 4), k_BIKSH, v_BIKSH))
+    dq_BIKHQ, dk_BIKSH, dv_BIKSH = jax.lax.fori_loop(0, count, visit, sums)
     return *(x.astype(dtype) for x in (dq_BIKHQ.swapaxes(3, 4), dk_BIKSH, dv_BIKSH)), None
 
 

@@ -81,9 +81,3 @@ def walk_keys(needed_BIJ: jax.Array) -> tuple[Walk, jax.Array]:
     (row, j, i), count = walk_queries(jnp.flip(needed_BIJ.swapaxes(1, 2), (1, 2)))
     last = needed_BIJ.shape[1] - 1
     return Walk(row, last - i, last - j), count
-
-
-def begins_and_ends(walk: Walk, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether a step is the first of its block, and the last. Blocks end on the diagonal."""
-    before = jnp.maximum(step - 1, 0)
-    return (step == 0) | (walk.i[before] == walk.j[before]), walk.i[step] == walk.j[step]
