@@ -24,7 +24,15 @@ sys.path.insert(0, str(ROOT))
 from spin_jax.data.chat import chat_format, fit  # noqa: E402
 from spin_jax.data.sources import load_examples  # noqa: E402
 
-_OURS = {"compute_dtype": "float32", "opponent": "stored", "padded": False, "row_length": 2048, "length_multiple": 64}
+_OURS = {
+    "compute_dtype": "float32",
+    "opponent": "stored",
+    "padded": False,
+    "row_length": 2048,
+    "length_multiple": 64,
+    "remat": "attention",
+    "logits_chunk": 0,
+}
 _TRL = {"weights": "float32", "autocast": False, "precompute": True, "micro_batch": None, "compile": False}
 _AUTHORS = {"weights": "float32", "autocast": False}
 _BFLOAT16 = {"weights": "bfloat16"}  # faster; bfloat16 cannot hold most of what a learning rate of 5e-7 changes
@@ -34,6 +42,12 @@ _SINGLE = {"micro_batch": 1}  # pairs: a row is padded to the other of its pair,
 CONTESTANTS: dict[str, tuple[str, dict]] = {
     "spin_jax/f32": ("spin_jax_step", _OURS),
     "spin_jax/bf16": ("spin_jax_step", _OURS | {"compute_dtype": "bfloat16"}),
+    "spin_jax/bf16-chunked": ("spin_jax_step", _OURS | {"compute_dtype": "bfloat16", "logits_chunk": 64}),
+    "spin_jax/bf16-padded": ("spin_jax_step", _OURS | {"compute_dtype": "bfloat16", "padded": True}),
+    "spin_jax/bf16-padded-live": (
+        "spin_jax_step",
+        _OURS | {"compute_dtype": "bfloat16", "padded": True, "opponent": "live"},
+    ),
     "spin_jax/f32-live": ("spin_jax_step", _OURS | {"opponent": "live"}),
     "spin_jax/bf16-live": ("spin_jax_step", _OURS | {"compute_dtype": "bfloat16", "opponent": "live"}),
     "spin_jax/f32-padded": ("spin_jax_step", _OURS | {"padded": True}),

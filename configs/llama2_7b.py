@@ -8,6 +8,17 @@ The tokenizer has no chat template, so the paper's pair of templates serves for 
 from spin_jax.config import base_config
 from spin_jax.slices import use_slice
 
+# slice -> model.remat: what 64 of the longest pairs leave room for, by the compile check.
+REMAT = {
+    "v4-32": "projections",
+    "v5e-16": "qkv",
+    "v5e-64": "mlp",
+    "v5e-256": "mlp",
+    "v5p-8": "projections",
+    "v5p-32": "mlp",
+    "v6e-16": "projections",
+}
+
 
 def get_config(arg: str = "h100-8"):
     config = base_config()
@@ -24,4 +35,5 @@ def get_config(arg: str = "h100-8"):
     config.sft.epochs = 1.0  # further epochs gain under 1% (the paper, figure 6)
     config.sft.learning_rate = 2e-5
     config.train.learning_rate = (5e-7, 5e-7, 1e-7)
+    config.model.remat = REMAT.get(arg, config.model.remat)
     return config

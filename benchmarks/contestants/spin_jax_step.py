@@ -1,7 +1,8 @@
 """This project's training step as a contestant of train_step.py.
 
 Options: `compute_dtype` (params are float32 always), `opponent` ("stored" or "live"), `padded` (a row for each response
-in place of packed rows), `row_length` and `length_multiple` of packed rows.
+in place of packed rows), `row_length` and `length_multiple` of packed rows, `remat` and `logits_chunk` of
+`config.model`.
 """
 
 import pathlib
@@ -29,29 +30,21 @@ def main() -> None:
     parent = Parent()
     s = parent.settings
     config = base_config()
-    config.model.compute_dtype = s["compute_dtype"]
+    for field in ("compute_dtype", "remat", "logits_chunk"):
+        config.model[field] = s[field]
     mesh = sharding.one_device_mesh()
     placed = sharding.batch_sharding(mesh)
     model = models.read_config(pathlib.Path(s["model"]))
     _, params = models.load(s["model"], shardings=models.param_shardings(mesh, model))
     compute = programs.make_compute(config.model, model, mesh)
     packing = Packing(1, s["length_multiple"], s["row_length"])
-    size, pairs = (
-        len(s["batches"][0]),
-        [as_pair(ids) for batch in s["batches"] for ids in batch],
-    )
+    size, pairs = len(s["batches"][0]), [as_pair(ids) for batch in s["batches"] for ids in batch]
     opponent = None
     if s["opponent"] == "live":
         opponent = jax.tree.map(jnp.copy, models.for_compute(params, compute.dtype))
     else:
-        scorer, plan = (
-            programs.make_scorer(model, compute),
-            plan_scoring(pairs, size, packing),
-        )
-        pairs = with_scores(
-            pairs,
-            score(scorer, params, model, pairs, plan, sharding=placed, name="score"),
-        )
+        scorer, plan = programs.make_scorer(model, compute), plan_scoring(pairs, size, packing)
+        pairs = with_scores(pairs, score(scorer, params, model, pairs, plan, sharding=placed, name="score"))
     if s["padded"]:
         batches = [padded_batch(pairs[i : i + size], s["length_multiple"]) for i in range(0, len(pairs), size)]
         objective = padded_objective(model, compute, s["beta"])
@@ -73,13 +66,7 @@ def main() -> None:
 
 
 def as_pair(ids: dict[str, list[int]]) -> Pair:
-    return Pair(
-        0,
-        0,
-        *(np.array(ids[k], np.int32) for k in ("prompt", "real", "generated")),
-        False,
-        False,
-    )
+    return Pair(0, 0, *(np.array(ids[k], np.int32) for k in ("prompt", "real", "generated")), False, False)
 
 
 if __name__ == "__main__":
