@@ -15,7 +15,7 @@ from spin_jax.data.sources import Message
 from spin_jax.errors import UserError
 from spin_jax.generate import Prompt, generate
 from spin_jax.metrics import write_whole
-from spin_jax.programs import make_compute, make_sampler
+from spin_jax.programs import make_compute, make_decode_compute, make_sampler
 from spin_jax.run import load_chat
 from spin_jax.self_play import self_play
 
@@ -51,7 +51,8 @@ class Model:
         settings = base_config().generate.unlock()
         settings.update(chosen)
         settings.batch_size = len(prompts)
-        compute = make_compute(base_config().model, self.config, sharding.one_device_mesh())
+        training = make_compute(base_config().model, self.config, sharding.one_device_mesh())
+        compute = make_decode_compute(base_config(), self.config, training)
         messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
         responses = generate(
             make_sampler(self.config, settings, self.chat.stop_ids, compute),

@@ -66,18 +66,23 @@ def make_compute(settings: ConfigDict, model: ModelConfig, mesh: Mesh) -> Comput
     Raises:
         UserError: the attention kernel that was asked for cannot run.
     """
-    asked = settings.compute_dtype
-    dtype = matmul_dtype(mesh.devices.flat[0]) if asked == "auto" else jnp.dtype(asked)
+    dtype = _compute_dtype(settings, mesh, decoding=False)
     rows, heads = sharding.RULES["rows"], sharding.RULES["heads"]
     kernel = choose_kernel(settings.attention, mesh, rows, heads, head_dim=model.head_dim, dtype=dtype)
     return Compute(dtype, settings.remat, settings.logits_chunk, kernel, mesh, sharding.sum_line(mesh))
 
 
-def make_decode_compute(compute: Compute, settings: ConfigDict, model: ModelConfig) -> Compute:
-    """The same for sampling, on the decode mesh; `settings` are those of `config.mesh`."""
+def make_decode_compute(config: ConfigDict, model: ModelConfig, compute: Compute) -> Compute:
+    """The same for sampling, on the decode mesh of the same devices."""
     split = (model.num_heads, model.num_kv_heads, model.intermediate_size, model.vocab_size)
-    mesh = sharding.decode_mesh(compute.mesh, settings.decode_tensor, split)
-    return dataclasses.replace(compute, kernel=None, mesh=mesh, line=0)
+    mesh = sharding.decode_mesh(compute.mesh, config.mesh.decode_tensor, split)
+    dtype = _compute_dtype(config.model, mesh, decoding=True)
+    return dataclasses.replace(compute, dtype=dtype, kernel=None, mesh=mesh, line=0)
+
+
+def _compute_dtype(settings: ConfigDict, mesh: Mesh, decoding: bool) -> jnp.dtype:
+    asked = settings.compute_dtype
+    return matmul_dtype(mesh.devices.flat[0], decoding) if asked == "auto" else jnp.dtype(asked)
 
 
 @functools.cache
@@ -185,7 +190,7 @@ def make_programs(
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     compute = make_compute(config.model, model, mesh)
-    decode = make_decode_compute(compute, config.mesh, model)
+    decode = make_decode_compute(config, model, compute)
     sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches)
     sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
     params = _located(abstract_params(model), param_shardings(mesh, model))

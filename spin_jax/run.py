@@ -184,7 +184,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
     source = hosts.on_each(lambda: epath.Path(models.resolve(path, config.model.revision or None)))
     model = hosts.on_each(lambda: models.read_config(source))
     compute = programs.make_compute(config.model, model, mesh)
-    decode = programs.make_decode_compute(compute, config.mesh, model)
+    decode = programs.make_decode_compute(config, model, compute)
     sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
     for each in (compute, decode):
         models.param_shardings(each.mesh, model)

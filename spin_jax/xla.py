@@ -50,14 +50,17 @@ _TPU_GENERATIONS: dict[str, dict[str, bool | int]] = {
 _CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 
 
-def matmul_dtype(device: jax.Device) -> jnp.dtype:
+def matmul_dtype(device: jax.Device, decoding: bool = False) -> jnp.dtype:
     """What matmuls are fastest in that lose nothing to speak of: operands in bfloat16, sums in float32.
 
     A CPU without instructions for it takes longer than in float32. With them a training step of SmolLM2-135M takes two
-    thirds of the time (`benchmarks/README.md`).
+    thirds of the time (`benchmarks/README.md`); but decoding takes a quarter longer, as XLA converts what it reads of
+    a bfloat16 cache in every step.
     """
     if device.platform != "cpu":
         return jnp.dtype(jnp.bfloat16)
+    if decoding:
+        return jnp.dtype(jnp.float32)
     found = pathlib.Path("/proc/cpuinfo")
     flags = set(found.read_text().split()) if found.exists() else set()
     return jnp.dtype(jnp.bfloat16 if flags & _CPU_BFLOAT16 else jnp.float32)
