@@ -13,9 +13,9 @@ from spin_jax.config import base_config, check_bound, override, validate
 from spin_jax.data.chat import ChatFormat
 from spin_jax.data.sources import Message
 from spin_jax.errors import UserError
-from spin_jax.generate import Prompt, generate
 from spin_jax.metrics import write_whole
 from spin_jax.programs import make_compute, make_decode_compute, make_sampler
+from spin_jax.responses import Prompt, generate
 from spin_jax.run import load_chat
 from spin_jax.self_play import self_play
 

@@ -27,9 +27,9 @@ from spin_jax.config import at_iteration
 from spin_jax.data.pairs import Pair, read_sampled, write_pairs_parquet
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
-from spin_jax.generate import Prompt, Response, generate
 from spin_jax.metrics import restore, to_json, write_whole
 from spin_jax.models import for_compute
+from spin_jax.responses import Prompt, Response, generate
 from spin_jax.run import Run
 from spin_jax.score import held_out_rewards, nats_per_token, read_scores, score, with_scores, write_scores
 from spin_jax.step import (

@@ -16,8 +16,8 @@ from processes import ROOT, free_port, run_command, run_together
 from spin_jax import hosts, models, run
 from spin_jax.batches import fetch, put
 from spin_jax.errors import UserError
-from spin_jax.generate import Prompt, _own_responses
 from spin_jax.models import safetensors
+from spin_jax.responses import Prompt, _own_responses
 from spin_jax.sampling import Responses
 from spin_jax.sharding import AXES, batch_sharding, make_mesh
 

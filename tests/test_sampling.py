@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from spin_jax import models
 from spin_jax.config import base_config
 from spin_jax.errors import UserError
-from spin_jax.generate import Prompt, Response, batches_by_length, generate
 from spin_jax.models import Compute
 from spin_jax.programs import make_sampler
+from spin_jax.responses import Prompt, Response, batches_by_length, generate
 from spin_jax.sampling import Decoding, Responses, keep_likely, next_tokens, row_keys, sample
 from spin_jax.sharding import AXES, make_mesh
 

@@ -35,7 +35,7 @@ def put_and_ask(*arguments):
 train.put = put_and_ask
 """
 )
-IN_GENERATION = IN_TRAINING.replace("train", "generate").format(batch=1, signal="SIGTERM")
+IN_GENERATION = IN_TRAINING.replace("train", "responses").format(batch=1, signal="SIGTERM")
 
 
 @pytest.fixture(scope="module")

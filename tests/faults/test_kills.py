@@ -26,23 +26,23 @@ TIMED = {"tokens_per_second", "model_tflops_per_second"}
 DIE = "import os, signal\ndef die(number): os.kill(os.getpid(), number)\n"
 
 IN_GENERATION_WITH_A_TORN_FILE = """
-from spin_jax import generate
-write_whole = generate.write_whole
+from spin_jax import responses
+write_whole = responses.write_whole
 def write(path, content):
     if path.name == "part-00001.p000.jsonl":
         path.with_name(path.name + ".partial").write_text(content[: len(content) // 2])
         die(signal.SIGKILL)
     write_whole(path, content)
-generate.write_whole = write
+responses.write_whole = write
 """
 ASKED_IN_GENERATION = """
-from spin_jax import generate
-write_whole = generate.write_whole
+from spin_jax import responses
+write_whole = responses.write_whole
 def write(path, content):
     write_whole(path, content)
     if path.name == "part-00001.p000.jsonl":
         die(signal.SIGTERM)
-generate.write_whole = write
+responses.write_whole = write
 """
 IN_TRAINING = """
 from spin_jax.metrics import MetricsWriter
