@@ -4,7 +4,15 @@ import pathlib
 import numpy as np
 import pytest
 
-from spin_jax.data.sources import Example, Examples, Skip, load_examples, split_examples
+from spin_jax.data.sources import (
+    Example,
+    Examples,
+    Skip,
+    as_messages,
+    load_examples,
+    load_prompts,
+    split_examples,
+)
 from spin_jax.errors import UserError
 
 CHAT = [
@@ -62,6 +70,57 @@ def test_messages_win_over_other_columns_and_a_named_layout_wins_over_both(tmp_p
     source = write_lines(tmp_path / "a.jsonl", [{"prompt": "p", "response": "r", "messages": CHAT}])
     assert load_examples(source).examples[0].response == "7"
     assert load_examples(source, layout="prompt_response").examples[0].response == "r"
+
+
+# ---- prompts, whose answers may be missing
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ({"prompt": "q"}, "q"),
+        ({"question": "q", "answer": "a"}, "q"),
+        ({"instruction": "q"}, "q"),
+        ({"instruction": "q", "input": "ctx"}, "q\n\nctx"),
+        ({"instruction": "q", "input": "ctx", "answer": "a"}, "q"),  # as a run reads it
+        ({"messages": CHAT}, CHAT[:4]),
+        ({"messages": CHAT[:4]}, CHAT[:4]),
+        ({"conversations": [{"from": "human", "value": "q"}]}, [*user("q")]),
+        ({"real": CHAT, "generated": CHAT}, CHAT[:4]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_prompt_needs_no_answer(tmp_path, row, prompt):
+    assert load_prompts(write_lines(tmp_path / "a.jsonl", [row, row])) == [prompt, prompt]
+
+
+def test_the_first_turn_of_a_conversation_as_a_prompt(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"messages": CHAT[:4]}])
+    assert load_prompts(source, turn="first") == [CHAT[:2]]
+
+
+def test_prompts_of_data_are_those_that_a_run_asks(tmp_path):
+    rows = [{"messages": CHAT}, {"messages": [*user("q"), {"role": "assistant", "content": "a"}]}]
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    for turn in ("first", "last"):
+        prompts = [tuple(as_messages(prompt)) for prompt in load_prompts(source, turn=turn)]
+        assert prompts == [example.prompt for example in load_examples(source, turn=turn).examples]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "a.jsonl: there are no rows"),
+        ([{"prompt": "q"}, {"prompt": " "}], "a.jsonl:2: empty prompt"),
+        ([{"prompt": "q"}, {"prompt": 5}], "a.jsonl:2: field 'prompt' must be text"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], "a.jsonl:1: no user turn"),
+        ([{"text": "q"}], "a.jsonl:1: columns text fit no known layout"),
+    ],
+)
+def test_a_row_without_a_prompt_is_named(tmp_path, rows, message):
+    with pytest.raises(UserError) as refused:
+        load_prompts(write_lines(tmp_path / "a.jsonl", rows))
+    assert message in str(refused.value)
 
 
 # ---- rows that are left out, and said so

@@ -6,7 +6,7 @@ that cannot be trained on (no user turn, an empty response) is left out, and `Ex
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -89,18 +89,10 @@ def load_examples(source: str, *, split: str = "train", layout: str = "auto", tu
     Raises:
         UserError: the source cannot be read, a row is malformed, or no row at all can be used.
     """
-    if layout != "auto" and layout not in LAYOUTS:
-        raise UserError(f"unknown data layout {layout!r}: write auto or one of {', '.join(LAYOUTS)}")
-    if turn not in ("last", "first"):
-        raise UserError(f"unknown turn {turn!r}: write 'last' or 'first'")
     found = Examples([], [])
-    for index, (where, row) in enumerate(read_rows(source, split)):
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a row must be an object with named fields, not {type(row).__name__}")
-        if layout == "auto":
-            layout = detect_layout(list(row), where)
+    for index, (where, row, known) in enumerate(_laid_out(source, split, layout, turn)):
         try:
-            found.examples.append(_checked(LAYOUTS[layout](row, index, turn)))
+            found.examples.append(_checked(LAYOUTS[known](row, index, turn)))
         except _Unusable as reason:
             found.skipped.append(Skip(index, str(reason)))
         except UserError as error:
@@ -110,6 +102,36 @@ def load_examples(source: str, *, split: str = "train", layout: str = "auto", tu
         why = ", ".join(f"{reason} ({count:,} rows)" for reason, count in reasons.items())
         raise UserError(f"{source}: no row can be used: {why or 'there are no rows'}")
     return found
+
+
+def load_prompts(
+    source: str, *, split: str = "train", layout: str = "auto", turn: str = "last"
+) -> list[str | list[Message]]:
+    """Read what is to be answered, a prompt a row, from the sources and layouts of `load_examples`; no row needs an
+    answer.
+
+    Returns:
+        each row's text or, where the layout has turns, those up to the last user turn (`turn="first"`: up to the
+        first), as `as_messages` takes them.
+
+    Raises:
+        UserError: the source cannot be read, or a row has no prompt. None is left out: answers are told by their order.
+    """
+    prompts: list[str | list[Message]] = []
+    for where, row, known in _laid_out(source, split, layout, turn, answered=False):
+        try:
+            prompts.append(PROMPTS[known](row, turn))
+            _check_asked(as_messages(prompts[-1]))
+        except (_Unusable, UserError) as error:
+            raise UserError(f"{where}: {error}") from None
+    if not prompts:
+        raise UserError(f"{source}: there are no rows")
+    return prompts
+
+
+def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
+    """A prompt as messages: text is one user turn."""
+    return [_message("user", prompt)] if isinstance(prompt, str) else list(prompt)
 
 
 def split_examples(
@@ -126,12 +148,31 @@ def split_examples(
     return [examples[i] for i in sorted(train)], [examples[i] for i in sorted(order[:eval_rows])]
 
 
-# ---- layouts: one row -> Example
+def _laid_out(
+    source: str, split: str, layout: str, turn: str, answered: bool = True
+) -> Iterator[tuple[str, dict, str]]:
+    """(where, row, its layout) of each row."""
+    if layout != "auto" and layout not in LAYOUTS:
+        raise UserError(f"unknown data layout {layout!r}: write auto or one of {', '.join(LAYOUTS)}")
+    if turn not in ("last", "first"):
+        raise UserError(f"unknown turn {turn!r}: write 'last' or 'first'")
+    for where, row in read_rows(source, split):
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a row must be an object with named fields, not {type(row).__name__}")
+        if layout == "auto":
+            layout = detect_layout(list(row), where, answered)
+        yield where, row, layout
 
 
-def detect_layout(columns: Sequence[str], where: str) -> str:
-    """Name of the layout that these columns fit, the most specific first. `where` names the row in the error."""
+# ---- layouts: one row -> Example, or its prompt alone
+
+
+def detect_layout(columns: Sequence[str], where: str, answered: bool = True) -> str:
+    """Name of the layout that these columns fit, the most specific first. `where` names the row in the error; if not
+    `answered`, a column of answers may be missing."""
     names = set(columns)
+    if not answered and not names & set(ANSWERS):
+        names.add(ANSWERS[0])
     fits = {
         "pairs": {"real", "generated"} <= names,
         "messages": "messages" in names,
@@ -154,17 +195,11 @@ def _read_conversation(column: str) -> Callable[[dict, int, str], Example]:
 
 
 def _read_prompt_response(row: dict, index: int, turn: str) -> Example:
-    prompt = _text(row, _first_of(row, QUESTIONS))
-    return Example(index, (_message("user", prompt),), _text(row, _first_of(row, ANSWERS)))
+    return Example(index, (_message("user", _question(row)),), _text(row, _first_of(row, ANSWERS)))
 
 
 def _read_alpaca(row: dict, index: int, turn: str) -> Example:
-    prompt = _text(row, "instruction")
-    # Exporters leave `input` out of rows that have none, so the field is optional row by row.
-    context = _text(row, "input") if "input" in row else ""
-    if context.strip():
-        prompt = f"{prompt}\n\n{context}"
-    return Example(index, (_message("user", prompt),), _text(row, _first_of(row, ("output", "response"))))
+    return Example(index, (_message("user", _instruction(row)),), _text(row, _first_of(row, ("output", "response"))))
 
 
 def _read_pair(row: dict, index: int, turn: str) -> Example:
@@ -184,6 +219,34 @@ LAYOUTS: dict[str, Callable[[dict, int, str], Example]] = {
 }
 
 
+PROMPTS: dict[str, Callable[[dict, str], str | list[Message]]] = {
+    "messages": lambda row, turn: _asked(_turns(row, "messages"), turn),
+    "conversations": lambda row, turn: _asked(_turns(row, "conversations"), turn),
+    "prompt_response": lambda row, turn: _question(row),
+    "alpaca": lambda row, turn: _instruction(row),
+    "pairs": lambda row, turn: _asked(_turns(row, "real"), "last"),
+}
+
+
+def _question(row: dict) -> str:
+    return _text(row, _first_of(row, QUESTIONS))
+
+
+def _instruction(row: dict) -> str:
+    instruction = _text(row, "instruction")
+    # Exporters leave `input` out of rows that have none, so the field is optional row by row.
+    context = _text(row, "input") if "input" in row else ""
+    return f"{instruction}\n\n{context}" if context.strip() else instruction
+
+
+def _asked(turns: list[Message], turn: str) -> list[Message]:
+    """A conversation up to its first or last user turn, whether that is answered or not."""
+    users = [position for position, message in enumerate(turns) if message["role"] == "user"]
+    if not users:
+        raise _Unusable("no user turn")
+    return turns[: users[0 if turn == "first" else -1] + 1]
+
+
 def _exchange(turns: list[Message], turn: str) -> tuple[tuple[Message, ...], str]:
     """Cut a conversation into (prompt messages, response text)."""
     roles = [message["role"] for message in turns]
@@ -199,11 +262,15 @@ def _exchange(turns: list[Message], turn: str) -> tuple[tuple[Message, ...], str
 
 def _checked(example: Example) -> Example:
     """Refuse what cannot be trained on. An empty generated response is fine: the opponent may stop at once."""
-    if not example.prompt[-1]["content"].strip():
-        raise _Unusable("empty prompt")
+    _check_asked(example.prompt)
     if not example.response.strip():
         raise _Unusable("empty response")
     return example
+
+
+def _check_asked(prompt: Sequence[Message]) -> None:
+    if not prompt[-1]["content"].strip():
+        raise _Unusable("empty prompt")
 
 
 def _turns(row: dict, column: str) -> list[Message]:
