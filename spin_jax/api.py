@@ -10,13 +10,12 @@ from etils import epath
 
 from spin_jax import models, sharding
 from spin_jax.config import base_config, check_bound, override, validate
-from spin_jax.data.chat import ChatFormat
-from spin_jax.data.sources import Message
+from spin_jax.data.chat import ChatFormat, load_chat
+from spin_jax.data.sources import Message, as_messages
 from spin_jax.errors import UserError
 from spin_jax.metrics import write_whole
 from spin_jax.programs import make_compute, make_decode_compute, make_sampler
 from spin_jax.responses import Prompt, generate
-from spin_jax.run import load_chat
 from spin_jax.self_play import self_play
 
 
@@ -53,11 +52,10 @@ class Model:
         settings.batch_size = len(prompts)
         training = make_compute(base_config().model, self.config, sharding.one_device_mesh())
         compute = make_decode_compute(base_config(), self.config, training)
-        messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
         responses = generate(
             make_sampler(self.config, settings, self.chat.stop_ids, compute),
             models.for_compute(self.params, compute.dtype),
-            [Prompt(i, self.chat.generation_prompt(message)) for i, message in enumerate(messages)],
+            [Prompt(i, self.chat.generation_prompt(as_messages(prompt))) for i, prompt in enumerate(prompts)],
             settings,
             seed=seed,
             iteration=0,

@@ -29,7 +29,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -38,7 +40,7 @@ from ml_collections import ConfigDict
 from spin_jax import config as config_lib
 from spin_jax import hosts, models, programs, sharding
 from spin_jax.batches import num_steps
-from spin_jax.data.chat import ChatFormat, chat_format, fit
+from spin_jax.data.chat import ChatFormat, fit, load_chat
 from spin_jax.data.pairs import Pair
 from spin_jax.data.sources import Example, Examples, Skip, load_examples, split_examples
 from spin_jax.errors import UserError
@@ -170,9 +172,9 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
         UserError: one line for whatever is wrong.
     """
     config_lib.validate(config)
-    _check_alike(config)
+    check_alike(config)
     workdir = hosts.on_each(lambda: _make_workdir(workdir))
-    _check_shared(workdir)
+    check_shared(workdir)
     hosts.on_first(lambda: _agree_with_workdir(config, workdir))
     path, train = config.model.path, config.data.train
     if path == "toy:":
@@ -181,14 +183,8 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
         path, train = hosts.on_first(lambda: toy.prepare(workdir / "toy", config.toy, config.seed))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches)
-    source = hosts.on_each(lambda: epath.Path(models.resolve(path, config.model.revision or None)))
-    model = hosts.on_each(lambda: models.read_config(source))
-    compute = programs.make_compute(config.model, model, mesh)
-    decode = programs.make_decode_compute(config, model, compute)
-    sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
-    for each in (compute, decode):
-        models.param_shardings(each.mesh, model)
-    chat = hosts.on_each(lambda: load_chat(source, config.data.template))
+    source, model, chat, compute, decode = open_player(config, path, mesh)
+    models.param_shardings(mesh, model)
     train_examples, held_out, tokens = _load_data(config, train, workdir, source, chat)
     _check_steps(config, len(train_examples))
     _note_start(config, workdir, train_examples, held_out)
@@ -202,6 +198,32 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
     return Run(config, workdir, source, model, chat, train_examples, held_out, tokens, compute, decode)
 
 
+class Player(NamedTuple):
+    """A model in the hands of a config, without its weights."""
+
+    source: epath.Path  # its directory, with its tokenizer
+    model: models.ModelConfig
+    chat: ChatFormat
+    compute: models.Compute  # on the training mesh
+    decode: models.Compute  # on the decode mesh
+
+
+def open_player(config: ConfigDict, path: str, mesh: jax.sharding.Mesh) -> Player:
+    """The model at `path`, a directory or Hub id, and how it computes on the devices of a training mesh.
+
+    Raises:
+        UserError: it is not there or not supported, has no usable tokenizer, or cannot sample on these devices.
+    """
+    source = hosts.on_each(lambda: epath.Path(models.resolve(path, config.model.revision or None)))
+    model = hosts.on_each(lambda: models.read_config(source))
+    compute = programs.make_compute(config.model, model, mesh)
+    decode = programs.make_decode_compute(config, model, compute)
+    sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
+    models.param_shardings(decode.mesh, model)
+    chat = hosts.on_each(lambda: load_chat(source, config.data.template))
+    return Player(source, model, chat, compute, decode)
+
+
 def _make_workdir(workdir: epath.PathLike) -> epath.Path:
     if is_remote(workdir):
         return epath.Path(workdir)
@@ -213,7 +235,7 @@ def _make_workdir(workdir: epath.PathLike) -> epath.Path:
     return workdir
 
 
-def _check_alike(config: ConfigDict) -> None:
+def check_alike(config: ConfigDict) -> None:
     """Refuse processes that were started with different settings: they would wait for each other."""
     first, *others = hosts.gather(_as_json(config))
     for process, other in enumerate(others, start=1):
@@ -224,17 +246,17 @@ def _check_alike(config: ConfigDict) -> None:
             )
 
 
-def _check_shared(workdir: epath.Path) -> None:
-    """Refuse a workdir that the hosts do not share, in which each would wait for the others' files."""
+def check_shared(directory: epath.Path) -> None:
+    """Refuse a directory that the hosts do not share, in which each would wait for the others' files."""
     if not hosts.are_several():
         return
-    note = workdir / f"seen_by_all_hosts_{hosts.gather(uuid.uuid4().hex)[0]}"
+    note = directory / f"seen_by_all_hosts_{hosts.gather(uuid.uuid4().hex)[0]}"
     hosts.on_first(lambda: note.write_text(""))
     seen = hosts.gather(_appears(note))
     hosts.on_first(note.unlink)
     if not all(seen):
         raise UserError(
-            f"--workdir={workdir} is not one directory for all hosts (process {seen.index(False)} does not see what "
+            f"{directory} is not one directory for all hosts (process {seen.index(False)} does not see what "
             "process 0 writes): give a gs:// path, or a file system that all of them mount"
         )
 
@@ -285,28 +307,6 @@ def _uploaded(directory: epath.Path) -> Iterator[epath.Path]:
         yield epath.Path(local)
         for file in sorted(epath.Path(local).iterdir(), key=lambda file: file.name == "config.json"):
             file.copy(directory / file.name, overwrite=True)
-
-
-def load_chat(directory: epath.Path, template: str) -> ChatFormat:
-    """The chat format of the tokenizer in a model's directory.
-
-    Raises:
-        UserError: there is no tokenizer, or it has no EOS or chat template.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
-    return chat_format(tokenizer, template, _eos_ids(directory))
-
-
-def _eos_ids(directory: epath.Path) -> tuple[int, ...]:
-    """The model's own stop ids, from generation_config.json, where it has one."""
-    path = directory / "generation_config.json"
-    eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def _load_data(

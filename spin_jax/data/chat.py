@@ -14,6 +14,8 @@ The tokenizer never adds special tokens of its own: a template's text has them a
 
 import dataclasses
 import functools
+import json
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -72,6 +74,28 @@ def chat_format(
     end = _end_of_turn(tokenizer)
     specials = [i for i in _encode(tokenizer, end) if i in set(tokenizer.all_special_ids)]
     return TemplateFormat(tokenizer, _unique([tokenizer.eos_token_id, *eos_ids, *specials[:1]]), end)
+
+
+def load_chat(directory: pathlib.Path, template: str) -> ChatFormat:
+    """The chat format of the tokenizer in a model's directory.
+
+    Raises:
+        UserError: there is no tokenizer, or it has no EOS or chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
+    return chat_format(tokenizer, template, _eos_ids(directory))
+
+
+def _eos_ids(directory: pathlib.Path) -> tuple[int, ...]:
+    """The model's own stop ids, from generation_config.json, where it has one."""
+    path = directory / "generation_config.json"
+    eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 @dataclasses.dataclass(frozen=True)
