@@ -1,9 +1,12 @@
 """What the commands share: the --config flag, errors of one line, exit statuses."""
 
+import logging
+import os
 import sys
 from collections.abc import Callable
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from spin_jax import config as config_lib
@@ -35,6 +38,15 @@ def config() -> ConfigDict:
 def config_file() -> str:
     """The config's file and argument as they were given, such as "configs/zephyr_7b.py:v5e-16"."""
     return config_flags.get_config_filename(flags.FLAGS["config"])
+
+
+def log_plainly() -> None:
+    """What `spin_jax` has to tell goes to stderr as it is; of other packages, warnings alone."""
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of every save at INFO
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("spin_jax").setLevel(logging.INFO)
+    # It advises to install torch, which nobody needs here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

@@ -55,6 +55,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
                 f"--coordinator={coordinator}: jax does not find the other processes ({str(error).rstrip('.')}); give "
                 "--coordinator=HOST:PORT, --num_processes=N and --process_id=I"
             ) from None
+    if not is_first():
+        logging.getLogger("spin_jax").setLevel(logging.ERROR)
 
 
 def _has_tpu() -> bool:

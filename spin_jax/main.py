@@ -8,21 +8,12 @@ On several hosts the command is started on each, with a workdir that all of them
 other; elsewhere --coordinator says where process 0 is.
 """
 
-import contextlib
-import logging
-import os
-import signal
-import sys
-
 from absl import flags
-from absl import logging as absl_logging
 
 from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
 from spin_jax.metrics import is_remote
-
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written: a directory or gs://BUCKET/PATH.")
 _STAGES = flags.DEFINE_list(
@@ -61,23 +52,14 @@ def main(argv: list[str]) -> int:
     from spin_jax import hosts, stopping
     from spin_jax.self_play import self_play
 
+    def play() -> None:
+        rows = self_play(command.config(), _WORKDIR.value, _STAGES.value, profile=_PROFILE.value)
+        if hosts.is_first():
+            _tell(rows)
+
     hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     _keep_compiled(_WORKDIR.value)
-    # A preempted machine gets SIGTERM. Outside training, where it saves first, it stops like Ctrl-C; of several
-    # processes none stops alone.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signals = stopping.deferred() if hosts.are_several() else contextlib.nullcontext()
-    if not hosts.is_first():
-        logging.getLogger("spin_jax").setLevel(logging.ERROR)
-    try:
-        with signals:
-            rows = self_play(command.config(), _WORKDIR.value, _STAGES.value, profile=_PROFILE.value)
-    except (stopping.Stopped, KeyboardInterrupt) as stopped:
-        print(str(stopped) or "interrupted; start the same command again to go on", file=sys.stderr)
-        return EXIT_STOPPED
-    if hosts.is_first():
-        _tell(rows)
-    return 0
+    return stopping.exit_status(play)
 
 
 def _check_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -116,12 +98,7 @@ def _tell(rows: list[dict]) -> None:
 
 def run() -> None:
     """Entry point: a user's mistake is one line on stderr, anything else a traceback."""
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of every save at INFO
-    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("spin_jax").setLevel(logging.INFO)
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # it advises to install torch, which nobody needs here
+    command.log_plainly()
     command.run(main)
 
 

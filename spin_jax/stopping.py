@@ -7,15 +7,34 @@ the caller's steps. Orbax calls it too, with its own count, and the two would be
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 from spin_jax import hosts
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 _asked = False
 
 
 class Stopped(Exception):
     """The run was asked to stop (SIGTERM, as a preempted machine gets, or Ctrl-C) and has saved its state."""
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Does a command's work: 0 when it is done, `EXIT_STOPPED` when a signal stopped it, which one line says.
+
+    A preempted machine gets SIGTERM. It is as Ctrl-C, which stops one process wherever it is, unless it is training; of
+    several processes none stops alone.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with deferred() if hosts.are_several() else contextlib.nullcontext():
+            work()
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(str(stopped) or "interrupted; start the same command again to go on", file=sys.stderr)
+        return EXIT_STOPPED
+    return 0
 
 
 @contextlib.contextmanager
