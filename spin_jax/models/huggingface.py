@@ -119,7 +119,7 @@ def load(
     Args:
         path_or_id: a directory with config.json and safetensors, or a Hub repository.
         revision: branch, tag or commit of a Hub repository.
-        dtype: of the params, whatever the file's.
+        dtype: of the params, whatever the file's; norm scales are float32, as `llama.for_compute` leaves them.
         shardings: a tree of jax.sharding.Sharding like the params'; each process reads only its own devices' slices.
             None: everything on this process's first device.
 
@@ -131,7 +131,7 @@ def load(
     stored = _stored_tensors(directory)
     _check_tensors(directory, config, stored)
 
-    abstract = llama.abstract_params(config, jnp.dtype(dtype))
+    abstract = jax.eval_shape(functools.partial(llama.for_compute, dtype=dtype), llama.abstract_params(config))
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract)
