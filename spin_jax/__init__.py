@@ -1,10 +1,11 @@
 """SPIN (Self-Play Fine-Tuning, arXiv 2401.01335) in JAX/Flax.
 
-The Python surface is `load`, `spin` and the `Model` that both return; the command line is `python -m spin_jax.main`.
+The Python surface is `load`, `spin`, the `Model` that both return, and `answer`; the command lines are
+`python -m spin_jax.main` and `python -m spin_jax.generate`.
 """
 
-_EXPORTS = ("Model", "load", "spin")
-__all__ = ["Model", "UserError", "load", "spin"]
+_EXPORTS = ("Model", "answer", "load", "spin")
+__all__ = ["Model", "UserError", "answer", "load", "spin"]
 
 from spin_jax.errors import UserError  # noqa: E402
 

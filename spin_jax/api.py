@@ -1,4 +1,4 @@
-"""The Python surface: load a model, sample from it, run SPIN on a list of examples, save; a few lines each."""
+"""The Python surface: load a model, sample from it, run SPIN on a list of examples, save, answer a file of prompts."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from etils import epath
 
-from spin_jax import models, sharding
+from spin_jax import answers, models, sharding
 from spin_jax.config import base_config, check_bound, override, validate
 from spin_jax.data.chat import ChatFormat, load_chat
 from spin_jax.data.sources import Message, as_messages
@@ -110,3 +110,30 @@ def spin(
         model.save(start)
     self_play(config, workdir)
     return load(workdir / f"iteration_{config.iterations - 1}" / "model")
+
+
+def answer(
+    model: str | os.PathLike,
+    prompts: str | os.PathLike,
+    out: str | os.PathLike,
+    overrides: Mapping[str, object] | None = None,
+) -> None:
+    """Answer a file of prompts with the model in a directory, over all devices. Called again after a cut, it goes on.
+
+    >>> spin_jax.answer("my-sft-model", "my-prompts.jsonl", "answers.jsonl", {"generate.max_new_tokens": 16})
+    >>> with open("answers.jsonl") as lines:
+    ...     print(sorted(json.loads(next(lines))))
+    ['cut', 'prompt', 'response', 'tokens']
+
+    Args:
+        model: a Hugging Face directory, such as an iteration's `model/`, or a Hub id.
+        prompts: a file or other source that `data.sources.load_prompts` reads; a row needs no response.
+        out: the JSONL file to write; `spin_jax.answers` says what is in it.
+        overrides: config fields by their dotted names, such as {"seed": 1, "generate.temperature": 0.7}.
+
+    Raises:
+        UserError: one line on what is wrong with config, prompts, model or `out`.
+    """
+    config = base_config()
+    override(config, {"model.path": os.fspath(model), "data.train": os.fspath(prompts)} | dict(overrides or {}))
+    answers.answer(config, out)

@@ -9,7 +9,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "spin_jax"
 HEAVY = ("jax", "flax", "orbax", "transformers", "datasets", "matplotlib", "torch")
-LIGHT = ("config", "slices", "metrics", "report", "main", "data.sources", "data.chat", "data.pairs")
+LIGHT = ("config", "slices", "metrics", "report", "main", "generate", "data.sources", "data.chat", "data.pairs")
 
 
 def rooms() -> dict[str, int]:

@@ -18,7 +18,7 @@ import yaml
 from absl.testing import flagsaver
 
 from spin_jax import command as command_lib
-from spin_jax import compile_check, main, toy  # noqa: F401  (they define their flags)
+from spin_jax import compile_check, generate, main, toy  # noqa: F401  (they define their flags)
 from spin_jax import config as config_lib
 from spin_jax.data.sources import LAYOUTS, load_examples
 from spin_jax.errors import UserError
@@ -146,15 +146,15 @@ def test_bash_blocks(where, command, monkeypatch):
     elif words[:2] != ["python", "-m"]:
         assert words[0] in KNOWN_COMMANDS + CLOUD_COMMANDS, f"{where}: {command}"
     elif words[2].startswith("spin_jax"):
-        assert words[2] in ("spin_jax.main", "spin_jax.compile_check"), f"{where}: {command}"
+        assert words[2] in ("spin_jax.main", "spin_jax.generate", "spin_jax.compile_check"), f"{where}: {command}"
         if words[3:] == ["--help"]:
             return
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", words[2:])  # where ml_collections looks for overrides
         with flagsaver.flagsaver():
             assert command_lib.parse_flags(words[2:]) == words[2:3], "every word but the first is a flag"
-            assert main._WORKDIR.value or words[2] == "spin_jax.compile_check", f"{where}: {command}"
-            config_lib.validate(command_lib.config())
+            assert main._WORKDIR.value or words[2] != "spin_jax.main", f"{where}: {command}"
+            config_lib.validate(generate.sampling_config() if words[2] == "spin_jax.generate" else command_lib.config())
     else:
         assert words[2] in ("venv", "pip", "pytest", "http.server"), f"{where}: {command}"
 

@@ -1,0 +1,155 @@
+"""Sampling alone: a file of prompts in, a file of answers out, from any model that a run can start from or has made.
+
+    OUT                          a line a prompt, in their order, when all are there
+    OUT.parts/settings.json      what decides a response; parts of other settings are refused, never mixed in
+    OUT.parts/part-*.jsonl       responses, batch by batch and process by process, until OUT is there
+
+A line of OUT has `prompt` (text, or turns where the prompts file has turns), `response` (text), `tokens` (how many were
+sampled, with the one that ends the response) and `cut` (whether it was cut at `config.generate.max_new_tokens`). The
+response to a row is that of a run's iteration 0 to the same row: a function of (weights, seed, row) alone.
+"""
+
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from spin_jax import config as config_lib
+from spin_jax import hosts, models, programs, sharding
+from spin_jax.data.chat import ChatFormat
+from spin_jax.data.sources import Message, as_messages, load_prompts
+from spin_jax.errors import UserError
+from spin_jax.metrics import write_whole
+from spin_jax.responses import Prompt, Response, generate
+from spin_jax.run import Player, check_alike, check_shared, open_player
+
+_LOG = logging.getLogger(__name__)
+
+
+def answer(config: ConfigDict, out: epath.PathLike) -> None:
+    """Sample a response to each prompt of `config.data.train` from the model at `config.model.path`, into `out`.
+
+    Read are `config.seed` and all of `config.model`, `config.generate`, `config.mesh` and `config.data`, but for the
+    rows to draw and to hold out: every prompt is answered.
+
+    Raises:
+        UserError: one line for whatever is wrong, found before weights are loaded unless it is in their files.
+        Stopped: one of several processes was asked to; the same call goes on.
+    """
+    config_lib.validate(config)
+    check_alike(config)
+    data, out = config.data, epath.Path(out).expanduser()
+    parts = out.with_name(f"{out.name}.parts")
+    hosts.on_first(lambda: _check_free(out))
+    prompts = hosts.on_first(lambda: load_prompts(data.train, split=data.split, layout=data.layout, turn=data.turn))
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    player = open_player(config, config.model.path, mesh)
+    asked = hosts.on_first(lambda: _tokenise(player.chat, prompts, data))
+    hosts.on_first(lambda: _begin(parts, _settings(config, player, asked)))
+    check_shared(parts)
+    responses = generate(
+        programs.make_sampler(player.model, config.generate, player.chat.stop_ids, player.decode),
+        hosts.on_each(lambda: _load_params(player)),
+        asked,
+        config.generate,
+        seed=config.seed,
+        iteration=0,
+        mesh=player.decode.mesh,
+        directory=parts,
+    )
+    hosts.on_first(lambda: _finish(out, parts, player.chat, prompts, responses))
+
+
+def _check_free(out: epath.Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} is there already: delete it, or name another file to write")
+
+
+def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: ConfigDict) -> list[Prompt]:
+    """What the model is asked with; a prompt over the budget keeps its end, unless `config.data.long_prompts` says that
+    there shall be none."""
+    asked, longest = [], data.max_prompt_length
+    for row, prompt in enumerate(prompts):
+        try:
+            asked.append(chat.generation_prompt(as_messages(prompt)))
+        except UserError as error:
+            raise UserError(f"{data.train} row {row}: {error}") from None
+    if too_long := [row for row, tokens in enumerate(asked) if len(tokens) > longest]:
+        what = f"{len(too_long):,} of {len(asked):,} prompts are longer than config.data.max_prompt_length={longest}"
+        if data.long_prompts == "skip":
+            raise UserError(
+                f"{data.train}: {what}, the first in row {too_long[0]}: raise it, or cut their beginnings with "
+                "config.data.long_prompts=keep_end"
+            )
+        _LOG.warning("%s: %s and asked without their beginning", data.train, what)
+    return [Prompt(row, tokens[-longest:]) for row, tokens in enumerate(asked)]
+
+
+def _settings(config: ConfigDict, player: Player, asked: Sequence[Prompt]) -> dict[str, object]:
+    """What decides a response, by the name that a refusal gives it."""
+    decoding = {f"config.generate.{field}": value for field, value in config.generate.items()}
+    # Weights are told by their files' sizes and times: reading all of them would take longer than many an answer.
+    weights = [(file.name, file.stat()) for file in sorted(pathlib.Path(player.source).glob("*.safetensors"))]
+    model = [repr(player.model), player.chat.stop_ids, [(name, s.st_size, s.st_mtime_ns) for name, s in weights]]
+    return decoding | {
+        "config.seed": config.seed,
+        "config.model.compute_dtype": str(np.dtype(player.decode.dtype)),
+        "model": _digest(model),
+        "list of prompts": _digest([prompt.tokens.tolist() for prompt in asked]),
+    }
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _begin(parts: epath.Path, settings: dict[str, object]) -> None:
+    """Note the settings beside the parts to come, and so find out whether anything can be written there.
+
+    Raises:
+        UserError: it cannot, or there are parts of other settings.
+    """
+    noted = parts / "settings.json"
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        before = json.loads(noted.read_text()) if noted.exists() else {}
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if changed and any(parts.glob("part-*.jsonl")):
+            raise UserError(
+                f"{parts} holds responses of another {', '.join(changed)}: delete it, give another --out, or go on as "
+                f"{noted.name} in it says"
+            )
+        write_whole(noted, json.dumps(settings, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{parts}, where responses are kept until all are there, cannot be written: {error.strerror}"
+        ) from None
+
+
+def _load_params(player: Player) -> dict:
+    """In the compute dtype, laid out for sampling: there is no f32 copy, as training has one."""
+    shardings = models.param_shardings(player.decode.mesh, player.model)
+    return models.load(player.source, dtype=player.decode.dtype, shardings=shardings)[1]
+
+
+def _finish(
+    out: epath.Path,
+    parts: epath.Path,
+    chat: ChatFormat,
+    prompts: Sequence[str | list[Message]],
+    responses: Sequence[Response],
+) -> None:
+    """`out`, which takes the place of the parts."""
+    texts = chat.tokenizer.batch_decode([response.tokens for response in responses], skip_special_tokens=True)
+    lines = [
+        {"prompt": prompt, "response": text, "tokens": len(response.tokens), "cut": not response.finished}
+        for prompt, text, response in zip(prompts, texts, responses, strict=True)
+    ]
+    write_whole(out, "".join(json.dumps(line) + "\n" for line in lines))
+    parts.rmtree()
+    _LOG.info("%s: %d answers, %d of them cut", out, len(lines), sum(line["cut"] for line in lines))
