@@ -86,9 +86,9 @@ def find_slice(name: str) -> Slice:
 
 def use_slice(config: ConfigDict, name: str) -> None:
     """Set the mesh of `config` for a slice: everything over fsdp, which has the least exposed traffic for 7B models, as
-    far as each device has two pairs of a batch of 64 to fill a row with; beyond that over tensor. (On v5e-64 rows of one
-    pair each are 55% full, and a step of zephyr_7b takes twice as long.) And the length of rows: on TPUs attention skips
-    what no token sees, so that long rows cost no more than short ones and are filled better.
+    far as each device has two pairs of a batch of 64 to fill a row with; beyond that over tensor. (On v5e-64 rows of
+    one pair each are 55% full, and a step of zephyr_7b takes twice as long.) And the length of rows: on TPUs attention
+    skips what no token sees, so that long rows cost no more than short ones and are filled better.
 
     Raises:
         UserError: no such slice.
