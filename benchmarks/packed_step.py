@@ -44,7 +44,6 @@ def main(slices: list[str]) -> None:
         lengths = draw(config, PAIRS)
         packed = report(config, name, lengths)
         config.spin.opponent = "live"
-        config.model.remat = "qkv"  # as much as there is room for, at this length on v5e-16
         # A pair with a prompt of one token is a row of 1,024 for each response: the padded step's arithmetic.
         length = config.data.max_length
         padded = report(config, name, [(1, length, length)] * PAIRS)

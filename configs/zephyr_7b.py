@@ -20,10 +20,10 @@ from spin_jax.slices import use_slice
 MEMORY = {
     "v4-32": {"": ("gate", 1), "code": ("projections", 1)},
     "v5e-8": {"": ("full", 8), "code": ("full", 8)},
-    "v5e-16": {"": ("qkv", 1), "code": ("attention", 1)},
+    "v5e-16": {"": ("qkv", 1), "code": ("qkv", 1)},
     "v5e-64": {"": ("mlp", 1), "code": ("mlp", 1)},
     "v5e-256": {"": ("mlp", 1), "code": ("mlp", 1)},
-    "v5p-8": {"": ("attention", 1), "code": ("projections", 1)},
+    "v5p-8": {"": ("attention", 1), "code": ("gate", 1)},
     "v5p-32": {"": ("mlp", 1), "code": ("mlp", 1)},
     "v6e-16": {"": ("qkv", 1), "code": ("projections", 1)},
 }
