@@ -12,7 +12,7 @@ setup(
     packages=find_packages(include=["spin_jax", "spin_jax.*"]),
     python_requires=">=3.11",
     install_requires=[
-        # The libtpu of jax 0.11 writes schedules whose loops the compile check cannot count yet; and flax 0.12 subclasses a
+        # The compile check cannot count the loops in the schedules of jax 0.11's libtpu yet; and flax 0.12 subclasses a
         # class that jax 0.11.1 removed.
         "jax>=0.10.0,<0.11",
         "flax>=0.12.7,<0.13",
