@@ -1,12 +1,14 @@
 """Sampling alone: a file of prompts in, a file of answers out, from any model that a run can start from or has made.
 
-    OUT                          a line a prompt, in their order, when all are there
+    OUT                          a line a response, in the prompts' order, when all are there
     OUT.parts/settings.json      what decides a response; parts of other settings are refused, never mixed in
-    OUT.parts/part-*.jsonl       responses, batch by batch and process by process, until OUT is there
+    OUT.parts/part-*.jsonl       responses as they end, process by process, until OUT is there
 
-A line of OUT has `prompt` (text, or turns where the prompts file has turns), `response` (text), `tokens` (how many were
-sampled, with the one that ends the response) and `cut` (whether it was cut at `config.generate.max_new_tokens`). The
-response to a row is that of a run's iteration 0 to the same row: a function of (weights, seed, row) alone.
+A line of OUT has `prompt` (text, or turns where the prompts file has turns), `response` (text, without a stop string),
+`tokens` (how many were sampled, with the one that ends the response), `logp` (the sum of the model's log-probs of them,
+in nats) and `cut` (whether it was cut at `config.generate.max_new_tokens`). The response to a row is that of a run's
+iteration 0 to the same row: a function of (weights, seed, row) alone, and with `config.generate.responses` of which of
+them it is.
 """
 
 import hashlib
@@ -27,8 +29,21 @@ from spin_jax.errors import UserError
 from spin_jax.metrics import write_whole
 from spin_jax.responses import Prompt, Response, generate
 from spin_jax.run import Player, check_alike, check_shared, open_player
+from spin_jax.stop_strings import stop_table
 
 _LOG = logging.getLogger(__name__)
+
+# Of config.generate, what a response depends on. The others are sizes.
+_DECIDING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_new_tokens",
+    "min_new_tokens",
+    "stop_strings",
+    "weight_dtype",
+    "cache_dtype",
+)
 
 
 def answer(config: ConfigDict, out: epath.PathLike) -> None:
@@ -49,12 +64,14 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
     prompts = hosts.on_first(lambda: load_prompts(data.train, split=data.split, layout=data.layout, turn=data.turn))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     player = open_player(config, config.model.path, mesh)
-    asked = hosts.on_first(lambda: _tokenise(player.chat, prompts, data))
-    hosts.on_first(lambda: _begin(parts, _settings(config, player, asked)))
+    tokens = hosts.on_first(lambda: _tokenise(player.chat, prompts, data))
+    asked = [Prompt(row, ids, n) for row, ids in enumerate(tokens) for n in range(config.generate.responses)]
+    hosts.on_first(lambda: _begin(parts, _settings(config, player, tokens)))
     check_shared(parts)
+    stops_SV = stop_table(player.chat.tokenizer, config.generate.stop_strings, player.model.vocab_size)
     responses = generate(
-        programs.make_sampler(player.model, config.generate, player.chat.stop_ids, player.decode),
-        hosts.on_each(lambda: _load_params(player)),
+        programs.make_sampler(player.model, config.generate, player.chat.stop_ids, player.decode, stops_SV),
+        hosts.on_each(lambda: _load_params(player, config.generate.weight_dtype)),
         asked,
         config.generate,
         seed=config.seed,
@@ -62,7 +79,8 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
         mesh=player.decode.mesh,
         directory=parts,
     )
-    hosts.on_first(lambda: _finish(out, parts, player.chat, prompts, responses))
+    of_each = [prompts[prompt.row] for prompt in asked]
+    hosts.on_first(lambda: _finish(out, parts, player.chat, config.generate.stop_strings, of_each, responses))
 
 
 def _check_free(out: epath.Path) -> None:
@@ -70,7 +88,7 @@ def _check_free(out: epath.Path) -> None:
         raise UserError(f"{out} is there already: delete it, or name another file to write")
 
 
-def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: ConfigDict) -> list[Prompt]:
+def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: ConfigDict) -> list[np.ndarray]:
     """What the model is asked with; a prompt over the budget keeps its end, unless `config.data.long_prompts` says that
     there shall be none."""
     asked, longest = [], data.max_prompt_length
@@ -87,12 +105,13 @@ def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: Co
                 "config.data.long_prompts=keep_end"
             )
         _LOG.warning("%s: %s and asked without their beginning", data.train, what)
-    return [Prompt(row, tokens[-longest:]) for row, tokens in enumerate(asked)]
+    return [tokens[-longest:] for tokens in asked]
 
 
-def _settings(config: ConfigDict, player: Player, asked: Sequence[Prompt]) -> dict[str, object]:
+def _settings(config: ConfigDict, player: Player, tokens: Sequence[np.ndarray]) -> dict[str, object]:
     """What decides a response, by the name that a refusal gives it."""
-    decoding = {f"config.generate.{field}": value for field, value in config.generate.items()}
+    decoding = {f"config.generate.{field}": config.generate[field] for field in _DECIDING}
+    decoding["config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
     # Weights are told by their files' sizes and times: reading all of them would take longer than many an answer.
     weights = [(file.name, file.stat()) for file in sorted(pathlib.Path(player.source).glob("*.safetensors"))]
     model = [repr(player.model), player.chat.stop_ids, [(name, s.st_size, s.st_mtime_ns) for name, s in weights]]
@@ -100,7 +119,7 @@ def _settings(config: ConfigDict, player: Player, asked: Sequence[Prompt]) -> di
         "config.seed": config.seed,
         "config.model.compute_dtype": str(np.dtype(player.decode.dtype)),
         "model": _digest(model),
-        "list of prompts": _digest([prompt.tokens.tolist() for prompt in asked]),
+        "list of prompts": _digest([ids.tolist() for ids in tokens]),
     }
 
 
@@ -131,24 +150,35 @@ def _begin(parts: epath.Path, settings: dict[str, object]) -> None:
         ) from None
 
 
-def _load_params(player: Player) -> dict:
+def _load_params(player: Player, weight_dtype: str) -> dict:
     """In the compute dtype, laid out for sampling: there is no f32 copy, as training has one."""
     shardings = models.param_shardings(player.decode.mesh, player.model)
-    return models.load(player.source, dtype=player.decode.dtype, shardings=shardings)[1]
+    params = models.load(player.source, dtype=player.decode.dtype, shardings=shardings)[1]
+    if weight_dtype == "int8":
+        params = programs.make_resharding(player.model, player.decode, weight_dtype)(params)
+    return params
 
 
 def _finish(
     out: epath.Path,
     parts: epath.Path,
     chat: ChatFormat,
+    stop_strings: Sequence[str],
     prompts: Sequence[str | list[Message]],
     responses: Sequence[Response],
 ) -> None:
-    """`out`, which takes the place of the parts."""
+    """`out`, which takes the place of the parts; `prompts` has one for each response."""
     texts = chat.tokenizer.batch_decode([response.tokens for response in responses], skip_special_tokens=True)
+    before = [min((text.find(stop) for stop in stop_strings if stop in text), default=None) for text in texts]
     lines = [
-        {"prompt": prompt, "response": text, "tokens": len(response.tokens), "cut": not response.finished}
-        for prompt, text, response in zip(prompts, texts, responses, strict=True)
+        {
+            "prompt": prompt,
+            "response": text[:end],
+            "tokens": len(response.tokens),
+            "logp": round(float(response.logprobs.sum(dtype=np.float64)), 4),
+            "cut": not response.finished and end is None,
+        }
+        for prompt, text, end, response in zip(prompts, texts, before, responses, strict=True)
     ]
     write_whole(out, "".join(json.dumps(line) + "\n" for line in lines))
     parts.rmtree()

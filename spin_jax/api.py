@@ -49,7 +49,7 @@ class Model:
             check_bound(f"generate.{name}", value)
         settings = base_config().generate.unlock()
         settings.update(chosen)
-        settings.batch_size = len(prompts)
+        settings.batch_size = min(settings.batch_size, 1 << (len(prompts) - 1).bit_length())
         training = make_compute(base_config().model, self.config, sharding.one_device_mesh())
         compute = make_decode_compute(base_config(), self.config, training)
         responses = generate(
@@ -123,7 +123,7 @@ def answer(
     >>> spin_jax.answer("my-sft-model", "my-prompts.jsonl", "answers.jsonl", {"generate.max_new_tokens": 16})
     >>> with open("answers.jsonl") as lines:
     ...     print(sorted(json.loads(next(lines))))
-    ['cut', 'prompt', 'response', 'tokens']
+    ['cut', 'logp', 'prompt', 'response', 'tokens']
 
     Args:
         model: a Hugging Face directory, such as an iteration's `model/`, or a Hub id.

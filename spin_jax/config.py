@@ -71,9 +71,25 @@ def base_config() -> ConfigDict:
     c.generate.top_p = 1.0  # nucleus sampling; 1 is off
     c.generate.top_k = 0  # tokens; 0 is off
     c.generate.max_new_tokens = 256  # the released code's cap
-    c.generate.batch_size = 64  # prompts decoded together, over all devices (the paper's)
-    # prompts are padded to a multiple of this many tokens; one compiled program a multiple
+    c.generate.min_new_tokens = 0  # no response ends by itself before it is this long
+    # texts that end a response as well, such as ("###",); it is cut there and counts as cut, not as ended by itself
+    c.generate.stop_strings = ()
+    c.generate.responses = 1  # to each prompt; in a run each makes a pair with the human one
+    # slots: responses decoded at a time, over all devices; one that ends gives its slot to the next prompt. The more,
+    # the less often weights are read for a token; the cache is what fills the memory
+    c.generate.batch_size = 64
+    # prompts prefilled at a time, rounded up to the devices: more are a larger matmul and more memory beside the cache
+    c.generate.prefill_batch_size = 16
+    # when no prompt is left the slots are halved, down to so many a device; each size is a compiled program, and with
+    # fewer slots a step is mostly the reading of weights, which stays
+    c.generate.tail_batch_size = 8
+    # prompts are padded to this many tokens, or a double of it; one compiled program each
     c.generate.prompt_bucket = 64
+    # of the weights of attention and MLP while sampling: "auto", the compute dtype | "int8", half the bytes of bfloat16
+    # and another model by so much (benchmarks/README.md has how much)
+    c.generate.weight_dtype = "auto"
+    # of keys and values: "auto", the compute dtype | "int8", with a scale a token and head: half the memory of bfloat16
+    c.generate.cache_dtype = "auto"
 
     c.spin = ConfigDict()
     c.spin.loss = "logistic"  # one of losses.LOSSES; the paper's choice
@@ -145,6 +161,8 @@ CHOICES = (
     Choice("data.turn", ("last", "first")),
     Choice("data.template", ("chat", "paper")),
     Choice("data.long_prompts", ("keep_end", "skip")),
+    Choice("generate.weight_dtype", ("auto", "int8")),
+    Choice("generate.cache_dtype", ("auto", "int8")),
     Choice("spin.loss", ("logistic", "hinge", "exponential", "correlation")),
     Choice("spin.opponent", ("stored", "live")),
     Choice("sft.optimizer", ("adamw", "rmsprop")),
@@ -167,7 +185,11 @@ LOWER_BOUNDS = {
     "generate.top_p": (0, False),
     "generate.top_k": (0, True),
     "generate.max_new_tokens": (1, True),
+    "generate.min_new_tokens": (0, True),
+    "generate.responses": (1, True),
     "generate.batch_size": (1, True),
+    "generate.prefill_batch_size": (1, True),
+    "generate.tail_batch_size": (1, True),
     "generate.prompt_bucket": (1, True),
     "spin.beta": (0, False),
     "spin.previous_iterations": (0, True),
@@ -287,6 +309,16 @@ def _check_combinations(config: ConfigDict) -> None:
         raise UserError(
             f"config.data.max_prompt_length={data.max_prompt_length} leaves no room for a response in "
             f"config.data.max_length={data.max_length}"
+        )
+    if not all(isinstance(text, str) and text for text in generate.stop_strings):
+        raise UserError(
+            f"config.generate.stop_strings={generate.stop_strings!r} must be texts, none of them empty: write one as "
+            "('###',)"
+        )
+    if generate.min_new_tokens > generate.max_new_tokens:
+        raise UserError(
+            f"config.generate.min_new_tokens={generate.min_new_tokens} is more than "
+            f"config.generate.max_new_tokens={generate.max_new_tokens}: lower it"
         )
     if generate.top_p > 1:
         raise UserError(f"config.generate.top_p={generate.top_p} must be at most 1 (1 is off)")

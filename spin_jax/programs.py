@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from spin_jax import sharding
+from spin_jax import slots as slots_lib
 from spin_jax.batches import Packing, Plan, empty_batch, forward_flops, plan_scoring, plan_training, spin_batch
 from spin_jax.config import at_iteration
 from spin_jax.data.pairs import Pair
@@ -29,15 +30,16 @@ from spin_jax.models import (
     flops_per_token,
     for_compute,
     init_adapters,
-    init_cache,
     merge,
     param_shardings,
+    quantise,
+    quantised_shardings,
     unembed_flops,
 )
 from spin_jax.models.attention import choose_kernel
 from spin_jax.models.flash import heads_and_tile
 from spin_jax.models.tiles import share_of_causal
-from spin_jax.sampling import Decoding, row_keys, sample
+from spin_jax.sampling import Decoding
 from spin_jax.step import (
     Batch,
     Objective,
@@ -86,22 +88,48 @@ def _compute_dtype(settings: ConfigDict, mesh: Mesh, decoding: bool) -> jnp.dtyp
 
 
 @functools.cache
-def make_resharding(model: ModelConfig, compute: Compute) -> Callable:
-    """params -> a copy in the compute dtype, laid out for `compute.mesh`: once an iteration, not once a decode step."""
-    shardings = param_shardings(compute.mesh, model)
-    return _jit(compute.mesh, functools.partial(for_compute, dtype=compute.dtype), out_shardings=shardings)
+def make_resharding(model: ModelConfig, compute: Compute, weight_dtype: str = "auto") -> Callable:
+    """params -> a copy in the compute dtype, or with weights in int8, laid out for `compute.mesh`: once an iteration,
+    not once a decode step."""
+    function, shardings = (quantise, quantised_shardings) if weight_dtype == "int8" else (for_compute, param_shardings)
+    laid_out = shardings(compute.mesh, model)
+    return _jit(compute.mesh, functools.partial(function, dtype=compute.dtype), out_shardings=laid_out)
 
 
-def make_sampler(model: ModelConfig, settings: ConfigDict, stop_ids: tuple[int, ...], compute: Compute) -> Callable:
-    """(params, prompts_BP, prompt_lengths_B, keys_B, decoding) -> Responses of `config.generate`: prefill, then the
-    decode loop, in one program, so that the cache is never stored twice."""
-    return _sampler(model, settings.max_new_tokens, stop_ids, settings.top_p < 1 or settings.top_k > 0, compute)
+def make_sampler(
+    model: ModelConfig,
+    settings: ConfigDict,
+    stop_ids: tuple[int, ...],
+    compute: Compute,
+    stops_SV: np.ndarray | None = None,
+) -> slots_lib.Sampler:
+    """The sampler of `config.generate`; `stops_SV` from `stop_strings.stop_table`."""
+    truncate = settings.top_p < 1 or settings.top_k > 0
+    dtype = jnp.dtype(jnp.int8 if settings.cache_dtype == "int8" else compute.dtype)
+    decoder = slots_lib.Decoder(model, settings.max_new_tokens, truncate, compute, dtype)
+    return dataclasses.replace(_sampler(decoder), stop_ids=stop_ids, stops_SV=stops_SV)
 
 
 @functools.cache
-def _sampler(model: ModelConfig, max_new_tokens: int, stop_ids: tuple[int, ...], truncate: bool, compute: Compute):
-    static = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "truncate": truncate, "compute": compute}
-    return _jit(compute.mesh, functools.partial(sample, model, **static))
+def _sampler(decoder: slots_lib.Decoder) -> slots_lib.Sampler:
+    mesh = decoder.compute.mesh
+    rows = jax.tree.map(
+        functools.partial(NamedSharding, mesh),
+        slots_lib.specs(jax.eval_shape(lambda: slots_lib.start(decoder, 1, 1, 1))),
+    )
+    slots, queue = rows
+    whole, ended = NamedSharding(mesh, PartitionSpec()), slots.responses
+
+    def make(function: Callable, **options) -> Callable:
+        return _jit(mesh, functools.partial(function, decoder), **options)
+
+    return slots_lib.Sampler(
+        start=make(slots_lib.start, static_argnums=(0, 1, 2), out_shardings=rows),
+        prefill=make(slots_lib.prefill, donate_argnums=1, out_shardings=queue),
+        decode=make(slots_lib.decode, donate_argnums=(1, 2), out_shardings=(slots, queue, ended, whole)),
+        drain=make(slots_lib.drain, donate_argnums=1, out_shardings=slots),
+        shrink=make(slots_lib.shrink, static_argnums=1, out_shardings=(slots, ended, whole)),
+    )
 
 
 @functools.cache
@@ -219,27 +247,44 @@ def _blank_pair(*lengths: int) -> Pair:
 
 def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute, params: dict) -> list[Program]:
     settings = config.generate
-    bucket, rows, cap = settings.prompt_bucket, settings.batch_size, settings.max_new_tokens
-    width = -(-config.data.max_prompt_length // bucket) * bucket
-    copy = _located(_in_compute_dtype(params, compute), param_shardings(compute.mesh, model))
-    shapes = jax.eval_shape(
-        lambda: (jnp.zeros((rows, width), jnp.int32), jnp.zeros(rows, jnp.int32), row_keys(0, 0, jnp.zeros(rows, int)))
-    )
-    batch = _located(shapes, sharding.batch_sharding(compute.mesh))
-    decoding = Decoding(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32)))
+    shards, size, cap = sharding.ways(compute.mesh, "rows"), settings.batch_size, settings.max_new_tokens
+    places = slots_lib.queue_places(settings.prefill_batch_size, size, shards)
+    width = slots_lib.prefill_width(config.data.max_prompt_length, settings.prompt_bucket)
+    resharding = make_resharding(model, compute, settings.weight_dtype)
+    laid_out = quantised_shardings if settings.weight_dtype == "int8" else param_shardings
+    copy = _located(resharding.eval_shape(params), laid_out(compute.mesh, model))
     sampler = make_sampler(model, settings, (model.vocab_size - 1,), compute)
-    # The prompt fills the cache; then token after token is drawn, each seeing those before it.
-    prefill = width * flops_per_token(model, (width + 1) / 2)
-    drawn = cap * (flops_per_token(model, width + (cap + 1) / 2) + unembed_flops(model))
-    kinds = ("sampling params", "batch", "batch", "batch", "batch")
-    flops = rows * (prefill + drawn)
-    keys = jax.eval_shape(functools.partial(init_cache, model, rows, width + cap, Compute(compute.dtype)))["k"]
-    # Split as `init_cache` says.
-    keys = _located(keys, NamedSharding(compute.mesh, sharding.spec(None, "rows", None, "kv_heads")))
-    cache = {"cache": (keys, keys)}
+    rows = sampler.start.eval_shape(size, places, width)
+    slots, queue = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(compute.mesh, s)),
+        rows,
+        slots_lib.specs(rows),
+    )
+    prompts = _located(slots_lib.no_prompts(places, width), sharding.batch_sharding(compute.mesh))
+    decoding = Decoding.of(settings, sampler.stop_ids)
+    more = jax.ShapeDtypeStruct((), jnp.bool_)
+    # The prompts of the queue, and then a response of the longest sort in every slot.
+    prefill = places * width * flops_per_token(model, (width + 1) / 2)
+    drawn = size * cap * (flops_per_token(model, width + (cap + 1) / 2) + unembed_flops(model))
+    beside = {"params": params}
     return [
-        Program("resharding", make_resharding(model, compute), (params,), ("params",), {}, 0.0),
-        Program("sampling", sampler, (copy, *batch, decoding), kinds, {"params": params}, flops, cache),
+        Program("resharding", resharding, (params,), ("params",), {}, 0.0),
+        Program(
+            "prefill",
+            sampler.prefill,
+            (copy, queue, prompts),
+            ("sampling params", "queue", "batch"),
+            beside | {"cache": slots},
+            prefill,
+        ),
+        Program(
+            "decoding",
+            sampler.decode,
+            (copy, slots, queue, decoding, more),
+            ("sampling params", "cache", "queue", "batch", "batch"),
+            beside,
+            drawn,
+        ),
     ]
 
 

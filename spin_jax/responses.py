@@ -1,15 +1,15 @@
-"""The generation stage: prompts and opponent params in, responses on disk out, batch by batch.
+"""The generation stage: prompts and opponent params in, responses on disk out, as they end.
 
-A batch is drawn by all processes together. Each writes the responses that its own devices drew, as
-`part-BATCH.pPROCESS.jsonl`; the first process joins them when all are there.
+The host's part of `spin_jax.slots`. All processes give the same prompts to the same places; each writes the responses
+that its own devices made, as `part-NUMBER.pPROCESS.jsonl`, and the first process joins them when all are there.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -17,46 +17,78 @@ from tqdm import tqdm
 
 from spin_jax import hosts, stopping
 from spin_jax.batches import put
+from spin_jax.errors import UserError
 from spin_jax.metrics import write_whole
-from spin_jax.sampling import Decoding, Responses, row_keys
-from spin_jax.sharding import batch_sharding, check_batch
+from spin_jax.sampling import MAX_RESPONSES, MAX_ROWS, Decoding, response_keys
+from spin_jax.sharding import batch_sharding, check_batch, ways
+from spin_jax.slots import Prompts, Report, Responses, Sampler, no_prompts, prefill_width, queue_places, slot_counts
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt to answer: its row number in the data set and its token ids."""
+    """A prompt to answer: its row number in the data set, its token ids, and which of its responses is asked for."""
 
     row: int
     tokens: np.ndarray
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """A sampled response: token ids, a stop id last if it is `finished`; else it was cut at the cap."""
+    """A sampled response.
+
+    Attributes:
+        row: the prompt's.
+        number: which of the prompt's responses it is.
+        tokens: ids, a stop id last if it is `finished`; else it was cut at the cap, or by a stop string, whose last
+            token is there.
+        logprobs: f32, log p of each token under the model as it is, whatever temperature and cuts it was drawn with.
+    """
 
     row: int
+    number: int
     tokens: np.ndarray
     finished: bool
+    logprobs: np.ndarray
 
 
-def batches_by_length(prompts: Sequence[Prompt], batch_size: int, bucket: int) -> list[tuple[int, list[Prompt]]]:
-    """(width, prompts) of each batch: prompts of like length together, padded to a multiple of `bucket` tokens.
+@dataclasses.dataclass
+class Progress:
+    """How far a call of `generate` is, all processes together.
 
-    A prompt's width depends on its own length alone, so that the program that answers it, down to its rounding, does
-    not depend on the other prompts. Longest first: if something does not fit, it shows at once.
+    Attributes:
+        responses: that are there, with those that an earlier call left.
+        tokens: of those that this call drew.
+        steps: decode steps.
+        busy, capacity: slots that were running in them, and slots that there were, each summed up over the steps.
+        before_tail: `occupancy` when the last prompt had got its slot.
     """
-    by_width: dict[int, list[Prompt]] = {}
-    for prompt in prompts:
-        by_width.setdefault(-(-len(prompt.tokens) // bucket) * bucket, []).append(prompt)
-    return [
-        (width, by_width[width][i : i + batch_size])
-        for width in sorted(by_width, reverse=True)
-        for i in range(0, len(by_width[width]), batch_size)
-    ]
+
+    responses: int = 0
+    tokens: int = 0
+    steps: int = 0
+    busy: float = 0.0
+    capacity: int = 0
+    before_tail: float = 0.0
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the slots that were running in a step, on average."""
+        return self.busy / max(self.capacity, 1)
+
+    def add(self, report: Report, slots: int) -> None:
+        """Take in what a program with so many slots reports."""
+        steps = int(report.steps)
+        self.capacity += (steps - self.steps) * slots
+        self.steps, self.busy = steps, float(report.busy)
+        self.responses += int(report.responses)
+        self.tokens += int(report.tokens)
 
 
 def generate(
-    sampler: Callable,
+    sampler: Sampler,
     params: dict,
     prompts: Sequence[Prompt],
     settings: ConfigDict,
@@ -66,12 +98,13 @@ def generate(
     mesh: jax.sharding.Mesh,
     directory: epath.Path | None = None,
     name: str = "generate",
+    progress: Progress | None = None,
 ) -> list[Response]:
-    """One response to each prompt, in the order of `prompts`; the first process has them, the others get none.
+    """The response to each prompt, in the order of `prompts`; the first process has them, the others get none.
 
-    Each batch is written to `directory` as soon as it is drawn, and batches whose rows are all found there are not
-    drawn again, however many processes wrote them; None keeps nothing, and is for one process. The response to a row is
-    a function of (params, seed, iteration, row) alone.
+    Responses are written to `directory` as they end, and those that are found there are not drawn again, however many
+    processes wrote them; None keeps nothing, and is for one process. A response is a function of (params, seed,
+    iteration, row, number) alone, but for the order in which sums are rounded.
 
     Args:
         sampler: from `programs.make_sampler`.
@@ -80,81 +113,165 @@ def generate(
         settings: `config.generate`.
         seed: of the run.
         iteration: t; other responses are drawn in every iteration.
-        mesh: the decode mesh; its data axis splits each batch.
+        mesh: the decode mesh; its data axis splits slots and queue.
         directory: for `part-*.jsonl`, or None.
         name: for the progress bar.
+        progress: kept up to date, for who wants to look.
 
     Raises:
-        UserError: config.generate.batch_size does not split over the devices.
+        UserError: config.generate.batch_size does not split over the devices; or there are too many rows to number.
         Stopped: one of several processes was asked to.
     """
     check_batch(mesh, "config.generate.batch_size", settings.batch_size)
-    decoding = Decoding(jnp.float32(settings.temperature), jnp.float32(settings.top_p), jnp.int32(settings.top_k))
-    sharding = batch_sharding(mesh)
-    responses = _read_parts(directory) if directory and hosts.is_first() else {}  # by row
-    answered = hosts.on_first(lambda: set(responses))
-    written: list[str] = []
-    drawn_here = tokens_here = 0
-    with tqdm(total=len(prompts), desc=name, unit="prompt", disable=not hosts.is_first()) as bar:
-        for number, (width, batch) in enumerate(
-            batches_by_length(prompts, settings.batch_size, settings.prompt_bucket)
-        ):
-            if not answered.issuperset(prompt.row for prompt in batch):
-                stopping.between_batches()
-                tokens_BP, lengths_B, rows_B = put(_pad(batch, settings.batch_size, width), sharding)
-                drawn = sampler(params, tokens_BP, lengths_B, _row_keys(seed, iteration, rows_B), decoding)
-                own = _own_responses(jax.device_put(drawn, sharding), batch)
-                responses.update((answer.row, answer) for answer in own)
-                drawn_here, tokens_here = drawn_here + len(own), tokens_here + sum(len(a.tokens) for a in own)
-                if directory:
-                    written.append(f"part-{number:05d}.p{jax.process_index():03d}.jsonl")
-                    write_whole(directory / written[-1], "".join(_to_json(answer) + "\n" for answer in own))
-            bar.update(len(batch))
-            bar.set_postfix(tokens=f"{tokens_here / max(drawn_here, 1):.0f} a response")
-    others = [name for names in hosts.gather(written)[1:] for name in names]  # by now, all of them are there
+    if any(prompt.row >= MAX_ROWS or prompt.number >= MAX_RESPONSES for prompt in prompts):
+        raise UserError(f"there are at most {MAX_ROWS:,} rows and {MAX_RESPONSES} responses to each to draw")
+    responses = _read_parts(directory) if directory and hosts.is_first() else {}
+    answered, parts = hosts.on_first(lambda: set(responses)), _Parts(directory)
+    progress = progress or Progress()
+    asked = [prompt for prompt in prompts if (prompt.row, prompt.number) not in answered]
+    progress.responses = len(prompts) - len(asked)
+    with tqdm(total=len(prompts), desc=name, unit="response", disable=not hosts.is_first()) as bar:
+        for ended in _draw(sampler, params, asked, settings, seed, iteration, mesh, progress):
+            responses.update(((answer.row, answer.number), answer) for answer in ended)
+            parts.write(ended)
+            bar.update(progress.responses - bar.n)
+            rate = progress.tokens / max(bar.format_dict["elapsed"], 1e-3)
+            bar.set_postfix(tokens_per_second=f"{rate:.0f}", slots_busy=f"{progress.occupancy:.0%}")
+    others = [name for names in hosts.gather(parts.written)[1:] for name in names]  # by now, all of them are there
     if not hosts.is_first():
         return []
     responses |= _read_parts(directory, others) if others else {}
-    return [responses[prompt.row] for prompt in prompts]
+    return [responses[prompt.row, prompt.number] for prompt in prompts]
 
 
-# Jitted, because the rows are spread over the devices of all processes.
-_row_keys = jax.jit(row_keys, static_argnums=0)
+def _draw(
+    sampler: Sampler,
+    params: dict,
+    asked: Sequence[Prompt],
+    settings: ConfigDict,
+    seed: int,
+    iteration: int,
+    mesh: jax.sharding.Mesh,
+    progress: Progress,
+) -> Iterator[list[Response]]:
+    """The responses to `asked` that this process answers for, as they end; longest prompts first: if something does not
+    fit, it shows at once, and prompts that are prefilled or decoded together are of like length."""
+    if not asked:
+        return
+    asked = sorted(asked, key=lambda prompt: -len(prompt.tokens))
+    widths = [prefill_width(len(prompt.tokens), settings.prompt_bucket) for prompt in asked]
+    decoding, shards, sharding = (
+        Decoding.of(settings, sampler.stop_ids, sampler.stops_SV),
+        ways(mesh, "rows"),
+        batch_sharding(mesh),
+    )
+    sizes = slot_counts(settings.batch_size, settings.tail_batch_size, shards)
+    size = min(size for size in sizes if size >= min(len(asked), settings.batch_size))
+    places = queue_places(settings.prefill_batch_size, size, shards)
+    slots, queue = sampler.start(size, places, widths[0])
+    keys = response_keys(seed, iteration, *np.array([(prompt.row, prompt.number) for prompt in asked], np.int32).T)
+    given, free, ended = 0, np.arange(places), None
+    while given < len(asked) or len(free) < places:
+        stopping.between_batches()
+        taken = np.arange(given, min(given + len(free), len(asked)))
+        given += len(taken)
+        if len(taken):
+            prompts = _prompts(asked, keys, taken, free[: len(taken)], places, widths[taken[0]])
+            queue = sampler.prefill(params, queue, Prompts(*put(prompts, sharding)))
+        slots, queue, now_ended, report = sampler.decode(params, slots, queue, decoding, given < len(asked))
+        if ended:  # while the devices are at work
+            yield _own_responses(ended, asked)
+        ended, free = now_ended, np.flatnonzero(~np.asarray(report.pending_Q))
+        progress.add(report, size)
+    progress.before_tail = progress.occupancy
+    yield _own_responses(ended, asked)
+    for smaller in (*reversed(sizes[: sizes.index(size)]), 0):
+        slots, ended, report = sampler.shrink(
+            sampler.drain(params, slots, decoding, smaller // shards), smaller // shards
+        )
+        progress.add(report, size)
+        size = smaller
+        yield _own_responses(ended, asked)
 
 
-def _own_responses(drawn: Responses, batch: list[Prompt]) -> list[Response]:
+def _prompts(
+    asked: Sequence[Prompt], keys: np.ndarray, taken: np.ndarray, free: np.ndarray, places: int, width: int
+) -> Prompts:
+    """The prompts `taken` of `asked` for the `free` ones of a queue's places, left-padded to `width`."""
+    prompts = no_prompts(places, width)
+    for place, number in zip(free, taken, strict=True):
+        tokens = asked[number].tokens
+        prompts.tokens_QW[place, width - len(tokens) :] = tokens
+        prompts.lengths_Q[place] = len(tokens)
+    prompts.keys_Q2[free], prompts.asked_Q[free] = keys[taken], taken
+    return prompts
+
+
+def _own_responses(ended: Responses, asked: Sequence[Prompt]) -> list[Response]:
     """The responses that this process answers for: of devices that hold the same rows, one of all processes' does."""
     own = []
-    for shards in zip(*(array.addressable_shards for array in drawn), strict=True):
+    for shards in zip(*(array.addressable_shards for array in ended), strict=True):
         if shards[0].replica_id == 0:
-            prompts = batch[shards[0].index[0]]  # fewer than rows where the batch is filled up
-            for prompt, tokens_R, length, finished in zip(prompts, *(np.asarray(s.data) for s in shards), strict=False):
-                own.append(Response(prompt.row, tokens_R[:length], bool(finished)))
+            for asked_number, tokens_C, *rest in zip(*(np.asarray(shard.data) for shard in shards), strict=True):
+                if asked_number >= 0:
+                    prompt, (logprobs_C, length, finished) = asked[asked_number], rest
+                    drawn = tokens_C[:length], bool(finished), logprobs_C[:length]
+                    own.append(Response(prompt.row, prompt.number, *drawn))
     return own
 
 
-def _read_parts(directory: epath.Path, names: Sequence[str] | None = None) -> dict[int, Response]:
-    """The responses in `names`, or in all parts there are, by row."""
-    parts = sorted(directory.glob("part-*.jsonl")) if names is None else [directory / name for name in names]
-    answers = (_from_json(line) for part in parts for line in part.read_text().splitlines())
-    return {answer.row: answer for answer in answers}
+# ---- parts on disk
 
 
-def _pad(batch: list[Prompt], batch_size: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right-padded tokens [batch_size, width], lengths and row numbers; rows beyond the batch have length 0, the
-    sampler's filler."""
-    tokens_BP = np.zeros((batch_size, width), np.int32)
-    lengths_B, rows_B = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
-    for i, prompt in enumerate(batch):
-        tokens_BP[i, : len(prompt.tokens)] = prompt.tokens
-        lengths_B[i], rows_B[i] = len(prompt.tokens), prompt.row
-    return tokens_BP, lengths_B, rows_B
+class _Parts:
+    """The part files that this process writes, numbered on from those that are there.
+
+    Attributes:
+        written: their names.
+    """
+
+    def __init__(self, directory: epath.Path | None):
+        self.written: list[str] = []
+        self._directory = directory
+        self._next = hosts.on_first(lambda: 1 + max(map(_part_number, _part_files(directory)), default=-1))
+
+    def write(self, responses: Sequence[Response]) -> None:
+        """A part with these responses, whole or not at all."""
+        if self._directory and responses:
+            self.written.append(f"part-{self._next:05d}.p{jax.process_index():03d}.jsonl")
+            write_whole(self._directory / self.written[-1], "".join(_to_json(one) + "\n" for one in responses))
+            self._next += 1
+
+
+def _part_files(directory: epath.Path | None) -> list[epath.Path]:
+    return sorted(directory.glob("part-*.jsonl")) if directory else []
+
+
+def _part_number(part: epath.Path) -> int:
+    return int(part.name.split(".")[0].removeprefix("part-"))
+
+
+def _read_parts(directory: epath.Path, names: Sequence[str] | None = None) -> dict[tuple[int, int], Response]:
+    """The responses in `names`, or in all parts there are, by row and number. A part that cannot be read is left out,
+    and its responses are drawn again."""
+    parts = _part_files(directory) if names is None else [directory / name for name in names]
+    answers = {}
+    for part in parts:
+        try:
+            read = [_from_json(line) for line in part.read_text().splitlines()]
+        except (ValueError, KeyError, TypeError):
+            _LOG.warning("%s is damaged: its responses are drawn again", part)
+            continue
+        answers |= {(answer.row, answer.number): answer for answer in read}
+    return answers
 
 
 def _to_json(response: Response) -> str:
-    return json.dumps({"row": response.row, "tokens": response.tokens.tolist(), "finished": response.finished})
+    fields = dataclasses.asdict(response)
+    return json.dumps(fields | {"tokens": response.tokens.tolist(), "logprobs": response.logprobs.tolist()})
 
 
 def _from_json(line: str) -> Response:
     fields = json.loads(line)
-    return Response(fields["row"], np.array(fields["tokens"], np.int32), fields["finished"])
+    tokens, logprobs = np.array(fields["tokens"], np.int32), np.array(fields["logprobs"], np.float32)
+    return Response(**fields | {"tokens": tokens, "logprobs": logprobs})

@@ -1,114 +1,73 @@
-"""The jitted sampling loop: y' ~ p_t(.|x) with a key/value cache.
+"""How the next token is drawn: y_j ~ p_t(.|x, y_<j), perhaps sharpened, cut or kept from ending.
 
-Randomness has an address: token j of the response to row i at iteration t is drawn with a key made of (seed, t, i, j)
-and of nothing else. Rows never see each other: the slots of a row's cache that are filled, and what it sees of them,
-follow from its prompt's own length, so that where it stands in a batch leaves no trace in it.
+Randomness has an address: token j of response n to row i at iteration t is drawn with a key made of (seed, t, i, n, j)
+and of nothing else.
 """
 
-import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
 
-from spin_jax.models import NOWHERE, Compute, ModelConfig, forward, init_cache, unembed
+# Of the 32 bits that a key is told a response by, these number the row.
+_ROW_BITS = 24
+MAX_ROWS, MAX_RESPONSES = 2**_ROW_BITS, 2 ** (31 - _ROW_BITS)
 
 
 class Decoding(NamedTuple):
-    """How the next token is chosen. All three are traced: changing one compiles nothing anew.
+    """How the next token is chosen. All are traced: changing one compiles nothing anew.
 
     Attributes:
         temperature: f32 scalar; 0 is greedy.
         top_p: f32 scalar in (0, 1]; the smallest set of tokens whose probability reaches it; 1 is off.
         top_k: int32 scalar; this many most likely tokens; 0 is off.
+        min_new_tokens: int32 scalar; no response ends by a stop id before it is this long.
+        stop_ids: int32 [n]; a response ends with the first of these. What is no token's id stops nothing.
+        stops_SV: int32 [S, V], from `stop_strings.stop_table`; a response ends with the token that completes a stop
+            string. None where there are none.
     """
 
     temperature: jax.Array
     top_p: jax.Array
     top_k: jax.Array
+    min_new_tokens: jax.Array
+    stop_ids: jax.Array
+    stops_SV: jax.Array | None
 
-
-class Responses(NamedTuple):
-    """Sampled responses.
-
-    Attributes:
-        tokens_BR: int32; a response, then zeros. A stop token, where one was drawn, is its last token.
-        lengths_B: int32, tokens of the response.
-        finished_B: bool; False where the response was cut at the cap.
-    """
-
-    tokens_BR: jax.Array
-    lengths_B: jax.Array
-    finished_B: jax.Array
-
-
-def row_keys(seed: int, iteration: int, rows_B: jax.Array) -> jax.Array:
-    """The random keys [B] of rows (their numbers in the data set, int32) at an iteration."""
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), iteration)
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)
-
-
-def sample(
-    config: ModelConfig,
-    params: dict,
-    prompts_BP: jax.Array,
-    prompt_lengths_B: jax.Array,
-    keys_B: jax.Array,
-    decoding: Decoding,
-    *,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    truncate: bool,
-    compute: Compute,
-) -> Responses:
-    """Draw one response a row. Pure; jit it with config, max_new_tokens, stop_ids, truncate and compute static.
-
-    Args:
-        config: the model's.
-        params: the opponent's; store them in the compute dtype, since every decode step reads them all.
-        prompts_BP: int32, right-padded.
-        prompt_lengths_B: int32, at least 1; a row of length 0 is a filler, and finished from the start.
-        keys_B: from `row_keys`.
-        decoding: temperature, top-p, top-k.
-        max_new_tokens: R, the cap of a response in tokens.
-        stop_ids: a response ends with the first of these.
-        truncate: whether top-p and top-k are looked at; they cost a sort of the vocabulary every step.
-        compute: its dtype is also the cache's; its mesh that of `sharding.decode_mesh`.
-    """
-    batch, prompt_slots = prompts_BP.shape
-    cache = init_cache(config, batch, prompt_slots + max_new_tokens, compute)
-    slots_1P = jnp.arange(prompt_slots, dtype=jnp.int32)[None]
-    positions_BP = jnp.where(slots_1P < prompt_lengths_B[:, None], slots_1P, NOWHERE)
-    hidden_BTD, cache = forward(config, params, prompts_BP, positions_BP, cache, compute=compute)
-    last_B = jnp.maximum(prompt_lengths_B - 1, 0)
-    hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    responses = Responses(
-        tokens_BR=jnp.zeros((batch, max_new_tokens), jnp.int32),
-        lengths_B=jnp.zeros((batch,), jnp.int32),
-        finished_B=prompt_lengths_B == 0,
-    )
-
-    def unfinished(carry) -> jax.Array:
-        step, _, responses, _ = carry
-        return (step < max_new_tokens) & ~jnp.all(responses.finished_B)
-
-    def decode(carry):
-        step, hidden_BD, responses, cache = carry
-        logits_BV = unembed(config, params, hidden_BD, compute)
-        token_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
-        tokens_B = next_tokens(logits_BV, token_keys_B, decoding, truncate)
-        running_B = ~responses.finished_B
-        responses = Responses(
-            tokens_BR=responses.tokens_BR.at[:, step].set(jnp.where(running_B, tokens_B, 0)),
-            lengths_B=responses.lengths_B + running_B,
-            finished_B=responses.finished_B | jnp.isin(tokens_B, jnp.array(stop_ids, jnp.int32)),
+    @classmethod
+    def of(cls, settings: ConfigDict, stop_ids: Sequence[int], stops_SV: np.ndarray | None = None) -> "Decoding":
+        """As `config.generate` says."""
+        # So many that other stop ids seldom are another shape, and with it another program.
+        padded = np.full(-(-max(len(stop_ids), 1) // 8) * 8, np.iinfo(np.int32).max, np.int32)
+        padded[: len(stop_ids)] = stop_ids
+        return cls(
+            np.float32(settings.temperature),
+            np.float32(settings.top_p),
+            np.int32(settings.top_k),
+            np.int32(settings.min_new_tokens),
+            padded,
+            stops_SV,
         )
-        positions_B1 = (prompt_lengths_B + step)[:, None]
-        hidden_B1D, cache = forward(config, params, tokens_B[:, None], positions_B1, cache, compute=compute)
-        return step + 1, hidden_B1D[:, 0], responses, cache
 
-    _, _, responses, _ = jax.lax.while_loop(unfinished, decode, (jnp.int32(0), hidden_BD, responses, cache))
-    return responses
+
+def response_keys(seed: int, iteration: int, rows_B: np.ndarray, numbers_B: np.ndarray) -> np.ndarray:
+    """The random keys, as data, uint32 [B, 2], of responses `numbers_B` (below MAX_RESPONSES) to rows of the data set
+    (below MAX_ROWS) at an iteration."""
+    return np.asarray(_response_keys(seed, iteration, rows_B + (numbers_B << _ROW_BITS)))
+
+
+@jax.jit
+def _response_keys(seed: jax.Array, iteration: jax.Array, addresses_B: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), iteration)
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, addresses_B))
+
+
+def token_keys(keys_B2: jax.Array, steps_B: jax.Array) -> jax.Array:
+    """The keys [B] of tokens `steps_B` (0, 1, ...) of responses, int32 [B]."""
+    return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2, impl="threefry2x32"), steps_B)
 
 
 def next_tokens(logits_BV: jax.Array, keys_B: jax.Array, decoding: Decoding, truncate: bool) -> jax.Array:
@@ -121,17 +80,47 @@ def next_tokens(logits_BV: jax.Array, keys_B: jax.Array, decoding: Decoding, tru
     return jnp.where(decoding.temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
 
 
+def token_logprobs(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
+    """log p(token), f32 [B], of the model itself: at temperature 1, with nothing cut."""
+    chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
+    return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
 def keep_likely(logits_BV: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
     """Set logits outside the top_k most likely, and then outside the smallest set of probability >= top_p, to -inf.
 
-    The most likely token always stays. Tokens that tie with the last one kept stay too, so that the result does not
-    depend on a sort's order.
+    The most likely token always stays. Tokens that tie with the last one kept stay too. Nothing is sorted: both
+    thresholds are found bit by bit, as the greatest number that enough tokens, or enough probability, reach.
     """
-    vocabulary = logits_BV.shape[-1]
-    descending_BV = -jnp.sort(-logits_BV, axis=-1)
-    in_top_k_V = jnp.arange(vocabulary) < jnp.where(top_k > 0, top_k, vocabulary)
-    probabilities_BV = jax.nn.softmax(jnp.where(in_top_k_V[None, :], descending_BV, -jnp.inf), axis=-1)
-    before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-    kept_B = jnp.sum(in_top_k_V[None, :] & ((before_BV < top_p) | (top_p >= 1)), axis=-1)
-    threshold_B1 = jnp.take_along_axis(descending_BV, jnp.maximum(kept_B - 1, 0)[:, None], axis=-1)
-    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+    order_BV = _order(logits_BV)
+    weights_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
+    count = jnp.where(top_k > 0, jnp.minimum(top_k, logits_BV.shape[-1]), logits_BV.shape[-1])
+
+    def mass(chosen_BV: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(chosen_BV, weights_BV, 0.0), axis=-1)
+
+    kth_B = _greatest(lambda least_B: jnp.sum(order_BV >= least_B[:, None], axis=-1) >= count, len(logits_BV))
+    above_BV = order_BV > kth_B[:, None]
+    # Of those that tie for the last of the k places, as many as there are places count.
+    kth_weight_B = jnp.max(jnp.where(above_BV, 0.0, weights_BV), axis=-1)
+    total_B = mass(above_BV) + (count - jnp.sum(above_BV, axis=-1)) * kth_weight_B
+    enough_B = jnp.where(top_p < 1, top_p * total_B, 0.0)
+    nucleus_B = _greatest(lambda least_B: mass(order_BV >= least_B[:, None]) >= enough_B, len(logits_BV))
+    least_B = jnp.where(top_p < 1, jnp.maximum(kth_B, nucleus_B), kth_B)
+    return jnp.where(order_BV >= least_B[:, None], logits_BV, -jnp.inf)
+
+
+def _order(x: jax.Array) -> jax.Array:
+    """uint32 numbers in the order of f32 ones."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0 is 0
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _greatest(holds: Callable[[jax.Array], jax.Array], batch: int) -> jax.Array:
+    """The greatest uint32 [B] for which a condition holds that holds for 0, and for all below any for which it does."""
+
+    def with_bit(i: int, found_B: jax.Array) -> jax.Array:
+        candidate_B = found_B | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(holds(candidate_B), candidate_B, found_B)
+
+    return jax.lax.fori_loop(0, 32, with_bit, jnp.zeros(batch, jnp.uint32))

@@ -40,6 +40,7 @@ from spin_jax.step import (
     sft_objective,
     spin_objective,
 )
+from spin_jax.stop_strings import stop_table
 from spin_jax.tokens import Tokenised, tokenise
 from spin_jax.train import fit
 
@@ -67,11 +68,13 @@ def generate_responses(run: Run, t: int) -> None:
     if t == 0 and all(example.generated is not None for example in examples):
         _LOG.info("iteration 0 takes the generated responses that %s holds", run.config.data.train)
         return
+    settings = run.config.generate
+    stops_SV = stop_table(run.chat.tokenizer, settings.stop_strings, run.model.vocab_size)
     responses = generate(
-        programs.make_sampler(run.model, run.config.generate, run.chat.stop_ids, run.decode),
-        programs.make_resharding(run.model, run.decode)(run.params(run.start_of(t))),
-        [Prompt(example.row, run.asked(example.row)) for example in examples],
-        run.config.generate,
+        programs.make_sampler(run.model, settings, run.chat.stop_ids, run.decode, stops_SV),
+        programs.make_resharding(run.model, run.decode, settings.weight_dtype)(run.params(run.start_of(t))),
+        [Prompt(e.row, run.asked(e.row), n) for e in examples for n in range(settings.responses)],
+        settings,
         seed=run.config.seed,
         iteration=t,
         mesh=run.decode.mesh,
@@ -278,14 +281,16 @@ def _is_trained(directory: epath.Path) -> bool:
 def _write_responses(
     run: Run, directory: epath.Path, examples: Sequence[Example], responses: Sequence[Response]
 ) -> None:
-    """`pairs.parquet`, which takes the place of the parts."""
+    """`pairs.parquet`, which takes the place of the parts: a row a response, those to one prompt together."""
     texts = run.chat.tokenizer.batch_decode([response.tokens for response in responses], skip_special_tokens=True)
+    asked = [example for example in examples for _ in range(run.config.generate.responses)]
     answered = [
         dataclasses.replace(example, generated=text, truncated=not response.finished)
-        for example, text, response in zip(examples, texts, responses, strict=True)
+        for example, text, response in zip(asked, texts, responses, strict=True)
     ]
     columns = {
         "generated_tokens": [response.tokens.tolist() for response in responses],
+        "generated_logprobs": [response.logprobs.tolist() for response in responses],
         "held_out": [run.is_held_out(response.row) for response in responses],
     }
     write_pairs_parquet(directory / "pairs.parquet", answered, columns)
@@ -300,14 +305,16 @@ def _pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
         if hosts.on_first(path.exists):
             sampled = read_sampled(path)
         elif t == 0 and run.train_examples[0].generated is not None:
-            sampled = {e.row: (e.generated, not e.truncated) for e in run.train_examples + run.held_out_examples}
+            sampled = {e.row: [(e.generated, not e.truncated)] for e in run.train_examples + run.held_out_examples}
         else:
             raise UserError(f"{path} is missing: run the generate stage of iteration {t} first")
         examples = run.train_examples + run.held_out_examples
         if absent := [example.row for example in examples if example.row not in sampled]:
             raise UserError(f"{path} has no response to row {absent[0]}: the data changed; give another --workdir")
-        pairs = hosts.shared(lambda example: run.pair(example, *sampled[example.row], t), examples)
-        run.pairs[t] = pairs[: len(run.train_examples)], pairs[len(run.train_examples) :]
+        asked = [(example, response) for example in examples for response in sampled[example.row]]
+        pairs = hosts.shared(lambda one: run.pair(one[0], *one[1], t), asked)
+        trained = sum(len(sampled[example.row]) for example in run.train_examples)
+        run.pairs[t] = pairs[:trained], pairs[trained:]
     return run.pairs[t]
 
 

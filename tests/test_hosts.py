@@ -18,8 +18,8 @@ from spin_jax.batches import fetch, put
 from spin_jax.errors import UserError
 from spin_jax.models import safetensors
 from spin_jax.responses import Prompt, _own_responses
-from spin_jax.sampling import Responses
 from spin_jax.sharding import AXES, batch_sharding, make_mesh
+from spin_jax.slots import Responses
 
 ITEMS = 20_000  # more than one exchange's
 MEBIBYTE = 2**20
@@ -107,11 +107,13 @@ def _rows_that_two_hold():
     """With a tensor axis that spans the hosts both hold all rows; each row is answered for once."""
     devices = np.array(jax.devices()).reshape(2, 2).T  # by process; then tensor is the axis of processes
     rows = batch_sharding(Mesh(devices[None], AXES))
-    drawn = Responses(np.arange(12).reshape(4, 3), np.array([1, 2, 3, 3]), np.array([True, True, False, True]))
-    prompts = [Prompt(row, np.zeros(1, np.int32)) for row in (5, 6, 7)]  # one fewer than rows
+    asked_B, tokens_BC = np.array([2, -1, 0, 1]), np.arange(12).reshape(4, 3)  # one of the four is nobody's
+    finished_B = np.array([True, True, False, True])
+    drawn = Responses(asked_B, tokens_BC, -tokens_BC.astype(np.float32), np.array([1, 2, 3, 3]), finished_B)
+    prompts = [Prompt(row, np.zeros(1, np.int32)) for row in (5, 6, 7)]
     own = _own_responses(put(drawn, rows), prompts)
     answers = sum(hosts.gather([(a.row, a.tokens.tolist(), a.finished) for a in own]), [])
-    assert sorted(answers) == [(5, [0], True), (6, [3, 4], True), (7, [6, 7, 8], False)]
+    assert sorted(answers) == [(5, [6, 7, 8], False), (6, [9, 10, 11], True), (7, [0], True)]
 
 
 def test_two_processes_agree_and_share(tmp_path):

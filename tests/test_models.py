@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax import models
 from spin_jax.errors import UserError
-from spin_jax.models import REMAT_POLICIES, Compute, ModelConfig, llama
+from spin_jax.models import REMAT_POLICIES, Columns, Compute, ModelConfig, llama
 from spin_jax.models.config import LinearRopeScaling, Llama3RopeScaling
 from spin_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 
@@ -119,7 +119,7 @@ def test_cache_gives_the_uncached_hidden_states(family):
     for offset in range(8):
         positions_BT = (prompt_lengths_B + offset)[:, None]
         next_BT = np.take_along_axis(tokens_BT, positions_BT, axis=1)
-        hidden_BTD, cache = forward(config, params, next_BT, positions_BT, cache)
+        hidden_BTD, cache = forward(config, params, next_BT, positions_BT, cache, Columns(9 + offset))
         expected = np.take_along_axis(np.asarray(expected_BTD), positions_BT[..., None], axis=1)
         np.testing.assert_allclose(hidden_BTD, expected, atol=2e-5)
 
@@ -138,8 +138,7 @@ def test_cache_is_written_where_its_rows_live():
         params,
         models.logical_axes(config),
     )
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    shardings = {"k": cache_sharding, "v": cache_sharding, "positions": rows, "used": everywhere}
+    shardings = {"k": cache_sharding, "v": cache_sharding, "positions": rows}
     cache = jax.device_put(models.init_cache(config, 8, 16), shardings)
     tokens_BT, positions_BT = jax.device_put((np.ones((8, 1), np.int32), np.arange(8, dtype=np.int32)[:, None]), rows)
     step = jax.jit(
@@ -209,7 +208,7 @@ def test_a_token_sees_its_window_and_no_more():
 def test_bfloat16_compute_is_close_and_keeps_its_dtypes():
     config, params, tokens_BT, expected_BTV = golden("llama3")
     hidden_BTD, cache = forward(
-        config, params, tokens_BT, cache=models.init_cache(config, 2, 20, BFLOAT16), compute=BFLOAT16
+        config, params, tokens_BT, cache=models.init_cache(config, 2, 20, jnp.bfloat16), compute=BFLOAT16
     )
     assert hidden_BTD.dtype == jnp.bfloat16 and cache["k"].dtype == jnp.bfloat16
     logits_BTV = models.unembed(config, params, hidden_BTD)

@@ -62,9 +62,20 @@ def test_sampled_ids_come_back_by_the_rows_of_the_data_set(tmp_path):
     write_pairs_parquet(tmp_path / "a.parquet", EXAMPLES, {"generated_tokens": sampled})
     found = read_sampled(tmp_path / "a.parquet")
     assert list(found) == [4, 9]
-    for (tokens, finished), expected, example in zip(found.values(), sampled, EXAMPLES, strict=True):
+    for [(tokens, finished)], expected, example in zip(found.values(), sampled, EXAMPLES, strict=True):
         np.testing.assert_array_equal(tokens, expected, strict=True)
         assert finished is not example.truncated
+
+
+def test_responses_to_one_row_stay_together_in_their_order(tmp_path):
+    sampled = [np.array(ids, np.int32) for ids in ([3], [1], [2], [4])]
+    two_each = [example for example in EXAMPLES for _ in range(2)]
+    write_pairs_parquet(tmp_path / "a.parquet", two_each, {"generated_tokens": sampled})
+    found = read_sampled(tmp_path / "a.parquet")
+    assert {row: [tokens.tolist() for tokens, _ in of_row] for row, of_row in found.items()} == {
+        4: [[3], [1]],
+        9: [[2], [4]],
+    }
 
 
 def test_what_is_written_has_the_authors_columns(tmp_path):

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,9 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spin_jax import sharding
 from spin_jax.batches import Packing
+from spin_jax.config import base_config
 from spin_jax.errors import UserError
 from spin_jax.models import Compute, param_shardings
-from spin_jax.sampling import Decoding, row_keys, sample
+from spin_jax.programs import make_sampler
+from spin_jax.responses import Progress, Prompt, generate
 from spin_jax.score import with_scores
 from spin_jax.step import init_state, make_optimizer, make_step, spin_objective, state_shardings
 
@@ -78,28 +79,28 @@ def test_training_moved_the_params_far_beyond_that_tolerance():
         assert np.median(np.abs(leaf - start)) > 1e-4 * np.max(np.abs(start)), jax.tree_util.keystr(path)
 
 
-draw = jax.jit(
-    functools.partial(sample, tiny.CONFIG, max_new_tokens=8, stop_ids=(3, 9), truncate=False, compute=Compute())
-)
-
-
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)])
 def test_responses_are_the_same_on_one_device_and_on_eight(sizes):
-    prompts_BP = np.random.default_rng(3).integers(1, tiny.CONFIG.vocab_size, (8, 6), dtype=np.int32)
-    lengths_B = np.array([6, 1, 3, 0, 5, 2, 4, 6], np.int32)
+    """Each device with slots and a queue of its own, some of which are empty sooner."""
+    rng = np.random.default_rng(3)
+    asked = [Prompt(row, tiny.tokens(rng, length)) for row, length in enumerate((6, 1, 3, 9, 5, 2, 4, 6, 3, 7) * 3)]
 
-    def responses(mesh: Mesh, temperature: float):
-        rows = (prompts_BP, lengths_B, row_keys(0, 0, np.arange(8, dtype=np.int32)))
-        decoding = Decoding(jnp.float32(temperature), jnp.float32(1.0), jnp.int32(0))
-        return jax.device_get(
-            draw(sharded_params(mesh), *jax.device_put(rows, sharding.batch_sharding(mesh)), decoding)
+    def responses(mesh: Mesh, temperature: float) -> list[tuple]:
+        settings = base_config().generate
+        settings.update(max_new_tokens=8, batch_size=16, prefill_batch_size=8, tail_batch_size=1)
+        settings.update(temperature=temperature, prompt_bucket=16)
+        progress = Progress()
+        sampler = make_sampler(tiny.CONFIG, settings, (3, 9), Compute(mesh=mesh))
+        drawn = generate(
+            sampler, sharded_params(mesh), asked, settings, seed=0, iteration=0, mesh=mesh, progress=progress
         )
+        assert progress.tokens == progress.busy == sum(len(one.tokens) for one in drawn)
+        return [(one.row, one.tokens.tolist(), one.finished) for one in drawn]
 
     greedy, drawn = (responses(mesh_of(1, 1, 1), temperature) for temperature in (0.0, 1.0))
-    assert not np.array_equal(greedy.tokens_BR, drawn.tokens_BR)
-    assert drawn.lengths_B[3] == 0 and np.count_nonzero(drawn.lengths_B) == 7
-    jax.tree.map(np.testing.assert_array_equal, responses(mesh_of(*sizes), 0.0), greedy)
-    jax.tree.map(np.testing.assert_array_equal, responses(mesh_of(*sizes), 1.0), drawn)
+    assert greedy != drawn and {finished for _, _, finished in drawn} == {True, False}
+    assert responses(mesh_of(*sizes), 0.0) == greedy
+    assert responses(mesh_of(*sizes), 1.0) == drawn
 
 
 # ---- where things live

@@ -67,11 +67,13 @@ def write_pairs_parquet(
     write_whole(path, file.getvalue())
 
 
-def read_sampled(path: epath.PathLike) -> dict[int, tuple[np.ndarray, bool]]:
-    """{row: (sampled token ids, finished)} of a pairs file that a run wrote: the very ids, not their text."""
+def read_sampled(path: epath.PathLike) -> dict[int, list[tuple[np.ndarray, bool]]]:
+    """{row: [(sampled token ids, finished), ...]} of a pairs file that a run wrote: the very ids, not their text."""
     import pyarrow.parquet
 
     with epath.Path(path).open("rb") as file:
         table = pyarrow.parquet.read_table(file, columns=["row", "generated_tokens", "generated_truncated"]).to_pydict()
-    columns = zip(table["row"], table["generated_tokens"], table["generated_truncated"], strict=True)
-    return {row: (np.array(tokens, np.int32), not cut) for row, tokens, cut in columns}
+    sampled = {}
+    for row, tokens, cut in zip(table["row"], table["generated_tokens"], table["generated_truncated"], strict=True):
+        sampled.setdefault(row, []).append((np.array(tokens, np.int32), not cut))
+    return sampled

@@ -1,15 +1,15 @@
 """The Llama family: configs, pure functions on params, Hugging Face directories in and out."""
 
+from spin_jax.models.cache import NOWHERE, Columns, init_cache
 from spin_jax.models.compute import REMAT_POLICIES, Compute
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.huggingface import load, read_config, resolve, save
+from spin_jax.models.int8 import quantise, quantised_shardings
 from spin_jax.models.llama import (
-    NOWHERE,
     abstract_params,
     flops_per_token,
     for_compute,
     forward,
-    init_cache,
     init_params,
     logical_axes,
     num_params,
@@ -22,6 +22,7 @@ from spin_jax.models.lora import abstract_adapters, adapter_shardings, attach, i
 __all__ = [
     "NOWHERE",
     "REMAT_POLICIES",
+    "Columns",
     "Compute",
     "ModelConfig",
     "abstract_adapters",
@@ -39,6 +40,8 @@ __all__ = [
     "merge",
     "num_params",
     "param_shardings",
+    "quantise",
+    "quantised_shardings",
     "read_config",
     "resolve",
     "save",

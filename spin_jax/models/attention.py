@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from spin_jax.errors import UserError
+from spin_jax.models import cache as cache_lib
 from spin_jax.models.flash import flash_attention
 from spin_jax.models.tiled import tiled_attention
 
@@ -112,15 +113,44 @@ def causal_attention(
     return by_device(q_BTNH, k_BTKH, v_BTKH, ends_BT, positions_BT)
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """softmax(q k / sqrt(H)) v, [B, T, N, H]. Each of the K key heads serves G query heads without being repeated."""
+def attend_cached(
+    q_BTNH: jax.Array, cache: dict, layer: jax.Array, mask_BTS: jax.Array, columns: cache_lib.Columns
+) -> jax.Array:
+    """`attend` to what a layer has in a cache, of which nothing before the first column that counts is read."""
+
+    def from_column(first: int, q_BTNH: jax.Array, cache: dict, mask_BTS: jax.Array) -> jax.Array:
+        seen = cache_lib.read(cache, layer, first)
+        k, v = (seen[name].astype(q_BTNH.dtype) for name in ("k", "v"))
+        return attend(q_BTNH, k, v, mask_BTS[:, :, first:], seen.get("k_scale"), seen.get("v_scale"))
+
+    branches = [functools.partial(from_column, first) for first in columns.starts]
+    return jax.lax.switch(columns.start, branches, q_BTNH, cache, mask_BTS)
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    k_scale_BSK: jax.Array | None = None,
+    v_scale_BSK: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q k / sqrt(H)) v, [B, T, N, H]. Each of the K key heads serves G query heads without being repeated.
+
+    Scales belong to a token's whole key or value: they are multiplied into its scores and weights, which are fewer.
+    """
     batch, length, heads, head_dim = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(batch, length, k_BSKH.shape[2], -1, head_dim)
     scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     scores_BKGTS = scores_BKGTS * head_dim**-0.5
+    if k_scale_BSK is not None:
+        scores_BKGTS *= k_scale_BSK.transpose(0, 2, 1)[:, :, None, None]
     # A finite minimum: a query that sees nothing (beyond its cache) gives numbers nobody reads, not NaNs that spread.
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    if v_scale_BSK is not None:
+        weights_BKGTS *= v_scale_BSK.transpose(0, 2, 1)[:, :, None, None]
+    weights_BKGTS = weights_BKGTS.astype(v_BSKH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(batch, length, heads, head_dim)
 
 

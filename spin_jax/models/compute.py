@@ -192,6 +192,28 @@ def project_adapted(
     return project(expression, x, jax.lax.stop_gradient(weight.w), axes, compute, out_dtype) + update
 
 
+class Quantised(NamedTuple):
+    """A weight as int8 numbers times a scale for each of the matmul's outputs, in its place in a tree of params.
+
+    Attributes:
+        w: int8 [*inputs, *outputs].
+        scale: f32 [*outputs].
+    """
+
+    w: jax.Array
+    scale: jax.Array
+
+
+def project_quantised(
+    expression: str, x: jax.Array, weight: Quantised, compute: Compute, out_dtype: jnp.dtype
+) -> jax.Array:
+    """`project` of a quantised weight, for sampling: it is not differentiated, nor split over fsdp."""
+    # Cast as it is read: without the barrier XLA takes the cast out of the loop over layers, and keeps a cast model.
+    w = jax.lax.optimization_barrier(weight.w).astype(x.dtype)
+    y = _einsum(expression, x, w, jnp.float32, compute)
+    return (y * weight.scale.reshape((1,) * (y.ndim - weight.scale.ndim) + weight.scale.shape)).astype(out_dtype)
+
+
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up. Its derivative is computed once and written down: left alone, the TPU compiler computes it

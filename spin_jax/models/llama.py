@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from spin_jax.models.attention import attend, attention_mask, causal_attention
+from spin_jax.models import cache as cache_lib
+from spin_jax.models.attention import attend_cached, attention_mask, causal_attention
+from spin_jax.models.cache import Columns
 from spin_jax.models.compute import (
     ATTENDED,
     GATE,
@@ -26,18 +28,17 @@ from spin_jax.models.compute import (
     UP,
     Adapted,
     Compute,
+    Quantised,
     kept,
     project,
     project_adapted,
+    project_quantised,
     swiglu,
     written,
 )
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.rope import apply_rope, rope_tables
 from spin_jax.sharding import constrain, tree_shardings
-
-# The position of what no token may see: ahead of all of them, and far from overflow when positions are subtracted.
-NOWHERE = 2**30
 
 _normal = nnx.initializers.normal(0.02)
 _zeros = nnx.initializers.zeros_init()
@@ -52,6 +53,8 @@ def _param(rngs: nnx.Rngs, dtype: jnp.dtype, init: Callable, *axes: tuple[str | 
 
 def _project(expression: str, x: jax.Array, param: nnx.Param, compute: Compute) -> jax.Array:
     weight, axes = param.get_value(), param.get_metadata("logical_axes")
+    if isinstance(weight, Quantised):
+        return project_quantised(expression, x, weight, compute, x.dtype)
     return (project_adapted if isinstance(weight, Adapted) else project)(expression, x, weight, axes, compute, x.dtype)
 
 
@@ -62,14 +65,14 @@ class Tokens(NamedTuple):
         rope: the (cos, sin) of `rope_tables`.
         positions_BT: int32, their places in their sequences.
         ends_BT: int32, without a cache, where rows see themselves: the slots from which on they are not seen, or None.
-        slot: int32, with a cache: the slot of the first of them.
-        mask_BTS: with a cache: which of its slots each sees.
+        columns: with a cache: those of its columns that are written and read.
+        mask_BTS: with a cache: which of its columns each sees.
     """
 
     rope: tuple[jax.Array, jax.Array]
     positions_BT: jax.Array
     ends_BT: jax.Array | None = None
-    slot: jax.Array | None = None
+    columns: Columns | None = None
     mask_BTS: jax.Array | None = None
 
 
@@ -88,7 +91,8 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions; with a cache, of the tokens to the slots of layer `index`."""
+    """Grouped-query self-attention with rotary positions; with a cache, of the tokens to what layer `index` has
+    in it."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.config = config
@@ -128,12 +132,8 @@ class Attention(nnx.Module):
                 q_BTNH, k_BTKH, v_BTKH, tokens.ends_BT, tokens.positions_BT, config.sliding_window, compute.kernel
             )
         else:
-            cache = {
-                name: _write(cache[name], new_BTKH, index, tokens.slot)
-                for name, new_BTKH in (("k", k_BTKH), ("v", v_BTKH))
-            }
-            k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[name], index, keepdims=False) for name in ("k", "v"))
-            attended_BTNH = attend(q_BTNH, k_BSKH.astype(dtype), v_BSKH.astype(dtype), tokens.mask_BTS)
+            cache = cache_lib.write(cache, k_BTKH, v_BTKH, index, tokens.columns.written)
+            attended_BTNH = attend_cached(q_BTNH, cache, index, tokens.mask_BTS, tokens.columns)
         return _project("BTNH,NHD->BTD", attended_BTNH, self.o, compute), cache
 
 
@@ -198,18 +198,18 @@ class Llama(nnx.Module):
         positions_BT: jax.Array,
         ends_BT: jax.Array | None,
         cache: dict | None,
+        columns: Columns,
         compute: Compute,
     ) -> tuple[jax.Array, dict | None]:
         config = self.config
         rope, positions_BT = rope_tables(config, positions_BT), jnp.broadcast_to(positions_BT, tokens_BT.shape)
         tokens, seen = Tokens(rope, positions_BT, ends_BT), {}
         if cache is not None:
-            slot = cache["used"]
-            positions_BS = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, (0, slot))
+            positions_BS = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, (0, columns.written))
             mask_BTS = attention_mask(positions_BT, positions_BS, config.sliding_window)
-            tokens = tokens._replace(slot=slot, mask_BTS=mask_BTS)
-            seen = {"positions": positions_BS, "used": slot + tokens_BT.shape[1]}
-            cache = {"k": cache["k"], "v": cache["v"]}
+            tokens = tokens._replace(columns=columns, mask_BTS=mask_BTS)
+            seen = {"positions": positions_BS}
+            cache = {name: x for name, x in cache.items() if name != "positions"}
         layer_def, stacked_layers = nnx.split(self.layers)
 
         def apply_layer(carry: tuple, indexed_layer: tuple) -> tuple[tuple, None]:
@@ -236,18 +236,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (normed * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
-def _write(cache_LBSKH: jax.Array, new_BTKH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
-    """cache[layer, :, slot : slot + T] = new, in place where the cache is donated or carried by a loop."""
-    new_1BTKH = new_BTKH.astype(cache_LBSKH.dtype)[None]
-    return jax.lax.dynamic_update_slice(cache_LBSKH, new_1BTKH, (layer, 0, slot, 0, 0))
-
-
 def forward(
     config: ModelConfig,
     params: dict,
     tokens_BT: jax.Array,
     positions_BT: jax.Array | None = None,
     cache: dict | None = None,
+    columns: Columns = Columns(),  # noqa: B008, frozen
     *,
     ends_BT: jax.Array | None = None,
     compute: Compute = Compute(),  # noqa: B008, frozen
@@ -260,9 +255,9 @@ def forward(
             dtypes.
         tokens_BT: int32. Rows are padded on the right, where causality keeps the padding from the tokens.
         positions_BT: int32, the place of each token in its sequence; 0, 1, ... if None.
-        cache: what earlier calls have seen, from `init_cache`; the next T of its slots are filled, the same in every
-            row, and the caller sees to it that there are so many. A token sees the slots whose position is not ahead of
+        cache: what earlier calls have seen, from `init_cache`. A token sees the columns whose position is not ahead of
             its own; one that is padding is given the position NOWHERE, where nobody sees it.
+        columns: of the cache, those that this call writes and reads.
         ends_BT: int32, without a cache, for rows that hold several sequences: token j is seen by those at slots j to
             ends_BT[j] - 1 of its row. None where a row is one sequence.
 
@@ -272,7 +267,7 @@ def forward(
     if positions_BT is None:
         positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     model = nnx.merge(_split_abstract(config)[0], params)
-    return model(tokens_BT, positions_BT, ends_BT, cache, compute)
+    return model(tokens_BT, positions_BT, ends_BT, cache, columns, compute)
 
 
 def unembed(config: ModelConfig, params: dict, hidden_XD: jax.Array, compute: Compute = Compute()) -> jax.Array:  # noqa: B008
@@ -311,15 +306,6 @@ def for_compute(params: dict, dtype: jnp.dtype) -> dict:
         return x if "norm" in path[-1].key else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def init_cache(config: ModelConfig, batch: int, slots: int, compute: Compute = Compute()) -> dict:  # noqa: B008
-    """An empty cache: "k" and "v" in the compute dtype, each [L, batch, slots, K, H]; "positions" of the tokens in the
-    slots, int32 [batch, slots]; "used", int32, how many of the slots are."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    axes = ("layers", "rows", None, "kv_heads", "head_dim")
-    keys_and_values = {name: constrain(jnp.zeros(shape, compute.dtype), compute.mesh, *axes) for name in ("k", "v")}
-    return keys_and_values | {"positions": jnp.full((batch, slots), NOWHERE, jnp.int32), "used": jnp.int32(0)}
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from spin_jax.models.llama import abstract_params, logical_axes
 from spin_jax.sharding import fitting
 
 # What is updated, by block, with how many of a layer's leading axes are the matmul's inputs.
-_INPUTS = {"attention": {"q": 1, "k": 1, "v": 1, "o": 2}, "mlp": {"gate": 1, "up": 1, "down": 1}}
+INPUTS = {"attention": {"q": 1, "k": 1, "v": 1, "o": 2}, "mlp": {"gate": 1, "up": 1, "down": 1}}
 
 
 def init_adapters(config: ModelConfig, rank: int, key: jax.Array) -> dict:
@@ -28,8 +28,8 @@ def init_adapters(config: ModelConfig, rank: int, key: jax.Array) -> dict:
         bound = 1 / math.sqrt(math.prod(a.shape[1:-1]))
         return jax.random.uniform(key, a.shape, a.dtype, -bound, bound)
 
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(_INPUTS))))
-    return _each_weight(
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(INPUTS))))
+    return each_weight(
         lambda _, pair: {"a": draw(next(keys), pair["a"]), "b": jnp.zeros(pair["b"].shape, pair["b"].dtype)},
         abstract_adapters(config, rank),
     )
@@ -38,7 +38,7 @@ def init_adapters(config: ModelConfig, rank: int, key: jax.Array) -> dict:
 def attach(params: dict, adapters: dict, scale: float) -> dict:
     """Params for `forward` that compute with the updated weights, both held as they are; gradients reach the adapters
     alone."""
-    return _replace(params, _each_weight(lambda _, w, pair: Adapted(w, pair["a"], scale * pair["b"]), params, adapters))
+    return replace(params, each_weight(lambda _, w, pair: Adapted(w, pair["a"], scale * pair["b"]), params, adapters))
 
 
 def merge(params: dict, adapters: dict, scale: float) -> dict:
@@ -48,7 +48,7 @@ def merge(params: dict, adapters: dict, scale: float) -> dict:
         contracted, stacked = ((inputs + 1,), (1,)), ((0,), (0,))
         return w + scale * jax.lax.dot_general(pair["a"], pair["b"], (contracted, stacked), precision="highest")
 
-    return _replace(params, _each_weight(add, params, adapters))
+    return replace(params, each_weight(add, params, adapters))
 
 
 def abstract_adapters(config: ModelConfig, rank: int) -> dict:
@@ -59,7 +59,7 @@ def abstract_adapters(config: ModelConfig, rank: int) -> dict:
         a, b = (layers, *first, rank), (layers, rank, *second)
         return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in (("a", a), ("b", b))}
 
-    return _each_weight(shapes, abstract_params(config))
+    return each_weight(shapes, abstract_params(config))
 
 
 def adapter_shardings(mesh: Mesh, config: ModelConfig, rank: int) -> dict:
@@ -71,20 +71,20 @@ def adapter_shardings(mesh: Mesh, config: ModelConfig, rank: int) -> dict:
         a, b = low_rank_axes(tuple(rest), inputs)
         return {name: fitting(mesh, pair[name].shape, (layers, *of)) for name, of in (("a", a), ("b", b))}
 
-    return _each_weight(place, logical_axes(config), abstract_adapters(config, rank))
+    return each_weight(place, logical_axes(config), abstract_adapters(config, rank))
 
 
-def _each_weight(function: Callable, *trees: dict) -> dict:
+def each_weight(function: Callable, *trees: dict) -> dict:
     """A tree of what is updated, of the values function(inputs, *the entries of `trees`)."""
     layers = [tree["layers"] for tree in trees]
     blocks = {
         block: {name: function(inputs, *(each[block][name] for each in layers)) for name, inputs in weights.items()}
-        for block, weights in _INPUTS.items()
+        for block, weights in INPUTS.items()
     }
     return {"layers": blocks}
 
 
-def _replace(params: dict, updated: dict) -> dict:
+def replace(params: dict, updated: dict) -> dict:
     """`params` with what is updated in the place of what was there."""
     blocks = {block: params["layers"][block] | weights for block, weights in updated["layers"].items()}
     return params | {"layers": params["layers"] | blocks}

@@ -121,7 +121,7 @@ def test_a_second_start_compiles_nothing_again(tmp_path, tiny_model, tiny_data, 
         programs = sorted(path.name for path in (tmp_path / "compiled").iterdir())
         drawn.append((programs, read_sampled(tmp_path / "iteration_0" / "generated" / "pairs.parquet")))
         shutil.rmtree(tmp_path / "iteration_0")
-    assert drawn[0][0] == drawn[1][0] and any(name.startswith("jit_sample-") for name in drawn[0][0])
+    assert drawn[0][0] == drawn[1][0] and any(name.startswith("jit_decode-") for name in drawn[0][0])
     np.testing.assert_equal(drawn[0][1], drawn[1][1])
 
 
@@ -138,5 +138,5 @@ def test_overrides_reach_the_run(tmp_path, tiny_model, tiny_data):
     assert stored["data.max_rows"] == 256  # the file's own
     sampled = read_sampled(workdir / "iteration_0" / "generated" / "pairs.parquet")
     assert len(sampled) == tiny_files.TRAIN_ROWS + tiny_files.EVAL_ROWS
-    assert max(len(tokens) for tokens, _ in sampled.values()) == 3
+    assert max(len(tokens) for [(tokens, _)] in sampled.values()) == 3
     assert "Traceback" not in result.stderr

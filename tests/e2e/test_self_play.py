@@ -115,7 +115,7 @@ def test_the_exported_model_is_the_trained_one(finished):
     run = open_run(finished.config, finished.workdir)
     model = spin_jax.load(finished.workdir / "iteration_1" / "model")
     sampled = read_sampled(finished.workdir / "iteration_1" / "generated" / "pairs.parquet")
-    pairs = [run.pair(example, *sampled[example.row], 1) for example in run.held_out_examples]
+    pairs = [run.pair(example, *sampled[example.row][0], 1) for example in run.held_out_examples]
     nats = -sum(plain_logprob(model, pair.prompt, pair.real) for pair in pairs) / sum(len(p.real) for p in pairs)
     assert finished.rows[2]["held_out/nats_per_token"] == pytest.approx(nats, rel=1e-6)
     assert finished.rows[1]["held_out/nats_per_token"] != pytest.approx(nats, rel=1e-3)
@@ -125,14 +125,14 @@ def test_iteration_1_scores_new_and_old_pairs_under_its_own_opponent(finished):
     run = open_run(finished.config, finished.workdir)
     opponent = spin_jax.load(finished.workdir / "iteration_0" / "model")
     sampled = [read_sampled(finished.workdir / f"iteration_{t}" / "generated" / "pairs.parquet") for t in range(2)]
-    assert any(list(sampled[0][row][0]) != list(sampled[1][row][0]) for row in sampled[0])  # drawn anew
+    assert any(list(sampled[0][row][0][0]) != list(sampled[1][row][0][0]) for row in sampled[0])  # drawn anew
 
     scores, train, held_out = read_scores(finished.workdir, 1), run.train_examples, run.held_out_examples
     expected = [(1, e) for e in train] + [(0, e) for e in train] + [(1, e) for e in held_out]
     assert scores["iterations"].tolist() == [t for t, _ in expected]
     assert scores["rows"].tolist() == [example.row for _, example in expected]
     for (t, example), logps in list(zip(expected, scores["logps"], strict=True))[::5]:
-        pair = run.pair(example, *sampled[t][example.row], t)
+        pair = run.pair(example, *sampled[t][example.row][0], t)
         live = [plain_logprob(opponent, pair.prompt, response) for response in (pair.real, pair.generated)]
         np.testing.assert_allclose(logps, live, rtol=1e-5)
 
@@ -275,7 +275,7 @@ def test_the_papers_templates(tiny_model, tiny_data, tmp_path):
     assert 0 < row["generated/tokens"]
     run = open_run(config, tmp_path)
     example = run.train_examples[0]
-    tokens, finished = read_sampled(tmp_path / "iteration_0" / "generated" / "pairs.parquet")[example.row]
+    [(tokens, finished)] = read_sampled(tmp_path / "iteration_0" / "generated" / "pairs.parquet")[example.row]
     pair = run.pair(example, tokens, finished, 0)
     question = example.prompt[0]["content"]
     decode = run.chat.tokenizer.decode

@@ -143,12 +143,14 @@ def test_greedy_decoding_with_our_cache_is_theirs_with_theirs(assets):
     prompt_BT = np.asarray([[1, 403, 407, 261, 378]], np.int32)
     expected = theirs.generate(torch.from_numpy(prompt_BT).long(), max_new_tokens=60, do_sample=False)[0].tolist()
 
-    step = jax.jit(lambda tokens, positions, cache: models.forward(config, params, tokens, positions, cache))
+    @jax.jit
+    def step(tokens_BT: jax.Array, place: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
+        return models.forward(config, params, tokens_BT, place[None, None], cache, models.Columns(place))
+
     cache = models.init_cache(config, 1, 80)
     hidden_BTD, cache = models.forward(config, params, prompt_BT, cache=cache)
     tokens = prompt_BT[0].tolist()
     while len(tokens) < len(expected):
         tokens.append(int(jnp.argmax(models.unembed(config, params, hidden_BTD[0, -1]))))
-        position = np.asarray([[len(tokens) - 1]], np.int32)
-        hidden_BTD, cache = step(np.asarray([tokens[-1:]], np.int32), position, cache)
+        hidden_BTD, cache = step(np.asarray([tokens[-1:]], np.int32), jnp.int32(len(tokens) - 1), cache)
     assert tokens == expected

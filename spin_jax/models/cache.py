@@ -1,0 +1,85 @@
+"""What a row has seen: its keys and values, as a dict of arrays that `models.forward` reads and writes.
+
+    k, v                f32, bf16 or int8 [L, B, S, K, H]
+    k_scale, v_scale    f32 [L, B, S, K], with int8: the number is the int8 times its scale
+    positions           int32 [B, S], of the tokens in the columns; NOWHERE where a column holds none
+
+Axes: L layers, B batch, S columns, K kv heads, H head_dim.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from spin_jax.models.config import ModelConfig
+from spin_jax.sharding import constrain
+
+# The position of what no token may see: ahead of all of them, and far from overflow when positions are subtracted.
+NOWHERE = 2**30
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["written", "start"], meta_fields=["starts"])
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Which columns of a cache a call of `forward` writes and reads.
+
+    Attributes:
+        written: int32; its T tokens fill this column and the T - 1 after it, the same in every row. (A column of its
+            own for each row would be a scatter, which TPUs run row by row.)
+        starts: columns that the reading may begin at, ascending from 0: one branch is compiled for each.
+        start: int32, which of them it is: no token sees a column before it.
+    """
+
+    written: jax.Array | int = 0
+    starts: tuple[int, ...] = (0,)
+    start: jax.Array | int = 0
+
+
+def init_cache(
+    config: ModelConfig, batch: int, columns: int, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
+) -> dict:
+    """An empty cache with keys and values of `dtype`, split over the devices of a mesh by rows and kv heads."""
+    shape = (config.num_layers, batch, columns, config.num_kv_heads)
+    axes = ("layers", "rows", None, "kv_heads")
+
+    def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *axes: str | None) -> jax.Array:
+        return constrain(jnp.zeros(shape, dtype), mesh, *axes)
+
+    cache = {name: zeros((*shape, config.head_dim), dtype, *axes, "head_dim") for name in ("k", "v")}
+    if jnp.dtype(dtype) == jnp.int8:
+        cache |= {name: zeros(shape, jnp.float32, *axes) for name in ("k_scale", "v_scale")}
+    return cache | {"positions": jnp.full((batch, columns), NOWHERE, jnp.int32)}
+
+
+def write(cache: dict, k_BTKH: jax.Array, v_BTKH: jax.Array, layer: jax.Array, column: jax.Array) -> dict:
+    """The cache with T new keys and values from `column` on; in place where it is donated or carried by a loop."""
+    new = {"k": k_BTKH, "v": v_BTKH}
+    if "k_scale" in cache:
+        new["k"], new["k_scale"] = to_int8(k_BTKH)
+        new["v"], new["v_scale"] = to_int8(v_BTKH)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        start = (layer, 0, column) + (0,) * (old.ndim - 3)
+        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], start)
+
+    return {name: put(cache[name], new[name]) for name in cache}
+
+
+def read(cache: dict, layer: jax.Array, first: int) -> dict:
+    """A layer's part of a cache from column `first` on, each array without the axis of layers."""
+
+    def part(x: jax.Array) -> jax.Array:
+        start = (layer, 0, first) + (0,) * (x.ndim - 3)
+        return jax.lax.dynamic_slice(x, start, (1, x.shape[1], x.shape[2] - first, *x.shape[3:]))[0]
+
+    return {name: part(x) for name, x in cache.items()}
+
+
+def to_int8(x: jax.Array, axis: int | tuple[int, ...] = -1) -> tuple[jax.Array, jax.Array]:
+    """(int8, f32 scale without `axis`) whose product is x to 1/254 of the largest along `axis` (absmax rounding)."""
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axis, keepdims=True)
+    scale = jnp.maximum(largest, 1e-30) / 127  # not 0, where all of x is
+    return jnp.round(x / scale).astype(jnp.int8), jnp.squeeze(scale, axis)
