@@ -172,7 +172,12 @@ def _draw(
     keys = response_keys(seed, iteration, *np.array([(prompt.row, prompt.number) for prompt in asked], np.int32).T)
     given, free, ended = 0, np.arange(places), None
     while given < len(asked) or len(free) < places:
-        stopping.between_batches()
+        try:
+            stopping.between_batches()
+        except stopping.Stopped:
+            if ended:
+                yield _own_responses(ended, asked)
+            raise
         taken = np.arange(given, min(given + len(free), len(asked)))
         given += len(taken)
         if len(taken):
@@ -186,6 +191,7 @@ def _draw(
     progress.before_tail = progress.occupancy
     yield _own_responses(ended, asked)
     for smaller in (*reversed(sizes[: sizes.index(size)]), 0):
+        stopping.between_batches()
         slots, ended, report = sampler.shrink(
             sampler.drain(params, slots, decoding, smaller // shards), smaller // shards
         )

@@ -35,7 +35,7 @@ def put_and_ask(*arguments):
 train.put = put_and_ask
 """
 )
-IN_GENERATION = IN_TRAINING.replace("train", "responses").format(batch=1, signal="SIGTERM")
+IN_GENERATION = IN_TRAINING.replace("train", "responses").format(batch=2, signal="SIGTERM")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,9 @@ def long_run(run, tmp_path_factory) -> pathlib.Path:
 
 
 def responses(workdir: pathlib.Path, t: int) -> pyarrow.Table:
-    return pyarrow.parquet.read_table(workdir / f"iteration_{t}" / "generated" / "pairs.parquet")
+    """Without their log-probs: which slots share a step changes the order of sums."""
+    table = pyarrow.parquet.read_table(workdir / f"iteration_{t}" / "generated" / "pairs.parquet")
+    return table.drop_columns("generated_logprobs")
 
 
 def scores(workdir: pathlib.Path, t: int) -> np.ndarray:
@@ -126,19 +128,19 @@ def test_stopped_killed_and_gone_on_by_other_processes_a_run_ends_with_the_same_
     ended = by_two(first={1: IN_GENERATION}, expected=75)
     assert all("start the same command again" in process.output for process in ended)
     generated = tmp_path / "iteration_0" / "generated"
-    assert {path.name for path in generated.iterdir()} == {"part-00000.p000.jsonl", "part-00000.p001.jsonl"}
-    first_batch = [json.loads(line) for part in generated.iterdir() for line in part.read_text().splitlines()]
-    assert len(first_batch) == SETTINGS["generate.batch_size"]
+    assert {path.suffixes[0] for path in generated.iterdir()} <= {".p000", ".p001"}
+    ended_before = [json.loads(line) for part in generated.iterdir() for line in part.read_text().splitlines()]
+    assert 0 < len(ended_before) < tiny_files.TRAIN_ROWS + tiny_files.EVAL_ROWS
 
     # One process takes over what two began. Batches are sent one ahead: the 7th when step 6 is to come.
     run(tmp_path, LONG, 1, 2, first={0: IN_TRAINING.format(batch=7, signal="SIGTERM")}, expected=75)
     assert len(metrics(tmp_path, 0)) == 6
     answered = responses(tmp_path, 0).to_pydict()
-    for line in first_batch:
+    for line in ended_before:
         assert answered["generated_tokens"][answered["row"].index(line["row"])] == line["tokens"]
 
     # Of two the second is asked, and both stop. The wish is read a step late.
-    ended = by_two(first={1: IN_TRAINING.format(batch=3, signal="SIGTERM")}, expected=75)
+    ended = by_two(first={1: IN_TRAINING.format(batch=2, signal="SIGTERM")}, expected=75)
     assert all(f"stopped after step 9 of {STEPS}; start the same" in process.output for process in ended)
     assert len(metrics(tmp_path, 0)) == 9
 
