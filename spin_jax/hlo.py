@@ -4,7 +4,8 @@ XLA's own `cost_analysis` counts the body of a loop once, whatever its trips, an
 every instruction that runs is weighted by how often it runs: `parse` reads the text, `executed` walks the program from
 its entry through calls and loops, and the functions below say what one run of one instruction costs.
 
-The text is version-dependent; it was read with libtpu 0.0.52. https://openxla.org/xla/operation_semantics
+The text is version-dependent; it was read with libtpu 0.0.42 (jax 0.10.2), 0.0.44 (jax 0.11.0) and 0.0.52.
+https://openxla.org/xla/operation_semantics
 """
 
 import dataclasses
@@ -67,7 +68,7 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-        arrays: the arrays of the result, those of nested tuples in order.
+        type: of the result, as it is written.
         operands: names of instructions in the same computation.
         attributes: the rest of the line, from the closing parenthesis on.
         literal: the text between the parentheses where it is not operands: a constant's value, a parameter's number.
@@ -75,11 +76,16 @@ class Instruction:
 
     name: str
     opcode: str
-    arrays: tuple[Array, ...]
+    type: str
     operands: tuple[str, ...]
     attributes: str
     literal: str
     is_root: bool
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays of the result, those of nested tuples in order."""
+        return _parse_arrays(self.type)
 
     @functools.cached_property
     def called(self) -> dict[str, str]:
@@ -168,8 +174,7 @@ def parse(text: str) -> Module:
             name, lines = header[2], []
             entry = name if header[1] else entry
         elif name is not None and re.fullmatch(r'}(, execution_thread="\w+")?', line):
-            instructions = [_parse_instruction(one) for one in lines]
-            computations[name], name = Computation(name, {i.name: i for i in instructions}), None
+            computations[name], name = Computation(name, _parse_instructions(lines)), None
         elif re.match(r"  (ROOT )?%[\w.-]+ = ", line):
             lines.append(line)
         elif name is not None and lines:
@@ -177,6 +182,38 @@ def parse(text: str) -> Module:
     if entry is None:
         raise ValueError("no ENTRY computation in the text")
     return Module(computations, entry)
+
+
+def _parse_instructions(lines: list[str]) -> dict[str, Instruction]:
+    """By name. An operand %t#1 is short for the get-tuple-element of index 1 of %t, and %t#1#0 for one of that: each
+    becomes an instruction of its own before the first that uses it, as older compilers wrote it."""
+    found: dict[str, Instruction] = {}
+
+    def write_out(element: str) -> None:
+        whole, _, index = element.rpartition("#")
+        if whole and element not in found:
+            write_out(whole)
+            of = _element_types(found[whole].type)[int(index)]
+            found[element] = _parse_instruction(f"%{element} = {of} get-tuple-element(%{whole}), index={index}")
+
+    for line in lines:
+        instruction = _parse_instruction(line)
+        for operand in instruction.operands:
+            write_out(operand)
+        found[instruction.name] = instruction
+    return found
+
+
+def _element_types(text: str) -> list[str]:
+    """Of "(s32[], (f32[8,2]{1,0}, u32[]))" the two elements, "s32[]" and "(f32[8,2]{1,0}, u32[])"."""
+    text = re.sub(r"/\*.*?\*/", "", text)  # /*index=5*/ before every fifth
+    elements, depth, start = [], 0, 1
+    for place, character in enumerate(text):
+        depth += (character in "({[") - (character in ")}]")
+        if depth == 0 or depth == 1 and character == ",":
+            elements.append(text[start:place].strip())
+            start = place + 1
+    return elements
 
 
 def _parse_instruction(line: str) -> Instruction:
@@ -193,8 +230,8 @@ def _parse_instruction(line: str) -> Instruction:
     return Instruction(
         name=head.removeprefix("ROOT ").lstrip("%"),
         opcode=opcode[1],
-        arrays=_parse_arrays(rest[:end]),
-        operands=() if literal else tuple(re.findall(r"%([\w.-]+)", inside)),
+        type=rest[:end],
+        operands=() if literal else tuple(re.findall(r"%([\w.#-]+)", inside)),
         attributes=rest[close + 1 :],
         literal=inside if literal else "",
         is_root=head.startswith("ROOT "),

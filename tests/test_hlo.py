@@ -245,6 +245,53 @@ def test_trips(start, step, compared, direction, limit, trips):
     assert hlo.trips(module, entry.root, entry) == trips
 
 
+def test_trips_where_elements_are_written_short():
+    """As libtpu 0.0.44 writes them: %p#0 for the get-tuple-element of index 0 of %p."""
+    short = LOOP
+    for name, tuple_, index in re.findall(r"  %(\S+) = .* get-tuple-element\(%(\S+)\), index=(\d)\n", LOOP):
+        short = re.sub(rf"  %{re.escape(name)} = .*\n", "", short)
+        short = re.sub(rf"%{re.escape(name)}(?=[,)])", f"%{tuple_}#{index}", short)
+    assert "get-tuple-element" not in short and short.count("#") == 2
+    values = {"COMPARED": "%p#0, %limit", "DIRECTION": "LT", "START": "3", "STEP": "2", "LIMIT": "15"}
+    for name, value in values.items():
+        short = short.replace(name, value)
+    module = hlo.parse(short)
+    entry = module.computations[module.entry]
+    assert hlo.trips(module, entry.root, entry) == 6
+    body = module.computations["body"]
+    assert [user.name for user in body.users["p.1"]] == ["p.1#0", "p.1#1"]
+    assert [user.name for user in body.users["p.1#1"]] == ["out"]
+
+
+NESTED = """
+ENTRY %main (p: (s32[], (bf16[8,128], f32[4,256]), u32[])) -> f32[4,256] {
+  %p = (s32[], (bf16[8,128]{1,0:T(8,128)(2,1)}, /*index=5*/f32[4,256]{1,0:T(8,128)S(1)}), /*index=5*/u32[]) parameter(0)
+LINES
+}
+"""
+WRITTEN_OUT = """
+  %e = (bf16[8,128]{1,0:T(8,128)(2,1)}, f32[4,256]{1,0:T(8,128)S(1)}) get-tuple-element(%p), index=1
+  %e.1 = f32[4,256]{1,0:T(8,128)S(1)} get-tuple-element(%e), index=1
+  ROOT %sum = f32[4,256]{1,0:T(8,128)} add(%e.1, %e.1)
+"""
+
+
+def test_elements_of_elements_written_short():
+    """They are the instructions that they are short for, once each, and no work."""
+    short, full = (
+        hlo.parse(NESTED.replace("LINES", lines.strip("\n"))).computations["main"]
+        for lines in ("  ROOT %sum = f32[4,256]{1,0:T(8,128)} add(%p#1#1, %p#1#1)", WRITTEN_OUT)
+    )
+    assert list(short.instructions) == ["p", "p#1", "p#1#1", "sum"]
+    for one, other in zip(short.instructions.values(), full.instructions.values(), strict=True):
+        assert (one.opcode, one.arrays, one.attributes) == (other.opcode, other.arrays, other.attributes)
+    assert short.root.operands == ("p#1#1", "p#1#1")
+    assert short.users["p#1"] == [short.instructions["p#1#1"]]
+    module = hlo.Module({"main": short}, "main")
+    # The operand lies in VMEM: what is written to HBM is the sum, in tiles of eight rows.
+    assert sum(hlo_cost.hbm_bytes(module, one, short) for one in short.instructions.values()) == 8 * 256 * 4
+
+
 SCHEDULE = """
 ENTRY %main (x: f32[250000000]) -> f32[250000000] {
   %x = f32[250000000]{0} parameter(0)
