@@ -12,9 +12,7 @@ setup(
     packages=find_packages(include=["spin_jax", "spin_jax.*"]),
     python_requires=">=3.11",
     install_requires=[
-        # The compile check cannot count the loops in the schedules of jax 0.11's libtpu yet; and flax 0.12 subclasses a
-        # class that jax 0.11.1 removed.
-        "jax>=0.10.0,<0.11",
+        "jax>=0.10.0,<0.11.1",  # flax 0.12 subclasses a class that jax 0.11.1 removed
         "flax>=0.12.7,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.0,<0.13",
