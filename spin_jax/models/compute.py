@@ -137,13 +137,16 @@ def _weight_gradient(x_axes: str, y_axes: str, w_axes: str, compute: Compute, x:
     """The sum over tokens of the outer products of x and dy, f32."""
     if x.dtype == jnp.float32 or not compute.on_one_cpu:
         return jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy, preferred_element_type=jnp.float32)
-    # The summed axes last in memory, too: left where they are, XLA's matmul for CPUs takes twice as long.
-    (left, left_axes), (right, right_axes) = sorted(
-        ((x, x_axes), (dy, y_axes)), key=lambda one: w_axes[0] not in one[1]
-    )
-    order = [axis for axis in w_axes if axis in left_axes] + [axis for axis in left_axes if axis not in w_axes]
-    left = with_layout_constraint(left.transpose(*map(left_axes.index, order)), Layout(tuple(range(left.ndim))))
-    return jnp.einsum(f"{''.join(order)},{right_axes}->{w_axes}", left, right, preferred_element_type=jnp.float32)
+    left, left_axes, right, right_axes = x, x_axes, dy, y_axes
+    if w_axes[0] in y_axes:  # tied embeddings: w is [outputs, inputs]
+        left, left_axes, right, right_axes = dy, y_axes, x, x_axes
+    # The summed axes of the left last, in memory too: XLA's matmul for CPUs is slower where it finds them elsewhere
+    # (`benchmarks/matmuls.py`).
+    features = "".join(axis for axis in left_axes if axis in w_axes)
+    tokens = "".join(axis for axis in left_axes if axis not in w_axes)
+    left = jnp.einsum(f"{left_axes}->{features}{tokens}", left)
+    left = with_layout_constraint(left, Layout(tuple(range(left.ndim))))
+    return jnp.einsum(f"{features}{tokens},{right_axes}->{w_axes}", left, right, preferred_element_type=jnp.float32)
 
 
 def _sum_scatter(x: jax.Array, axis: int, compute: Compute) -> jax.Array:
