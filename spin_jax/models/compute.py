@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
 from spin_jax.models.attention import Kernel
@@ -120,7 +119,10 @@ def _project_backward(expression, axes, compute, out_dtype, residuals, dy):
     x_split, y_split = tuple(map(split.get, x_axes)), tuple(map(split.get, y_axes))
     x, dy = constrain(x, compute.mesh, *x_split), constrain(dy.astype(x.dtype), compute.mesh, *y_split)
     dx = _einsum(f"{y_axes},{w_axes}->{x_axes}", dy, _gathered(w, x.dtype, axes, compute.mesh), x.dtype, compute)
-    whole_dw = functools.partial(_weight_gradient, x_axes, y_axes, w_axes, compute)
+
+    def whole_dw(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy, preferred_element_type=jnp.float32)
+
     placed = fitting(compute.mesh, w.shape, axes).spec if compute.line else ()
     if "fsdp" not in placed:
         return dx, constrain(whole_dw(x, dy), compute.mesh, *axes).astype(w.dtype)
@@ -131,22 +133,6 @@ def _project_backward(expression, axes, compute, out_dtype, residuals, dy):
     # Unchecked: that data and tensor have one device, and nothing to sum over, is not seen.
     specs = {"in_specs": (spec(*x_split), spec(*y_split)), "out_specs": placed, "check_vma": False}
     return dx, jax.shard_map(own_dw, mesh=compute.mesh, **specs)(x, dy).astype(w.dtype)
-
-
-def _weight_gradient(x_axes: str, y_axes: str, w_axes: str, compute: Compute, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The sum over tokens of the outer products of x and dy, f32."""
-    if x.dtype == jnp.float32 or not compute.on_one_cpu:
-        return jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy, preferred_element_type=jnp.float32)
-    left, left_axes, right, right_axes = x, x_axes, dy, y_axes
-    if w_axes[0] in y_axes:  # tied embeddings: w is [outputs, inputs]
-        left, left_axes, right, right_axes = dy, y_axes, x, x_axes
-    # The summed axes of the left last, in memory too: XLA's matmul for CPUs is slower where it finds them elsewhere
-    # (`benchmarks/matmuls.py`).
-    features = "".join(axis for axis in left_axes if axis in w_axes)
-    tokens = "".join(axis for axis in left_axes if axis not in w_axes)
-    left = jnp.einsum(f"{left_axes}->{features}{tokens}", left)
-    left = with_layout_constraint(left, Layout(tuple(range(left.ndim))))
-    return jnp.einsum(f"{features}{tokens},{right_axes}->{w_axes}", left, right, preferred_element_type=jnp.float32)
 
 
 def _sum_scatter(x: jax.Array, axis: int, compute: Compute) -> jax.Array:
