@@ -1,6 +1,6 @@
 """How the time of a training step grows: with the pairs' length, measured here; with devices, by the TPU's compiler.
 
-    python benchmarks/growth.py [--model=DIR] [--slices=v5e-8,v5e-16,...] [--json=FILE] [--plot=FILE.png]
+    python benchmarks/growth.py [--model=DIR] [--slices=v5e-8,v5e-16,...] [--tensor=N] [--json=FILE] [--plot=FILE.png]
 
 Length: a model of SmolLM2-135M's shape (or that of --model) with random weights, the same number of tokens a step in
 pairs of 512 to 8,192 of them (a quarter prompt, the rest the two responses), with attention by tiles and with plain
@@ -46,12 +46,13 @@ def main() -> None:
     parser.add_argument("--lengths", type=lambda text: [int(x) for x in text.split(",") if x], default=LENGTHS)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a step")
     parser.add_argument("--slices", type=lambda text: [x for x in text.split(",") if x], default=SLICES.split(","))
+    parser.add_argument("--tensor", type=int, help="devices that split a matrix; fsdp takes the others")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path)
     flags = parser.parse_args()
     model = models.read_config(flags.model) if flags.model else known(SMOLLM2)
     lengths = [with_length(model, length, flags.tokens) for length in flags.lengths]
-    devices = [with_devices(name) for name in flags.slices]
+    devices = [with_devices(name, flags.tensor) for name in flags.slices]
     if flags.json:
         flags.json.write_text(json.dumps({"lengths": lengths, "devices": devices}, indent=1) + "\n")
     if flags.plot:
@@ -109,11 +110,12 @@ def make_stepper(model: models.ModelConfig, pairs: list[Pair], length: int, atte
 # ---- devices
 
 
-def with_devices(name: str) -> dict:
-    """What the compile check says of a step on a slice."""
-    config = packed_step.load_config(f"{name},code")
+def with_devices(name: str, tensor: int | None) -> dict:
+    """What the compile check says of a step on a slice; a `tensor` of None is that of the config."""
+    config, devices = packed_step.load_config(f"{name},code"), find_slice(name).devices
+    if tensor:
+        config.mesh.update(fsdp=devices // tensor, tensor=tensor)
     found = packed_step.report(config, name, packed_step.draw(config, packed_step.PAIRS))
-    devices = find_slice(name).devices
     mesh = {axis: size for axis, size in config.mesh.items() if axis in ("data", "fsdp", "tensor")}
     one = {"slice": name, "devices": devices, "mesh": mesh, "seconds": dict(found.work.seconds)}
     one |= {"bytes": found.total_bytes, "mfu": found.mfu, "remat": config.model.remat}
