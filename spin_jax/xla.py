@@ -53,9 +53,8 @@ _CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 def matmul_dtype(device: jax.Device, decoding: bool = False) -> jnp.dtype:
     """What matmuls are fastest in that lose nothing to speak of: operands in bfloat16, sums in float32.
 
-    A CPU without instructions for it takes longer than in float32. With them a training step of SmolLM2-135M takes two
-    thirds of the time (`benchmarks/README.md`); but decoding takes a quarter longer, as XLA converts what it reads of
-    a bfloat16 cache in every step.
+    A CPU without instructions for it takes longer than in float32. With them training takes less time; but decoding
+    takes longer, as XLA converts what it reads of a bfloat16 cache in every step.
     """
     if device.platform != "cpu":
         return jnp.dtype(jnp.bfloat16)
