@@ -75,6 +75,19 @@ def test_rows_that_more_devices_split_are_less_full():
     assert 1 > fills[0] and fills == sorted(fills, reverse=True) and fills[-1] > 0.4
 
 
+def test_matmuls(tmp_path):
+    flags = ["--tokens=16", "--rounds=2", f"--json={tmp_path / 'matmuls.json'}"]
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/matmuls.py", *flags], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "matmuls.json").read_text())
+    assert set(report["matmuls"]) == {"q", "k, v", "o", "gate, up", "down"}
+    for name, found in report["matmuls"].items():
+        assert set(found["gflops"]) == {"float32", "bfloat16"} and found["ratio"] > 0
+        assert f"{name:8} result in float32" in run.stdout
+
+
 def test_growth_is_measured_and_drawn(files, tmp_path):
     """With a tiny model, and no compiler for TPUs: the lengths alone."""
     model = files[0]

@@ -92,8 +92,8 @@ def project(
 def _einsum(expression: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype, compute: Compute) -> jax.Array:
     """einsum, which sums in f32 whatever it is given and gives `dtype`."""
     if compute.on_one_cpu:
-        # XLA's matmuls of bfloat16 use a CPU's instructions for them where the result is f32, and are four times slower
-        # where it is not.
+        # XLA's matmuls of bfloat16 are faster where the result is f32 (`benchmarks/matmuls.py`): those use a CPU's
+        # instructions for them.
         return jnp.einsum(expression, left, right, preferred_element_type=jnp.float32).astype(dtype)
     return jnp.einsum(expression, left, right, preferred_element_type=dtype)
 
