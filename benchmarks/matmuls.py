@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import train_step  # noqa: E402
+from contest import busy_seconds, machine  # noqa: E402
 
 from spin_jax.models import Compute  # noqa: E402
 from spin_jax.models.compute import project  # noqa: E402
@@ -40,11 +40,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--json", type=pathlib.Path)
     flags = parser.parse_args()
-    report = {"machine": train_step.machine(), "tokens": flags.tokens}
+    report = {"machine": machine(), "tokens": flags.tokens}
     print(report["machine"])
-    busy, cpu, start = train_step.busy_seconds(), time.process_time(), time.perf_counter()
+    busy, cpu, start = busy_seconds(), time.process_time(), time.perf_counter()
     report["matmuls"] = {name: compare(name, flags.tokens, flags.rounds) for name in EXPRESSIONS}
-    busy, cpu = train_step.busy_seconds() - busy, time.process_time() - cpu
+    busy, cpu = busy_seconds() - busy, time.process_time() - cpu
     report["others"] = max(0.0, (busy - cpu) / (time.perf_counter() - start))
     print(f"others kept {report['others']:.2f} cores busy")
     if flags.json:

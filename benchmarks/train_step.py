@@ -11,15 +11,12 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from contest import Worker, is_runnable, machine, spread  # noqa: E402
 
 from spin_jax.data.chat import chat_format, fit  # noqa: E402
 from spin_jax.data.sources import load_examples  # noqa: E402
@@ -82,13 +79,13 @@ def main() -> None:
     }
     report = {"machine": machine(), "threads": arguments.threads, "pairs": describe(batches), "duels": []}
     print(*(f"{name}: {value}" for name, value in report.items() if name != "duels"), sep="\n")
-    first, *others = [name for name in arguments.contestants if is_runnable(name, arguments)]
-    with Worker(first, arguments, settings) as ours:
-        ours.first_pass()
+    first, *others = [name for name in arguments.contestants if is_runnable(name, arguments.peer_python)]
+    with worker(first, arguments, settings) as ours:
+        ours.first_pass(len(batches))
         report["first"] = {"name": first, "versions": ours.versions, "options": CONTESTANTS[first][1]}
         print(f"first: {report['first']}\n\n{HEADER}")
         for name in others:
-            with Worker(name, arguments, settings) as peer:
+            with worker(name, arguments, settings) as peer:
                 report["duels"].append(duel(ours, peer, arguments.passes))
             print(row(report["duels"][-1], len(batches[0])), flush=True)
     if arguments.json:
@@ -114,13 +111,6 @@ def parse_arguments() -> argparse.Namespace:
     if unknown := [name for name in arguments.contestants if name not in CONTESTANTS]:
         parser.error(f"no contestant is called {unknown[0]}: there are {', '.join(CONTESTANTS)}")
     return arguments
-
-
-def is_runnable(name: str, arguments: argparse.Namespace) -> bool:
-    if not name.startswith("spin_jax/") and not arguments.peer_python:
-        print(f"{name}: left out, --peer_python is not given")
-        return False
-    return True
 
 
 # ---- pairs
@@ -166,74 +156,15 @@ def describe(batches: list[list[dict]]) -> dict:
 # ---- contestants
 
 
-class Worker:
-    """A contestant's process.
-
-    Attributes:
-        versions: of the libraries that it runs on.
-        first: what it answered to the steps of its first pass.
-    """
-
-    def __init__(self, name: str, arguments: argparse.Namespace, settings: dict):
-        file, options = CONTESTANTS[name]
-        python = sys.executable if name.startswith("spin_jax/") else arguments.peer_python
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(arguments.threads),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        self.name = name
-        self._log = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [python, ROOT / "benchmarks/contestants" / f"{file}.py"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=environment,
-        )
-        self._batches = len(settings["batches"])
-        self.versions = self._ask(json.dumps(settings | options))
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._process.stdin.close()
-        if exception[0]:
-            self._process.kill()
-        self._process.wait()
-
-    def first_pass(self) -> None:
-        """Every batch once: whatever is compiled is compiled then."""
-        self.first = [self.step() for _ in range(self._batches)]
-
-    def step(self) -> dict:
-        """The answer (see contestants/parent.py), with `others`: the mean number of cores that others kept busy."""
-        busy, start = busy_seconds(), time.perf_counter()
-        answer = self._ask("")
-        elapsed = time.perf_counter() - start
-        answer["others"] = max(0.0, (busy_seconds() - busy - answer["cpu_seconds"]) / elapsed)
-        return answer
-
-    def _ask(self, line: str) -> dict:
-        try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self._log.seek(0)
-            sys.exit(f"{self._log.read()}\n{self.name} ended: its last words are above")
-        return json.loads(answer)
+def worker(name: str, arguments: argparse.Namespace, settings: dict) -> Worker:
+    file, options = CONTESTANTS[name]
+    given = {"peer_python": arguments.peer_python, "threads": arguments.threads}
+    return Worker(name, file, settings | options, **given)
 
 
 def duel(ours: Worker, peer: Worker, passes: int) -> dict:
     """Steps in turn on the same batches; who begins changes from round to round."""
-    peer.first_pass()
+    peer.first_pass(len(ours.first))
     rounds = []
     for i in range(passes * len(ours.first)):
         order = (ours, peer) if i % 2 == 0 else (peer, ours)
@@ -276,23 +207,6 @@ def row(duel: dict, size: int) -> str:
         f"{spread(first['seconds']):>20} {median(first['cpu_seconds']):6.1f} {max(first['peak_rss']) / 2**30:5.1f} | "
         f"{spread(ratios):>18} {median(cpu_ratios):10.2f}  {'yes' if duel['same'] else 'NO'} {duel['differences']}"
     )
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}..{max(values):.2f})"
-
-
-def busy_seconds() -> float:
-    """CPU time that all processes of the machine have used."""
-    user, nice, system, _, _, irq, softirq, *_ = map(int, open("/proc/stat").readline().split()[1:])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
-def machine() -> str:
-    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    facts = f"{os.cpu_count()} cores, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f}"
-    return f"{names[0] if names else platform.machine()}, {facts}"
 
 
 if __name__ == "__main__":

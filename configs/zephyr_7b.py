@@ -12,7 +12,7 @@ docs/compile_check.md.
 
 from spin_jax.config import base_config
 from spin_jax.errors import UserError
-from spin_jax.slices import use_slice
+from spin_jax.slices import find_slice, use_slice
 
 # slice -> (model.remat, train.micro_batches), for sequences of 2,048 tokens and of the code's 1,024. All fit by the
 # compile check with 64 of the longest pairs. What is kept is not computed again; each micro-batch gathers all
@@ -26,6 +26,19 @@ MEMORY = {
     "v5p-8": {"": ("attention", 1), "code": ("gate", 1)},
     "v5p-32": {"": ("mlp", 1), "code": ("mlp", 1)},
     "v6e-16": {"": ("qkv", 1), "code": ("projections", 1)},
+}
+
+# Slots that share a copy of the weights while sampling. A decode step reads the weights once for all of them; where
+# memory is left beyond this, half of a step is the cache already. On v5e-256 more would leave no prompts for a refill.
+SLOTS = {
+    "v4-32": 512,
+    "v5e-8": 256,
+    "v5e-16": 256,
+    "v5e-64": 256,
+    "v5e-256": 64,
+    "v5p-8": 512,
+    "v5p-32": 512,
+    "v6e-16": 512,
 }
 
 
@@ -49,7 +62,9 @@ def get_config(arg: str = "h100-8"):
     config.data.max_prompt_length = 512 if variant == "code" else 1024
     config.generate.temperature = 0.0 if variant == "code" else 1.0
     config.generate.max_new_tokens = 256
-    config.generate.batch_size = 64
+    copies = max(1, find_slice(slice_name).devices // 8)  # of the decode mesh, whose tensor axis is at most 8
+    config.generate.batch_size = SLOTS.get(slice_name, 64) * copies
+    config.generate.prefill_batch_size = 16 * copies
     config.spin.beta = (0.1, 0.1, 0.1, 5.0)  # raised near convergence (remark 5.5)
     config.spin.previous_iterations = 1
     config.train.epochs = 2.0

@@ -283,10 +283,10 @@ class Run:
 
 
 def executed(module: Module, computation: str | None = None, times: int = 1) -> Iterator[Run]:
-    """Every instruction that runs, in order, each with its count: loops multiply, all sides of a branch are listed.
+    """Every instruction that runs, in order, each with its count: loops multiply.
 
     What is inside fusions and asynchronous instructions belongs to their one instruction. A loop whose trips cannot be
-    told counts once.
+    told counts once. Of a conditional's branches the first counts, which is the dearest in `slots`, where they are.
 
     Args:
         computation: name of the one to start in; None is the module's entry.
@@ -300,8 +300,7 @@ def executed(module: Module, computation: str | None = None, times: int = 1) -> 
             yield from executed(module, instruction.called["condition"], count)
             yield from executed(module, instruction.called["body"], count)
         elif instruction.opcode in ("call", "conditional"):
-            for called in instruction.called.values():
-                yield from executed(module, called, times)
+            yield from executed(module, next(iter(instruction.called.values())), times)
 
 
 def trips(module: Module, loop: Instruction, computation: Computation) -> int | None:

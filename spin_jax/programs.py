@@ -261,11 +261,11 @@ def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute,
         slots_lib.specs(rows),
     )
     prompts = _located(slots_lib.no_prompts(places, width), sharding.batch_sharding(compute.mesh))
-    decoding = Decoding.of(settings, sampler.stop_ids)
+    decoding = jax.eval_shape(lambda: Decoding.of(settings, sampler.stop_ids))
     more = jax.ShapeDtypeStruct((), jnp.bool_)
-    # The prompts of the queue, and then a response of the longest sort in every slot.
+    # How many steps a call makes is not known; the loop counts as one, in which slots are half way through on average.
     prefill = places * width * flops_per_token(model, (width + 1) / 2)
-    drawn = size * cap * (flops_per_token(model, width + (cap + 1) / 2) + unembed_flops(model))
+    drawn = size * (flops_per_token(model, width + (cap + 1) / 2) + unembed_flops(model))
     beside = {"params": params}
     return [
         Program("resharding", resharding, (params,), ("params",), {}, 0.0),
@@ -278,7 +278,7 @@ def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute,
             prefill,
         ),
         Program(
-            "decoding",
+            "decode step",
             sampler.decode,
             (copy, slots, queue, decoding, more),
             ("sampling params", "cache", "queue", "batch", "batch"),

@@ -208,7 +208,7 @@ def specs(tree):
 
     def of(path: tuple, x: jax.Array) -> PartitionSpec:
         if getattr(path[-1], "key", "positions") != "positions":
-            return spec(*("layers", "rows", None, "kv_heads", None)[: x.ndim])
+            return spec(*("layers", "rows", "kv_heads", None, None)[: x.ndim])
         return spec(*("rows",)[: x.ndim])
 
     return jax.tree_util.tree_map_with_path(of, tree)
@@ -224,13 +224,13 @@ def prefill(decoder: Decoder, params: dict, queue: Queue, prompts: Prompts) -> Q
     new_Q = prompts.lengths_Q > 0
 
     def replaced(name: str, old: jax.Array) -> jax.Array:
-        axis = 1 if name == "positions" else 2  # the columns'; the one before is the places'
+        rows, axis = (0, 1) if name == "positions" else (1, 3)  # the axes of places and of columns
         kept = min(width, old.shape[axis])
         new = jax.lax.slice_in_dim(cache[name], width - kept, width, axis=axis)
         new = jnp.concatenate([jax.lax.slice_in_dim(old, 0, old.shape[axis] - kept, axis=axis), new], axis)
         if name == "positions":  # what an earlier, longer prompt left in the columns before
             new = jnp.where((jnp.arange(new.shape[1]) < new.shape[1] - kept)[None], NOWHERE, new)
-        return jnp.where(jnp.expand_dims(new_Q, [i for i in range(old.ndim) if i != axis - 1]), new, old)
+        return jnp.where(jnp.expand_dims(new_Q, [i for i in range(old.ndim) if i != rows]), new, old)
 
     def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(new_Q.reshape(-1, *(1,) * (old.ndim - 1)), new, old)

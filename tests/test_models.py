@@ -129,7 +129,7 @@ def test_cache_is_written_where_its_rows_live():
     config, params, _, _ = golden("llama2")
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    cache_sharding = NamedSharding(mesh, PartitionSpec(None, "data", None, "tensor"))
+    cache_sharding = NamedSharding(mesh, PartitionSpec(None, "data", "tensor"))
     tensor_axes = {"heads", "kv_heads", "mlp"}
     params = jax.tree.map(
         lambda x, axes: jax.device_put(

@@ -1,7 +1,8 @@
-"""How a contestant of train_step.py talks with its parent: one JSON object a line. Any Python 3.10+, no packages.
+"""How a contestant of a benchmark talks with its parent: one JSON object a line. Any Python 3.10+, no packages.
 
-The parent's first line holds the settings. The contestant answers with what it runs on, and then makes one training
-step for every further line. It sleeps in between, so that another contestant has the machine to itself.
+The parent's first line holds the settings. The contestant answers with what it runs on, and then makes one step, as
+the benchmark has it, for every further line. It sleeps in between, so that another contestant has the machine to
+itself.
 """
 
 import json
@@ -15,9 +16,11 @@ class Parent:
     """The other end of stdin and stdout.
 
     Attributes:
-        settings: `model` (a directory), `batches` (of pairs: `prompt`, `real`, `generated`, lists of token ids),
-            `beta`, `learning_rate`, `clip_norm`, and the contestant's own options. Step i takes batch i, and after the
-            last one the first again.
+        settings: `model` (a directory), the contestant's own options, and what there is to do. train_step.py:
+            `batches` (of pairs: `prompt`, `real`, `generated`, lists of token ids), `beta`, `learning_rate`,
+            `clip_norm`; step i takes batch i, and after the last one the first again, and answers with `loss` (before
+            the update) and `real_logp` (mean of log p(y|x) over the real responses, in nats). sampling.py: `prompts`
+            (lists of token ids), `max_new_tokens`, `stop_ids`; a step answers all prompts, and says how many `tokens`.
     """
 
     def __init__(self):
@@ -35,23 +38,11 @@ class Parent:
             sys.exit()
         self._started = time.perf_counter(), time.process_time()
 
-    def done(self, loss, real_logp) -> None:
-        """The step is made.
-
-        Args:
-            loss: of the batch, before the update; anything that float() takes.
-            real_logp: mean of log p(y|x) over the real responses before the update, in nats.
-        """
+    def done(self, **facts: float) -> None:
+        """The step is made; `facts` are what the benchmark wants to know of it."""
         seconds, cpu_seconds = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
-        self._answer(
-            {
-                "seconds": seconds,
-                "cpu_seconds": cpu_seconds,
-                "loss": float(loss),
-                "real_logp": float(real_logp),
-                "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            }
-        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self._answer({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_rss": peak} | facts)
 
     def _answer(self, message: dict) -> None:
         self._answers.write(json.dumps(message) + "\n")

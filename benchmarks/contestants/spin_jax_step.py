@@ -61,7 +61,7 @@ def main() -> None:
         parent.wait()
         batch = put(batches[step % len(batches)], placed)
         state, metrics = jax.block_until_ready(train_step(state, opponent, batch))
-        parent.done(metrics["loss"], metrics["logps/real"])
+        parent.done(loss=float(metrics["loss"]), real_logp=float(metrics["logps/real"]))
         step += 1
 
 

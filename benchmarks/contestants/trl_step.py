@@ -40,7 +40,7 @@ class Clock(transformers.TrainerCallback):
     def on_step_end(self, *args, **kwargs):
         losses = self._trainer.losses
         logps = self._trainer._metrics["train"]["logps/chosen"][-len(losses) :]
-        self._parent.done(sum(losses), sum(logps) / len(logps))
+        self._parent.done(loss=float(sum(losses)), real_logp=float(sum(logps) / len(logps)))
 
 
 def main() -> None:

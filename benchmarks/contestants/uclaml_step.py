@@ -65,7 +65,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), s["clip_norm"])
         optimizer.step()
         optimizer.zero_grad()
-        parent.done(loss.detach(), logps.detach().chunk(2)[0].mean())
+        parent.done(loss=float(loss.detach()), real_logp=float(logps.detach().chunk(2)[0].mean()))
         step += 1
 
 

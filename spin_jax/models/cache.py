@@ -1,8 +1,11 @@
 """What a row has seen: its keys and values, as a dict of arrays that `models.forward` reads and writes.
 
-    k, v                f32, bf16 or int8 [L, B, S, K, H]
-    k_scale, v_scale    f32 [L, B, S, K], with int8: the number is the int8 times its scale
+    k, v                f32, bf16 or int8 [L, B, K, S, H]
+    k_scale, v_scale    f32 [L, B, K, S], with int8: the number is the int8 times its scale
     positions           int32 [B, S], of the tokens in the columns; NOWHERE where a column holds none
+
+Columns stand beside head_dim, as the loop over tokens wants them: in any other order a TPU's compiler makes a second
+cache to its taste, where it is not one head a chip.
 
 Axes: L layers, B batch, S columns, K kv heads, H head_dim.
 """
@@ -42,8 +45,8 @@ def init_cache(
     config: ModelConfig, batch: int, columns: int, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
 ) -> dict:
     """An empty cache with keys and values of `dtype`, split over the devices of a mesh by rows and kv heads."""
-    shape = (config.num_layers, batch, columns, config.num_kv_heads)
-    axes = ("layers", "rows", None, "kv_heads")
+    shape = (config.num_layers, batch, config.num_kv_heads, columns)
+    axes = ("layers", "rows", "kv_heads", None)
 
     def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *axes: str | None) -> jax.Array:
         return constrain(jnp.zeros(shape, dtype), mesh, *axes)
@@ -56,24 +59,25 @@ def init_cache(
 
 def write(cache: dict, k_BTKH: jax.Array, v_BTKH: jax.Array, layer: jax.Array, column: jax.Array) -> dict:
     """The cache with T new keys and values from `column` on; in place where it is donated or carried by a loop."""
-    new = {"k": k_BTKH, "v": v_BTKH}
+    new = {"k": k_BTKH.swapaxes(1, 2), "v": v_BTKH.swapaxes(1, 2)}
     if "k_scale" in cache:
-        new["k"], new["k_scale"] = to_int8(k_BTKH)
-        new["v"], new["v_scale"] = to_int8(v_BTKH)
+        new["k"], new["k_scale"] = to_int8(new["k"])
+        new["v"], new["v_scale"] = to_int8(new["v"])
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        start = (layer, 0, column) + (0,) * (old.ndim - 3)
+        start = (layer, 0, 0, column) + (0,) * (old.ndim - 4)
         return jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], start)
 
     return {name: put(cache[name], new[name]) for name in cache}
 
 
 def read(cache: dict, layer: jax.Array, first: int) -> dict:
-    """A layer's part of a cache from column `first` on, each array without the axis of layers."""
+    """A layer's part of a cache from column `first` on: keys and values [B, S, K, H], scales [B, S, K]."""
 
     def part(x: jax.Array) -> jax.Array:
-        start = (layer, 0, first) + (0,) * (x.ndim - 3)
-        return jax.lax.dynamic_slice(x, start, (1, x.shape[1], x.shape[2] - first, *x.shape[3:]))[0]
+        start = (layer, 0, 0, first) + (0,) * (x.ndim - 4)
+        size = (1, *x.shape[1:3], x.shape[3] - first, *x.shape[4:])
+        return jax.lax.dynamic_slice(x, start, size)[0].swapaxes(1, 2)
 
     return {name: part(x) for name, x in cache.items()}
 

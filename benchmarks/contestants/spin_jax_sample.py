@@ -1,0 +1,59 @@
+"""This project's sampler as a contestant of sampling.py.
+
+Options: `batch_size` (slots), and `static`: prompts in batches of that size, each to its slowest response, where slots
+are refilled otherwise.
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import jax  # noqa: E402
+import jaxlib  # noqa: E402
+import numpy as np  # noqa: E402
+from parent import Parent  # noqa: E402
+
+from spin_jax import models, programs, sharding  # noqa: E402
+from spin_jax.config import base_config  # noqa: E402
+from spin_jax.models import Compute  # noqa: E402
+from spin_jax.responses import Progress, Prompt, generate  # noqa: E402
+
+
+def main() -> None:
+    parent = Parent()
+    s = parent.settings
+    settings = base_config().generate
+    settings.update(max_new_tokens=s["max_new_tokens"], batch_size=s["batch_size"])
+    if s["static"]:
+        settings.update(prefill_batch_size=s["batch_size"], tail_batch_size=s["batch_size"])
+    mesh = sharding.one_device_mesh()
+    model, params = models.load(s["model"])
+    sampler = programs.make_sampler(model, settings, tuple(s["stop_ids"]), Compute(mesh=mesh))
+    prompts = [Prompt(row, np.array(tokens, np.int32)) for row, tokens in enumerate(s["prompts"])]
+    prompts.sort(key=lambda prompt: -len(prompt.tokens))
+    size = s["batch_size"] if s["static"] else len(prompts)
+    parent.ready(jax=jax.__version__, jaxlib=jaxlib.__version__)
+    seed = 0
+    while True:
+        parent.wait()
+        lengths, calls = {}, []
+        for i in range(0, len(prompts), size):
+            calls.append(Progress())
+            drawn = generate(
+                sampler, params, prompts[i : i + size], settings, seed=seed, iteration=0, mesh=mesh, progress=calls[-1]
+            )
+            lengths |= {one.row: len(one.tokens) for one in drawn}
+        busy, capacity, steps = (sum(getattr(call, name) for call in calls) for name in ("busy", "capacity", "steps"))
+        parent.done(
+            tokens=sum(lengths.values()),
+            lengths=[lengths[prompt.row] for prompt in prompts],  # longest prompt first
+            steps=steps,
+            occupancy=busy / capacity,
+            before_tail=calls[0].before_tail,
+        )
+        seed += 1
+
+
+if __name__ == "__main__":
+    main()
