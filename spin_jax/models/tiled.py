@@ -5,10 +5,12 @@ most are of tokens that do not see each other, and all of them together do not f
 are one step.
 
 Queries lie along the last axis of a tile, [keys, queries]. Sums and maxima over keys then run over whole vectors; and
-the left side of every matmul has its summed axis last, which is how XLA's fast bfloat16 matmuls want it.
+the left side of every matmul has its summed axis last, which is how XLA's fast bfloat16 matmuls want it. The queries of
+the G heads are never joined into one axis: whatever is indexed by a query's slot is indexed by a remainder then, and
+XLA does not vectorise the exponentials beside it.
 
-Axes: B rows, T slots, N query heads, K kv heads, G = N // K, H head_dim; I blocks, S slots a block, Q = G S queries of
-a kv head in a block.
+Axes: B rows, T slots, N query heads, K kv heads, G = N // K, H head_dim; I blocks, S slots of a block, Q the same where
+they are queries.
 """
 
 import functools
@@ -47,34 +49,33 @@ def tiled_attention(
     tokens_B2T = block_tokens(ends_BT, positions_BT, TILE)
     padding = ((0, 0), (0, tokens_B2T.shape[2] - length), (0, 0), (0, 0))
 
-    def blocks(x: jax.Array) -> jax.Array:
-        """[B, I, K, (G) S, H]"""
-        x = jnp.pad(x, padding).reshape(batch, -1, TILE, kv_heads, x.shape[2] // kv_heads, head_dim)
-        return x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, x.shape[1], kv_heads, -1, head_dim)
+    def blocks(x: jax.Array, *heads: int) -> jax.Array:
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(batch, -1, TILE, *heads, head_dim), 2, -2)
 
-    out_BIKQH = _attention(*map(blocks, (q_BTNH, k_BTKH, v_BTKH)), tokens_B2T, sliding_window)
-    out = out_BIKQH.reshape(batch, -1, kv_heads, heads // kv_heads, TILE, head_dim).transpose(0, 1, 4, 2, 3, 5)
-    return out.reshape(batch, -1, heads, head_dim)[:, :length]
+    q_BIKGQH = blocks(q_BTNH, kv_heads, heads // kv_heads)
+    k_BIKSH, v_BIKSH = (blocks(x, kv_heads) for x in (k_BTKH, v_BTKH))
+    out_BIKGQH = _attention(q_BIKGQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window)
+    return jnp.moveaxis(out_BIKGQH, -2, 2).reshape(batch, -1, heads, head_dim)[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q_BIKQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window: int | None) -> jax.Array:
-    """Attention of whole blocks, [B, I, K, Q, H]."""
-    return _forward(q_BIKQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window)[0]
+def _attention(q_BIKGQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window: int | None) -> jax.Array:
+    """Attention of whole blocks, [B, I, K, G, Q, H]."""
+    return _forward(q_BIKGQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window)[0]
 
 
-def _forward(q_BIKQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window: int | None) -> tuple[jax.Array, tuple]:
+def _forward(q_BIKGQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window: int | None) -> tuple[jax.Array, tuple]:
     """The output, and what the backward pass reads. Softmax of a block's queries, key block after key block, with the
     largest score so far for the largest of all."""
     needed_BIJ = needed_tiles(tokens_B2T, TILE, sliding_window)
     walk, _ = walk_queries(needed_BIJ)
     last_N = jnp.cumsum(needed_BIJ.sum(axis=2, dtype=jnp.int32))  # of the B I query blocks, where their steps end
-    batch, blocks, kv_heads, queries, head_dim = q_BIKQH.shape
-    values_BIKHS = v_BIKSH.swapaxes(3, 4)
+    batch, blocks, kv_heads, groups, queries, head_dim = q_BIKGQH.shape
+    values_BIKHS, dtype = v_BIKSH.swapaxes(3, 4), q_BIKGQH.dtype
 
     def attend_block(n, outs):
         row, i = jnp.divmod(n, blocks)
-        q = _at(q_BIKQH, row, i)
+        q = _at(q_BIKGQH, row, i)
 
         def visit(step, sums):
             numerator, denominator, before = sums
@@ -82,48 +83,51 @@ def _forward(q_BIKQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window: int | None) 
             scores = _scores(_at(k_BIKSH, row, j), q, _bias(tokens_B2T, row, i, j, sliding_window))
             largest = jnp.maximum(before, scores.max(axis=1, keepdims=True))
             weights, decay = jnp.exp(scores - largest), jnp.exp(before - largest)
-            added = _product(_at(values_BIKHS, row, j), weights.astype(q.dtype), 1)
+            added = _product("KHS,KSGQ->KHGQ", _at(values_BIKHS, row, j), weights.astype(dtype))
             return decay * numerator + added, decay * denominator + weights.sum(axis=1, keepdims=True), largest
 
         sums = (
-            jnp.full((kv_heads, rows, queries), of, jnp.float32) for rows, of in ((head_dim, 0), (1, 0), (1, MASKED))
+            jnp.full((kv_heads, rows, groups, queries), of, jnp.float32)
+            for rows, of in ((head_dim, 0), (1, 0), (1, MASKED))
         )
         first = jnp.where(n == 0, 0, last_N[n - 1])
         numerator, denominator, largest = jax.lax.fori_loop(first, last_N[n], visit, tuple(sums))
-        news = ((numerator / denominator).astype(q.dtype), largest + jnp.log(denominator))
+        news = ((numerator / denominator).astype(dtype), largest + jnp.log(denominator))
         return tuple(_put(out, new, row, i) for out, new in zip(outs, news, strict=True))
 
     outs = tuple(
-        jnp.zeros((batch, blocks, kv_heads, rows, queries), dtype)
-        for rows, dtype in ((head_dim, q_BIKQH.dtype), (1, jnp.float32))
+        jnp.zeros((batch, blocks, kv_heads, rows, groups, queries), of)
+        for rows, of in ((head_dim, dtype), (1, jnp.float32))
     )
-    out_BIKHQ, logsumexp_BIK1Q = jax.lax.fori_loop(0, batch * blocks, attend_block, outs)
-    out_BIKQH, logsumexp_BIK1Q = checkpoint_name((out_BIKHQ.swapaxes(3, 4), logsumexp_BIK1Q), RESIDUALS)
-    return out_BIKQH, (q_BIKQH, k_BIKSH, v_BIKSH, tokens_B2T, out_BIKQH, logsumexp_BIK1Q)
+    out_BIKHGQ, logsumexp_BIK1GQ = jax.lax.fori_loop(0, batch * blocks, attend_block, outs)
+    out_BIKGQH, logsumexp_BIK1GQ = checkpoint_name((jnp.moveaxis(out_BIKHGQ, 3, -1), logsumexp_BIK1GQ), RESIDUALS)
+    return out_BIKGQH, (q_BIKGQH, k_BIKSH, v_BIKSH, tokens_B2T, out_BIKGQH, logsumexp_BIK1GQ)
 
 
-def _backward(sliding_window: int | None, residuals: tuple, do_BIKQH: jax.Array) -> tuple:
+def _backward(sliding_window: int | None, residuals: tuple, do_BIKGQH: jax.Array) -> tuple:
     """Gradients of q, k and v (FlashAttention-2, arXiv 2307.08691, section 3.1)."""
-    q_BIKQH, k_BIKSH, v_BIKSH, tokens_B2T, out_BIKQH, logsumexp_BIK1Q = residuals
-    di_BIK1Q = jnp.sum(out_BIKQH.astype(jnp.float32) * do_BIKQH.astype(jnp.float32), axis=-1)[:, :, :, None]
+    q_BIKGQH, k_BIKSH, v_BIKSH, tokens_B2T, out_BIKGQH, logsumexp_BIK1GQ = residuals
+    di_BIKGQ = jnp.sum(out_BIKGQH.astype(jnp.float32) * do_BIKGQH.astype(jnp.float32), axis=-1)
+    di_BIK1GQ = di_BIKGQ[:, :, :, None]
     walk, count = walk_queries(needed_tiles(tokens_B2T, TILE, sliding_window))
-    dtype, scale, keys_BIKHS = q_BIKQH.dtype, q_BIKQH.shape[-1] ** -0.5, k_BIKSH.swapaxes(3, 4)
+    dtype, scale, keys_BIKHS = q_BIKGQH.dtype, q_BIKGQH.shape[-1] ** -0.5, k_BIKSH.swapaxes(3, 4)
 
     def visit(step, sums):
         dq, dk, dv = sums
         row, i, j = walk.row[step], walk.i[step], walk.j[step]
-        q, do, k, v = _at(q_BIKQH, row, i), _at(do_BIKQH, row, i), _at(k_BIKSH, row, j), _at(v_BIKSH, row, j)
+        q, do, k, v = _at(q_BIKGQH, row, i), _at(do_BIKGQH, row, i), _at(k_BIKSH, row, j), _at(v_BIKSH, row, j)
         scores = _scores(k, q, _bias(tokens_B2T, row, i, j, sliding_window))
-        weights = jnp.exp(scores - _at(logsumexp_BIK1Q, row, i))
-        gradient = (weights * (_product(v, do, 2) - _at(di_BIK1Q, row, i)) * scale).astype(dtype)
-        dq = _put(dq, _at(dq, row, i) + _product(_at(keys_BIKHS, row, j), gradient, 1), row, i)
-        dk = _put(dk, _at(dk, row, j) + _product(gradient, q, 1), row, j)
-        dv = _put(dv, _at(dv, row, j) + _product(weights.astype(dtype), do, 1), row, j)
+        weights = jnp.exp(scores - _at(logsumexp_BIK1GQ, row, i))
+        products = _product("KSH,KGQH->KSGQ", v, do)
+        gradient = (weights * (products - _at(di_BIK1GQ, row, i)) * scale).astype(dtype)
+        dq = _put(dq, _at(dq, row, i) + _product("KHS,KSGQ->KHGQ", _at(keys_BIKHS, row, j), gradient), row, i)
+        dk = _put(dk, _at(dk, row, j) + _product("KSGQ,KGQH->KSH", gradient, q), row, j)
+        dv = _put(dv, _at(dv, row, j) + _product("KSGQ,KGQH->KSH", weights.astype(dtype), do), row, j)
         return dq, dk, dv
 
-    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_BIKQH.swapaxes(3, 4), k_BIKSH, v_BIKSH))
-    dq_BIKHQ, dk_BIKSH, dv_BIKSH = jax.lax.fori_loop(0, count, visit, sums)
-    return *(x.astype(dtype) for x in (dq_BIKHQ.swapaxes(3, 4), dk_BIKSH, dv_BIKSH)), None
+    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (jnp.moveaxis(q_BIKGQH, -1, 3), k_BIKSH, v_BIKSH))
+    dq_BIKHGQ, dk_BIKSH, dv_BIKSH = jax.lax.fori_loop(0, count, visit, sums)
+    return *(x.astype(dtype) for x in (jnp.moveaxis(dq_BIKHGQ, 3, -1), dk_BIKSH, dv_BIKSH)), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -138,15 +142,13 @@ def _put(x: jax.Array, tile: jax.Array, row: jax.Array, block: jax.Array) -> jax
     return jax.lax.dynamic_update_slice(x, tile[None, None], (row, block, *(0,) * (x.ndim - 2)))
 
 
-def _product(left: jax.Array, right: jax.Array, axis: int) -> jax.Array:
-    """Per kv head: left summed over its last axis, right over `axis`; f32."""
-    return jax.lax.dot_general(left, right, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+def _product(expression: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(expression, left, right, preferred_element_type=jnp.float32)
 
 
-def _scores(k_KSH: jax.Array, q_KQH: jax.Array, bias_SS: jax.Array) -> jax.Array:
-    """k q / sqrt(H), and MASKED where the query does not see the key, f32 [K, S, Q]."""
-    groups = q_KQH.shape[1] // bias_SS.shape[1]
-    return _product(k_KSH, q_KQH, 2) * q_KQH.shape[-1] ** -0.5 + jnp.tile(bias_SS, (1, groups))[None]
+def _scores(k_KSH: jax.Array, q_KGQH: jax.Array, bias_SQ: jax.Array) -> jax.Array:
+    """k q / sqrt(H), and MASKED where the query does not see the key, f32 [K, S, G, Q]."""
+    return _product("KSH,KGQH->KSGQ", k_KSH, q_KGQH) * q_KGQH.shape[-1] ** -0.5 + bias_SQ[None, :, None]
 
 
 def _bias(tokens_B2T: jax.Array, row: jax.Array, i: jax.Array, j: jax.Array, sliding_window: int | None) -> jax.Array:
