@@ -16,19 +16,20 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from spin_jax.models.attention import Kernel
+from spin_jax.models.tiled import kept_bits
 from spin_jax.models.tiles import RESIDUALS
 from spin_jax.sharding import constrain, fitting, gathered, spec
 
 # Arrays of a layer that a remat policy may keep, by name.
-QKV, ATTENDED, GATE, UP = "qkv", "attended", "gate", "up"
+INPUT, QKV, ATTENDED, GATE, UP = "input", "qkv", "attended", "gate", "up"
 
-_save = jax.checkpoint_policies.save_only_these_names
+_save = functools.partial(jax.checkpoint_policies.save_only_these_names, INPUT)
 # What the backward pass finds in memory; the rest of a layer is computed again. In brackets: numbers a token and layer.
 REMAT_POLICIES: dict[str, Callable | None] = {
     # Every intermediate: no second forward pass.
     "none": None,
     # The layer's input alone [D]: a second forward pass, but for its last matmul.
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": _save(),
     # Rotated queries and keys, and values [+ (N + 2K) H]: spares their projections.
     "qkv": _save(QKV),
     # And the attention kernel's result, and the residual stream after it [+ N H + D]: spares the kernel's second
@@ -224,6 +225,10 @@ def written(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x)
 
 
-def kept(x: jax.Array, name: str) -> jax.Array:
+def kept(x: jax.Array, name: str, compute: Compute) -> jax.Array:
     """x, under a name that a remat policy may keep."""
-    return checkpoint_name(x, name)
+    return _kept_on_cpu(x, name) if compute.on_one_cpu else checkpoint_name(x, name)
+
+
+_kept_on_cpu = jax.custom_jvp(kept_bits, nondiff_argnums=(1,))
+_kept_on_cpu.defjvp(lambda name, primals, tangents: (kept_bits(*primals, name), *tangents))

@@ -23,6 +23,7 @@ from spin_jax.models.cache import Columns
 from spin_jax.models.compute import (
     ATTENDED,
     GATE,
+    INPUT,
     QKV,
     REMAT_POLICIES,
     UP,
@@ -127,7 +128,7 @@ class Attention(nnx.Module):
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], config.rms_norm_eps)
         q_BTNH, k_BTKH = apply_rope(q_BTNH, *tokens.rope), apply_rope(k_BTKH, *tokens.rope)
         if cache is None:
-            q_BTNH, k_BTKH, v_BTKH = (kept(x, QKV) for x in (q_BTNH, k_BTKH, v_BTKH))
+            q_BTNH, k_BTKH, v_BTKH = (kept(x, QKV, compute) for x in (q_BTNH, k_BTKH, v_BTKH))
             attended_BTNH = causal_attention(
                 q_BTNH, k_BTKH, v_BTKH, tokens.ends_BT, tokens.positions_BT, config.sliding_window, compute.kernel
             )
@@ -148,8 +149,8 @@ class MLP(nnx.Module):
         self.down = param(_normal, mlp, embed)
 
     def __call__(self, x_BTD: jax.Array, compute: Compute) -> jax.Array:
-        gate_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.gate, compute), GATE)
-        up_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.up, compute), UP)
+        gate_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.gate, compute), GATE, compute)
+        up_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.up, compute), UP, compute)
         return _project("BTF,FD->BTD", written(swiglu(gate_BTF, up_BTF)), self.down, compute)
 
 
@@ -170,7 +171,8 @@ class DecoderLayer(nnx.Module):
             attended_BTD, cache = self.attention(
                 self._normed(x_BTD, self.attention_norm, compute), tokens, cache, index, compute
             )
-            x_BTD = kept(constrain(x_BTD + attended_BTD, compute.mesh, "rows", "sequence", None), ATTENDED)
+            x_BTD = constrain(x_BTD + attended_BTD, compute.mesh, "rows", "sequence", None)
+            x_BTD = kept(x_BTD, ATTENDED, compute)
         with jax.named_scope("mlp"):
             x_BTD += self.mlp(self._normed(x_BTD, self.mlp_norm, compute), compute)
             return constrain(x_BTD, compute.mesh, "rows", "sequence", None), cache
@@ -215,6 +217,8 @@ class Llama(nnx.Module):
         def apply_layer(carry: tuple, indexed_layer: tuple) -> tuple[tuple, None]:
             x_BTD, cache = carry
             index, layer = indexed_layer
+            if compute.on_one_cpu:  # elsewhere the input is kept as it is
+                x_BTD = kept(x_BTD, INPUT, compute)
             return nnx.merge(layer_def, layer)(x_BTD, tokens, cache, index, compute), None
 
         if compute.remat != "none":

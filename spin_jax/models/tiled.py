@@ -100,7 +100,8 @@ def _forward(q_BIKGQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window: int | None)
         for rows, of in ((head_dim, dtype), (1, jnp.float32))
     )
     out_BIKHGQ, logsumexp_BIK1GQ = jax.lax.fori_loop(0, batch * blocks, attend_block, outs)
-    out_BIKGQH, logsumexp_BIK1GQ = checkpoint_name((jnp.moveaxis(out_BIKHGQ, 3, -1), logsumexp_BIK1GQ), RESIDUALS)
+    out_BIKGQH = kept_bits(jnp.moveaxis(out_BIKHGQ, 3, -1), RESIDUALS)
+    logsumexp_BIK1GQ = checkpoint_name(logsumexp_BIK1GQ, RESIDUALS)
     return out_BIKGQH, (q_BIKGQH, k_BIKSH, v_BIKSH, tokens_B2T, out_BIKGQH, logsumexp_BIK1GQ)
 
 
@@ -160,3 +161,12 @@ def _bias(tokens_B2T: jax.Array, row: jax.Array, i: jax.Array, j: jax.Array, sli
     if sliding_window is not None:
         visible &= q_2S[POSITIONS][None] - k_2S[POSITIONS][:, None] < sliding_window
     return jnp.where(visible, 0.0, MASKED)
+
+
+def kept_bits(x: jax.Array, name: str) -> jax.Array:
+    """`checkpoint_name`, but bfloat16 is kept as integers: XLA for CPUs moves bfloat16 about in float32 alone, and with
+    each layer that adds to it would convert what is kept of all layers, to and fro. Not differentiable."""
+    if x.dtype != jnp.bfloat16:
+        return checkpoint_name(x, name)
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
