@@ -204,20 +204,26 @@ def project_quantised(
     return (y * weight.scale.reshape((1,) * (y.ndim - weight.scale.ndim) + weight.scale.shape)).astype(out_dtype)
 
 
-@jax.custom_vjp
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def swiglu(gate: jax.Array, up: jax.Array, compute: Compute) -> jax.Array:
     """silu(gate) * up. Its derivative is computed once and written down: left alone, the TPU compiler computes it
     anew inside each of the five matmuls that read it, and these matmuls take half as long again."""
-    return jax.nn.silu(gate) * up
+    return _swiglu(gate, up, compute)
 
 
-def _swiglu_backward(residuals, dy):
+def _swiglu(gate: jax.Array, up: jax.Array, compute: Compute) -> jax.Array:
+    # XLA for CPUs would round to bfloat16 after each of its operations, which takes longer than the operations do.
+    gate, up = (x.astype(jnp.float32) if compute.on_one_cpu else x for x in (gate, up))
+    return (jax.nn.silu(gate) * up).astype(compute.dtype)
+
+
+def _swiglu_backward(compute, residuals, dy):
     gate, up, dy = jax.lax.optimization_barrier((*residuals, dy))
-    _, vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+    _, vjp = jax.vjp(lambda gate, up: _swiglu(gate, up, compute), gate, up)
     return jax.lax.optimization_barrier(vjp(dy))
 
 
-swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
+swiglu.defvjp(lambda gate, up, compute: (_swiglu(gate, up, compute), (gate, up)), _swiglu_backward)
 
 
 def written(x: jax.Array) -> jax.Array:

@@ -151,7 +151,7 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array, compute: Compute) -> jax.Array:
         gate_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.gate, compute), GATE, compute)
         up_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.up, compute), UP, compute)
-        return _project("BTF,FD->BTD", written(swiglu(gate_BTF, up_BTF)), self.down, compute)
+        return _project("BTF,FD->BTD", written(swiglu(gate_BTF, up_BTF, compute)), self.down, compute)
 
 
 class DecoderLayer(nnx.Module):
