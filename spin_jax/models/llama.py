@@ -124,8 +124,8 @@ class Attention(nnx.Module):
             k_BTKH += self.k_bias[...].astype(dtype)[None, None]
             v_BTKH += self.v_bias[...].astype(dtype)[None, None]
         if config.qk_norm:
-            q_BTNH = rms_norm(q_BTNH, self.q_norm[...], config.rms_norm_eps)
-            k_BTKH = rms_norm(k_BTKH, self.k_norm[...], config.rms_norm_eps)
+            q_BTNH = rms_norm(q_BTNH, self.q_norm[...], config.rms_norm_eps, compute)
+            k_BTKH = rms_norm(k_BTKH, self.k_norm[...], config.rms_norm_eps, compute)
         q_BTNH, k_BTKH = apply_rope(q_BTNH, *tokens.rope), apply_rope(k_BTKH, *tokens.rope)
         if cache is None:
             q_BTNH, k_BTKH, v_BTKH = (kept(x, QKV, compute) for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -179,7 +179,8 @@ class DecoderLayer(nnx.Module):
 
     def _normed(self, x_BTD: jax.Array, scale: nnx.Param, compute: Compute) -> jax.Array:
         # Whole along the sequence again, once for all the matmuls that read it.
-        return written(constrain(rms_norm(x_BTD, scale[...], self.eps), compute.mesh, "rows", None, None))
+        normed_BTD = rms_norm(x_BTD, scale[...], self.eps, compute)
+        return written(constrain(normed_BTD, compute.mesh, "rows", None, None))
 
 
 class Llama(nnx.Module):
@@ -230,14 +231,31 @@ class Llama(nnx.Module):
         indices_L = jnp.arange(config.num_layers, dtype=jnp.int32)
         (x_BTD, cache), _ = jax.lax.scan(apply_layer, (x_BTD, cache), (indices_L, stacked_layers))
         with jax.named_scope("final_norm"):
-            return rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps), cache and cache | seen
+            normed_BTD = rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps, compute)
+            return normed_BTD, cache and cache | seen
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, compute: Compute = Compute()) -> jax.Array:  # noqa: B008
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in f32, given back in x's dtype (arXiv 1910.07467)."""
     x_f32 = x.astype(jnp.float32)
-    normed = x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    normed = _scaled(x_f32, inverse) if compute.on_one_cpu else x_f32 * inverse
     return (normed * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _scaled(x: jax.Array, by: jax.Array) -> jax.Array:
+    """x * by, with one number of `by` for each vector of x. As autodiff has it, the gradient of `by` is a sum over
+    products, for which XLA for CPUs takes far longer than for the same sum as a matmul."""
+    return x * by
+
+
+def _scaled_backward(residuals, dy):
+    x, by = residuals
+    return dy * by, jnp.einsum("...d,...d->...", dy, x, precision="highest")[..., None]
+
+
+_scaled.defvjp(lambda x, by: (x * by, (x, by)), _scaled_backward)
 
 
 def forward(
