@@ -27,7 +27,7 @@ _OURS = {
     "padded": False,
     "row_length": 2048,
     "length_multiple": 64,
-    "remat": "attention",
+    "remat": "mlp",
     "logits_chunk": 0,
 }
 _TRL = {"weights": "float32", "autocast": False, "precompute": True, "micro_batch": None, "compile": False}

@@ -24,7 +24,7 @@ def get_config():
     config.train.learning_rate = (2e-6,)  # 4x the paper's: 50x smaller a model, 50x fewer steps
     config.train.micro_batches = 2
     config.train.row_length = 2048
-    config.model.remat = "attention"  # memory is left, and it spares attention's second forward loop
+    config.model.remat = "mlp"  # memory is left for both halves of the MLP: no matmul is made twice
     config.train.length_multiple = 64
     config.train.checkpoint_every = 8
     return config
