@@ -98,3 +98,42 @@ def test_growth_is_measured_and_drawn(files, tmp_path):
     lengths = json.loads((tmp_path / "growth.json").read_text())["lengths"]
     assert [set(one["seconds"]) for one in lengths] == [{"tiled", "plain"}] * 2
     assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def test_sampling_contestants_in_turn(files, tmp_path):
+    """Slots against batches to their slowest response: the same tokens, in fewer steps."""
+    script = [
+        sys.executable,
+        ROOT / "benchmarks/sampling.py",
+        *(flag.replace("--pairs", "--prompts") for flag in files),
+    ]
+    flags = ["--count=8", "--cap=24", "--rounds=1", f"--json={tmp_path / 'report.json'}"]
+    run = subprocess.run(
+        [*script, *flags, "spin_jax/8", "spin_jax/8-static", "transformers/1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "transformers/1: left out, --peer_python is not given" in run.stdout
+    (answers,) = json.loads((tmp_path / "report.json").read_text())["rounds"]
+    slots, static = answers["spin_jax/8"], answers["spin_jax/8-static"]
+    assert slots["lengths"] == static["lengths"] and slots["tokens"] == sum(slots["lengths"])
+    assert 0 < slots["occupancy"] <= 1 and 0 < slots["seconds"]
+
+    flags = ["--count=8", "--caps=4,24", f"--json={tmp_path / 'caps.json'}"]
+    run = subprocess.run([*script, *flags, "spin_jax/8"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    short, long = json.loads((tmp_path / "caps.json").read_text())["caps"]
+    assert (short["cap"], short["static"], short["refilled"]) == (4, 4, 4) and long["mean length"] > 4
+
+
+def test_steps_of_refilled_slots(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import sampling
+
+    assert sampling.steps_when_refilled([5, 1, 1, 1, 1], 2) == 5
+    assert sampling.steps_when_refilled([1, 1, 1, 5], 2) == 6
+    assert sampling.steps_when_refilled([3, 4], 8) == 4
+    (row,) = sampling.by_cap([9, 1, 2, 9], 2, [6])
+    assert (row["static"], row["refilled"], row["mean length"]) == (12, 9, 3.75)
