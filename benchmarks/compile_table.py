@@ -1,11 +1,13 @@
 """Compiles every shipped 7B config for every TPU slice and writes the table of docs/compile_check.md.
 
-    python benchmarks/compile_table.py [CONFIG:SLICE ...]
+    python benchmarks/compile_table.py [--programs=NAME,...] [CONFIG:SLICE ...]
 
-Without arguments: all of them, one to two hours on two cores the first time; what was compiled is remembered. With
-arguments: those are compiled and printed, and nothing is written. Needs libtpu (pip install 'jax[tpu]'), and no TPU.
+Without arguments: all of them, one to two hours on two cores the first time; what was compiled is remembered. Only the
+rows of `--programs`, if they are given, are made anew. With configs and slices: those are compiled and printed, and
+nothing is written. Needs libtpu (pip install 'jax[tpu]'), and no TPU.
 """
 
+import argparse
 import itertools
 import json
 import pathlib
@@ -35,17 +37,36 @@ COLUMNS = (
 )
 
 
-def main(chosen: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chosen", nargs="*", metavar="CONFIG:SLICE")
+    parser.add_argument("--programs", help="as of compile_check")
+    arguments = parser.parse_args()
     everything = [":".join(pair) for pair in itertools.product(CONFIGS, (n for n, s in SLICES.items() if s.topology))]
-    rows = [row for name in chosen or everything for row in check(name)]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [COLUMNS, ["---"] * len(COLUMNS), *rows])
-    print(table)
-    if not chosen:
+    rows = [row for name in arguments.chosen or everything for row in check(name, arguments.programs)]
+    print(as_table(rows))
+    if not arguments.chosen:
         before, rest = DOCUMENT.read_text().split(BEGIN)
-        DOCUMENT.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}")
+        table, after = rest.split(END)
+        if arguments.programs:
+            rows = merged(table, rows)
+        DOCUMENT.write_text(f"{before}{BEGIN}\n\n{as_table(rows)}\n\n{END}{after}")
 
 
-def check(name: str) -> list[list[str]]:
+def as_table(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [COLUMNS, ["---"] * len(COLUMNS), *rows])
+
+
+def merged(table: str, rows: list[list[str]]) -> list[list[str]]:
+    """The rows of a table, those of the same config, slice and program replaced; new ones stand in front of a slice's."""
+    old = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n") if line.startswith("| ")]
+    new = {tuple(row[:3]) for row in rows}
+    kept = rows + [row for row in old[2:] if tuple(row[:3]) not in new]
+    slices = list(dict.fromkeys(tuple(row[:2]) for row in old[2:]))
+    return sorted(kept, key=lambda row: slices.index(tuple(row[:2])))
+
+
+def check(name: str, programs: str | None) -> list[list[str]]:
     """The rows of a CONFIG:SLICE."""
     print(name, file=sys.stderr, flush=True)
     config, _, slice_name = name.partition(":")
@@ -57,6 +78,7 @@ def check(name: str) -> list[list[str]]:
             "spin_jax.compile_check",
             f"--config=configs/{config}.py:{slice_name}",
             f"--json={file}",
+            *([f"--programs={programs}"] if programs else []),
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if not file.exists():
@@ -88,4 +110,4 @@ def cells(program: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
