@@ -58,7 +58,7 @@ def as_table(rows: list[list[str]]) -> str:
 
 
 def merged(table: str, rows: list[list[str]]) -> list[list[str]]:
-    """The rows of a table, those of the same config, slice and program replaced; new ones stand in front of a slice's."""
+    """A table's rows, those of the same config, slice and program replaced; new ones stand in front of a slice's."""
     old = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n") if line.startswith("| ")]
     new = {tuple(row[:3]) for row in rows}
     kept = rows + [row for row in old[2:] if tuple(row[:3]) not in new]
