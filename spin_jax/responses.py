@@ -137,6 +137,11 @@ def generate(
             bar.update(progress.responses - bar.n)
             rate = progress.tokens / max(bar.format_dict["elapsed"], 1e-3)
             bar.set_postfix(tokens_per_second=f"{rate:.0f}", slots_busy=f"{progress.occupancy:.0%}")
+    if asked:
+        _LOG.info(
+            "%s: %d tokens in %d steps, slots %.1f%% busy, %.1f%% until prompts ran out",
+            *(name, progress.tokens, progress.steps, 100 * progress.occupancy, 100 * progress.before_tail),
+        )
     others = [name for names in hosts.gather(parts.written)[1:] for name in names]  # by now, all of them are there
     if not hosts.is_first():
         return []
