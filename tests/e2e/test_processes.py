@@ -140,7 +140,7 @@ def test_stopped_killed_and_gone_on_by_other_processes_a_run_ends_with_the_same_
         assert answered["generated_tokens"][answered["row"].index(line["row"])] == line["tokens"]
 
     # Of two the second is asked, and both stop. The wish is read a step late.
-    ended = by_two(first={1: IN_TRAINING.format(batch=2, signal="SIGTERM")}, expected=75)
+    ended = by_two(first={1: IN_TRAINING.format(batch=3, signal="SIGTERM")}, expected=75)
     assert all(f"stopped after step 9 of {STEPS}; start the same" in process.output for process in ended)
     assert len(metrics(tmp_path, 0)) == 9
 
