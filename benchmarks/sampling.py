@@ -30,10 +30,17 @@ CONTESTANTS: dict[str, tuple[str, dict]] = {
         f"spin_jax/{size}-static": ("spin_jax_sample", {"batch_size": size, "static": True}) for size in (8, 16, 32, 64)
     },
     **{
-        f"transformers/{size}": ("transformers_sample", {"batch_size": size, "dtype": "float32"})
-        for size in (1, 4, 8, 16, 32, 64)
+        f"transformers/{size}{suffix}": (
+            "transformers_sample",
+            {"batch_size": size, "dtype": dtype, "cache_implementation": cache},
+        )
+        for size in (4, 8, 16, 32, 64)
+        for suffix, dtype, cache in (
+            ("", "float32", "dynamic"),
+            ("-static-cache", "float32", "static"),
+            ("-bf16", "bfloat16", "dynamic"),
+        )
     },
-    "transformers/16-bf16": ("transformers_sample", {"batch_size": 16, "dtype": "bfloat16"}),
 }
 
 

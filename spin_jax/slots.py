@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from spin_jax.models import NOWHERE, Columns, Compute, ModelConfig, forward, init_cache, unembed
+from spin_jax.models import NOWHERE, Columns, Compute, ModelConfig, columns_axis, forward, init_cache, unembed
 from spin_jax.sampling import Decoding, next_tokens, token_keys, token_logprobs
 from spin_jax.sharding import spec, ways
 
@@ -224,7 +224,7 @@ def prefill(decoder: Decoder, params: dict, queue: Queue, prompts: Prompts) -> Q
     new_Q = prompts.lengths_Q > 0
 
     def replaced(name: str, old: jax.Array) -> jax.Array:
-        rows, axis = (0, 1) if name == "positions" else (1, 3)  # the axes of places and of columns
+        rows, axis = (0 if name == "positions" else 1), columns_axis(name)
         kept = min(width, old.shape[axis])
         new = jax.lax.slice_in_dim(cache[name], width - kept, width, axis=axis)
         new = jnp.concatenate([jax.lax.slice_in_dim(old, 0, old.shape[axis] - kept, axis=axis), new], axis)

@@ -109,13 +109,13 @@ def test_sampling_contestants_in_turn(files, tmp_path):
     ]
     flags = ["--count=8", "--cap=24", "--rounds=1", f"--json={tmp_path / 'report.json'}"]
     run = subprocess.run(
-        [*script, *flags, "spin_jax/8", "spin_jax/8-static", "transformers/1"],
+        [*script, *flags, "spin_jax/8", "spin_jax/8-static", "transformers/4"],
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    assert "transformers/1: left out, --peer_python is not given" in run.stdout
+    assert "transformers/4: left out, --peer_python is not given" in run.stdout
     (answers,) = json.loads((tmp_path / "report.json").read_text())["rounds"]
     slots, static = answers["spin_jax/8"], answers["spin_jax/8-static"]
     assert slots["lengths"] == static["lengths"] and slots["tokens"] == sum(slots["lengths"])
@@ -126,6 +126,18 @@ def test_sampling_contestants_in_turn(files, tmp_path):
     assert run.returncode == 0, run.stderr
     short, long = json.loads((tmp_path / "caps.json").read_text())["caps"]
     assert (short["cap"], short["static"], short["refilled"]) == (4, 4, 4) and long["mean length"] > 4
+
+
+def test_int8_costs_something_and_little(files, tmp_path):
+    flags = [flag.replace("--pairs", "--data") for flag in files] + ["--rows=4", f"--json={tmp_path / 'int8.json'}"]
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/int8.py", *flags], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "int8.json").read_text())
+    weights, cache, both = (report[name] for name in ("int8 weights", "int8 cache", "both"))
+    assert weights["nats"] == cache["nats"] == both["nats"]  # the model's own
+    assert all(0 < one["KL"] < 0.1 and abs(one["change"]) < 0.1 for one in (weights, cache, both))
 
 
 def test_steps_of_refilled_slots(monkeypatch):

@@ -175,7 +175,7 @@ def test_a_sliding_window_keeps_what_it_sees_and_no_more():
     chosen = settings(temperature=0.0)
     by = make_sampler(config, chosen, (), ONE_DEVICE)
     slots, queue = by.start.eval_shape(4, 3, 128)
-    assert slots.row.cache["k"].shape[3] == 10 and queue.row.cache["k"].shape[3] == 5
+    assert slots.row.cache["v"].shape[3] == 10 and queue.row.cache["v"].shape[3] == 5
     params = tiny.host_params()
     responses = generate(by, params, prompts(), chosen, seed=0, iteration=0, mesh=ONE_DEVICE.mesh)
     for prompt, response in zip(prompts(), responses, strict=True):

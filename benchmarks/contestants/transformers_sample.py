@@ -1,6 +1,7 @@
 """`transformers`' generate as a contestant of sampling.py: batches of prompts of like length, left-padded.
 
-Options: `batch_size`, and `dtype` of the weights.
+Options: `batch_size`, `dtype` of the weights, and `cache_implementation`: "dynamic" (transformers' own choice), which is
+lengthened by a copy each step, or "static".
 """
 
 import torch
@@ -27,6 +28,7 @@ def main() -> None:
             top_k=0,
             top_p=1.0,
             max_new_tokens=max_new_tokens,
+            cache_implementation=s["cache_implementation"],
             eos_token_id=stop_ids,
             pad_token_id=0,
         )[:, width:]

@@ -1,6 +1,6 @@
 """The Llama family: configs, pure functions on params, Hugging Face directories in and out."""
 
-from spin_jax.models.cache import NOWHERE, Columns, init_cache
+from spin_jax.models.cache import NOWHERE, Columns, columns_axis, init_cache
 from spin_jax.models.compute import REMAT_POLICIES, Compute
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.huggingface import load, read_config, resolve, save
@@ -33,6 +33,7 @@ __all__ = [
     "for_compute",
     "forward",
     "init_adapters",
+    "columns_axis",
     "init_cache",
     "init_params",
     "load",

@@ -95,7 +95,8 @@ def causal_attention(
         kernel: from `choose_kernel`; None computes with jax.numpy. The kernel's mesh axes divide B, N and K.
     """
     if kernel is None:
-        return attend(q_BTNH, k_BTKH, v_BTKH, causal_mask(ends_BT, positions_BT, sliding_window))
+        k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
+        return attend(q_BTNH, k_BKHT, v_BKTH, causal_mask(ends_BT, positions_BT, sliding_window))
     if ends_BT is None:
         ends_BT = jnp.full(positions_BT.shape, positions_BT.shape[1], jnp.int32)
     if kernel.name == "flash":
@@ -120,8 +121,8 @@ def attend_cached(
 
     def from_column(first: int, q_BTNH: jax.Array, cache: dict, mask_BTS: jax.Array) -> jax.Array:
         seen = cache_lib.read(cache, layer, first)
-        k, v = (seen[name].astype(q_BTNH.dtype) for name in ("k", "v"))
-        return attend(q_BTNH, k, v, mask_BTS[:, :, first:], seen.get("k_scale"), seen.get("v_scale"))
+        kT, v = (seen[name].astype(q_BTNH.dtype) for name in ("kT", "v"))
+        return attend(q_BTNH, kT, v, mask_BTS[:, :, first:], seen.get("k_scale"), seen.get("v_scale"))
 
     branches = [functools.partial(from_column, first) for first in columns.starts]
     return jax.lax.switch(columns.start, branches, q_BTNH, cache, mask_BTS)
@@ -129,29 +130,33 @@ def attend_cached(
 
 def attend(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array,
     mask_BTS: jax.Array,
-    k_scale_BSK: jax.Array | None = None,
-    v_scale_BSK: jax.Array | None = None,
+    k_scale_BKS: jax.Array | None = None,
+    v_scale_BKS: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v, [B, T, N, H]. Each of the K key heads serves G query heads without being repeated.
 
     Scales belong to a token's whole key or value: they are multiplied into its scores and weights, which are fewer.
     """
     batch, length, heads, head_dim = q_BTNH.shape
-    q_BTKGH = q_BTNH.reshape(batch, length, k_BSKH.shape[2], -1, head_dim)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores_BKGTS = scores_BKGTS * head_dim**-0.5
-    if k_scale_BSK is not None:
-        scores_BKGTS *= k_scale_BSK.transpose(0, 2, 1)[:, :, None, None]
+    kv_heads, seen = v_BKSH.shape[1:3]
+    # M is G and T as one axis: XLA on CPUs knows a batched matmul by one axis a side, and is slow at any other.
+    q_BKMH = q_BTNH.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    q_BKMH = q_BKMH.reshape(batch, kv_heads, -1, head_dim)
+    scores_BKMS = jnp.einsum("BKMH,BKHS->BKMS", q_BKMH, k_BKHS, preferred_element_type=jnp.float32)
+    scores_BKGTS = scores_BKMS.reshape(batch, kv_heads, -1, length, seen) * head_dim**-0.5
+    if k_scale_BKS is not None:
+        scores_BKGTS *= k_scale_BKS[:, :, None, None]
     # A finite minimum: a query that sees nothing (beyond its cache) gives numbers nobody reads, not NaNs that spread.
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    if v_scale_BSK is not None:
-        weights_BKGTS *= v_scale_BSK.transpose(0, 2, 1)[:, :, None, None]
-    weights_BKGTS = weights_BKGTS.astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(batch, length, heads, head_dim)
+    if v_scale_BKS is not None:
+        weights_BKGTS *= v_scale_BKS[:, :, None, None]
+    weights_BKMS = weights_BKGTS.reshape(batch, kv_heads, -1, seen).astype(v_BKSH.dtype)
+    out_BKGTH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH).reshape(batch, kv_heads, -1, length, head_dim)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 def attention_mask(queries_BT: jax.Array, keys_BS: jax.Array, sliding_window: int | None) -> jax.Array:

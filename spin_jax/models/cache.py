@@ -1,11 +1,13 @@
 """What a row has seen: its keys and values, as a dict of arrays that `models.forward` reads and writes.
 
     k, v                f32, bf16 or int8 [L, B, K, S, H]
+    kT                  in the place of k, on CPUs: [L, B, K, H, S]
     k_scale, v_scale    f32 [L, B, K, S], with int8: the number is the int8 times its scale
     positions           int32 [B, S], of the tokens in the columns; NOWHERE where a column holds none
 
 Columns stand beside head_dim, as the loop over tokens wants them: in any other order a TPU's compiler makes a second
-cache to its taste, where it is not one head a chip.
+cache to its taste, where it is not one head a chip. On CPUs a matmul takes its second operand with the summed axis in
+front of the other, and transposes whole layers of keys in every step where it is not so.
 
 Axes: L layers, B batch, S columns, K kv heads, H head_dim.
 """
@@ -45,16 +47,23 @@ def init_cache(
     config: ModelConfig, batch: int, columns: int, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
 ) -> dict:
     """An empty cache with keys and values of `dtype`, split over the devices of a mesh by rows and kv heads."""
-    shape = (config.num_layers, batch, config.num_kv_heads, columns)
-    axes = ("layers", "rows", "kv_heads", None)
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+    shape = (config.num_layers, batch, config.num_kv_heads)
 
-    def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *axes: str | None) -> jax.Array:
-        return constrain(jnp.zeros(shape, dtype), mesh, *axes)
+    def zeros(dtype: jnp.dtype, *of_each: int) -> jax.Array:
+        x = jnp.zeros((*shape, *of_each), dtype)
+        return constrain(x, mesh, *("layers", "rows", "kv_heads", None, None)[: x.ndim])
 
-    cache = {name: zeros((*shape, config.head_dim), dtype, *axes, "head_dim") for name in ("k", "v")}
+    keys = {"kT": (config.head_dim, columns)} if device.platform == "cpu" else {"k": (columns, config.head_dim)}
+    cache = {name: zeros(dtype, *sizes) for name, sizes in (keys | {"v": (columns, config.head_dim)}).items()}
     if jnp.dtype(dtype) == jnp.int8:
-        cache |= {name: zeros(shape, jnp.float32, *axes) for name in ("k_scale", "v_scale")}
+        cache |= {name: zeros(jnp.float32, columns) for name in ("k_scale", "v_scale")}
     return cache | {"positions": jnp.full((batch, columns), NOWHERE, jnp.int32)}
+
+
+def columns_axis(name: str) -> int:
+    """Which axis of an array of the cache its columns are."""
+    return {"positions": 1, "kT": 4}.get(name, 3)
 
 
 def write(cache: dict, k_BTKH: jax.Array, v_BTKH: jax.Array, layer: jax.Array, column: jax.Array) -> dict:
@@ -63,23 +72,28 @@ def write(cache: dict, k_BTKH: jax.Array, v_BTKH: jax.Array, layer: jax.Array, c
     if "k_scale" in cache:
         new["k"], new["k_scale"] = to_int8(new["k"])
         new["v"], new["v_scale"] = to_int8(new["v"])
+    new["kT"] = new["k"].swapaxes(2, 3)
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        start = (layer, 0, 0, column) + (0,) * (old.ndim - 4)
-        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], start)
+    def put(name: str, old: jax.Array) -> jax.Array:
+        start = [0] * old.ndim
+        start[0], start[columns_axis(name)] = layer, column
+        return jax.lax.dynamic_update_slice(old, new[name].astype(old.dtype)[None], start)
 
-    return {name: put(cache[name], new[name]) for name in cache}
+    return {name: put(name, old) for name, old in cache.items()}
 
 
 def read(cache: dict, layer: jax.Array, first: int) -> dict:
-    """A layer's part of a cache from column `first` on: keys and values [B, S, K, H], scales [B, S, K]."""
+    """A layer's part of a cache from column `first` on: kT [B, K, H, S], v [B, K, S, H], scales [B, K, S]."""
 
-    def part(x: jax.Array) -> jax.Array:
-        start = (layer, 0, 0, first) + (0,) * (x.ndim - 4)
-        size = (1, *x.shape[1:3], x.shape[3] - first, *x.shape[4:])
-        return jax.lax.dynamic_slice(x, start, size)[0].swapaxes(1, 2)
+    def part(name: str, x: jax.Array) -> jax.Array:
+        start, size = [0] * x.ndim, list(x.shape)
+        start[0], size[0] = layer, 1
+        start[columns_axis(name)] = first
+        size[columns_axis(name)] -= first
+        return jax.lax.dynamic_slice(x, start, size)[0]
 
-    return {name: part(x) for name, x in cache.items()}
+    parts = {name: part(name, x) for name, x in cache.items()}
+    return parts if "kT" in parts else parts | {"kT": parts["k"].swapaxes(2, 3)}
 
 
 def to_int8(x: jax.Array, axis: int | tuple[int, ...] = -1) -> tuple[jax.Array, jax.Array]:

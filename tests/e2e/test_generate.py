@@ -99,6 +99,38 @@ def test_a_response_depends_on_weights_seed_and_row_alone(finished, tiny_model, 
     assert [row["prompt"] for row in read(tmp_path / "few")] == [row["messages"] for row in conversations]
 
 
+def test_further_responses_leave_the_first_as_it_was(tiny_model, prompts, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    spin_jax.answer(tiny_model, prompts, one, SETTINGS)
+    spin_jax.answer(tiny_model, prompts, many, SETTINGS | {"generate.responses": 3})
+    first, *others = (read(many)[n::3] for n in range(3))
+    assert same(first, read(one))
+    for other in others:
+        assert [row["prompt"] for row in other] == [row["prompt"] for row in first]
+        assert [row["response"] for row in other] != [row["response"] for row in first]
+    assert [row["response"] for row in others[0]] != [row["response"] for row in others[1]]
+
+
+def test_a_response_ends_before_its_first_stop_string(tiny_model, prompts, tmp_path):
+    spin_jax.answer(tiny_model, prompts, tmp_path / "whole", SETTINGS)
+    whole = read(tmp_path / "whole")
+    texts = [row["response"] for row in whole]
+    stops = [next(text[2:4] for text in texts if len(text) > 4), next(text[1] for text in texts[::-1] if len(text) > 2)]
+    spin_jax.answer(tiny_model, prompts, tmp_path / "stopped", SETTINGS | {"generate.stop_strings": tuple(stops)})
+    changed = 0
+    for row, before in zip(read(tmp_path / "stopped"), whole, strict=True):
+        # The tokens up to there are the same: a character each, and the stop string's own are counted, too.
+        ends = [before["response"].find(stop) + len(stop) for stop in stops if stop in before["response"]]
+        expected = min(ends, default=None)
+        if expected is None:
+            assert same([row], [before])
+            continue
+        assert before["response"].startswith(row["response"]) and not any(stop in row["response"] for stop in stops)
+        assert row["tokens"] == expected and not row["cut"]
+        changed += 1
+    assert 2 <= changed < len(whole)
+
+
 def test_killed_between_two_batches_it_goes_on_and_mixes_nothing(tiny_model, prompts, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"

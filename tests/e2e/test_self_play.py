@@ -140,6 +140,22 @@ def test_iteration_1_scores_new_and_old_pairs_under_its_own_opponent(finished):
     assert np.all(before != scores["logps"][len(train) : 2 * len(train)])  # the same pairs, under theta_0
 
 
+def test_several_responses_to_a_prompt_make_several_pairs(tiny_model, tiny_data, tmp_path, finished):
+    changes = {"iterations": 1, "generate.responses": 2}
+    self_play(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path)
+    table = pyarrow.parquet.read_table(tmp_path / "iteration_0" / "generated" / "pairs.parquet").to_pydict()
+    alone = pyarrow.parquet.read_table(finished.workdir / "iteration_0" / "generated" / "pairs.parquet").to_pydict()
+    assert table["row"][::2] == table["row"][1::2] == alone["row"]
+    assert table["generated_tokens"][::2] == alone["generated_tokens"] != table["generated_tokens"][1::2]
+    assert table["real"][::2] == table["real"][1::2]
+    rows = read_scores(tmp_path, 0)["rows"].tolist()
+    assert len(rows) == 2 * (tiny_files.TRAIN_ROWS + tiny_files.EVAL_ROWS) and rows[::2] == rows[1::2]
+    logps = read_scores(tmp_path, 0)["logps"]
+    np.testing.assert_allclose(logps[::2, 0], logps[1::2, 0], rtol=1e-6)  # of the real response, in other rows
+    assert np.mean(logps[::2, 1] != logps[1::2, 1]) > 0.5  # of two drawn ones
+    assert len(read_metrics(tmp_path / "iteration_0" / "metrics.jsonl")) == 4  # 32 pairs by 8
+
+
 # ---- the same run in other ways
 
 
