@@ -103,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=4, help="pairs a step")
     parser.add_argument("--batches", type=int, default=4, help="different batches, taken in turn")
-    parser.add_argument("--passes", type=int, default=2, help="timed passes over them; another one warms up")
+    parser.add_argument("--passes", type=int, default=3, help="timed passes over them; another one warms up")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of prompt and response")
     parser.add_argument("--json", type=pathlib.Path, help="all that was measured goes there")
     arguments = parser.parse_args()
@@ -163,13 +163,18 @@ def worker(name: str, arguments: argparse.Namespace, settings: dict) -> Worker:
 
 
 def duel(ours: Worker, peer: Worker, passes: int) -> dict:
-    """Steps in turn on the same batches; who begins changes from round to round."""
-    peer.first_pass(len(ours.first))
+    """Passes over the same batches in turn; who begins changes from pass to pass.
+
+    A step before each pass is not timed: of a process that sleeps the system may take the memory that it had freed (the
+    host of a virtual machine does), and a program that trains does not sleep.
+    """
+    batches = len(ours.first)
+    peer.first_pass(batches)
     rounds = []
-    for i in range(passes * len(ours.first)):
+    for i in range(passes):
         order = (ours, peer) if i % 2 == 0 else (peer, ours)
-        answers = {worker: worker.step() for worker in order}
-        rounds.append({"first": answers[ours], "peer": answers[peer]})
+        turns = {worker: [worker.step() for _ in range(1 + batches)][1:] for worker in order}
+        rounds += [{"first": a, "peer": b} for a, b in zip(turns[ours], turns[peer], strict=True)]
     options = CONTESTANTS[peer.name][1]
     found = differences(ours, peer)
     allowed = TOLERANCES["f32" if "/f32" in ours.name and "/f32" in peer.name else "bf16"]

@@ -1,7 +1,7 @@
 """`transformers`' generate as a contestant of sampling.py: batches of prompts of like length, left-padded.
 
-Options: `batch_size`, `dtype` of the weights, and `cache_implementation`: "dynamic" (transformers' own choice), which is
-lengthened by a copy each step, or "static".
+Options: `batch_size`, `dtype` of the weights, and `cache_implementation`: "dynamic", which is transformers' own choice
+and made anew, one longer, in every step, or "static".
 """
 
 import torch
