@@ -59,7 +59,15 @@ def token_logprobs(
             chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
             return chosen_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
-    length = hidden_BRD.shape[1]
-    step = compute.logits_chunk or length
-    pieces = [score(hidden_BRD[:, i : i + step], targets_BR[:, i : i + step]) for i in range(0, length, step)]
-    return jnp.concatenate(pieces, axis=1)
+    rows, length = targets_BR.shape
+    size = min(compute.logits_chunk or length, length)
+    if size == length:
+        return score(hidden_BRD, targets_BR)
+
+    def chunks(x_BR: jax.Array) -> jax.Array:
+        padding = [(0, 0), (0, -length % size)] + [(0, 0)] * (x_BR.ndim - 2)
+        return jnp.pad(x_BR, padding).reshape(rows, -1, size, *x_BR.shape[2:]).swapaxes(0, 1)
+
+    # A loop: written out, XLA on CPUs holds the weight's gradient once for each chunk.
+    logps_XBC = jax.lax.map(lambda chunk: score(*chunk), (chunks(hidden_BRD), chunks(targets_BR)))
+    return logps_XBC.swapaxes(0, 1).reshape(rows, -1)[:, :length]

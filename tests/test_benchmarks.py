@@ -140,6 +140,26 @@ def test_int8_costs_something_and_little(files, tmp_path):
     assert all(0 < one["KL"] < 0.1 and abs(one["change"]) < 0.1 for one in (weights, cache, both))
 
 
+def test_a_second_start_finds_its_programs_compiled(tmp_path):
+    config = tmp_path / "small.py"
+    lines = [
+        "from spin_jax.config import base_config",
+        "def get_config(path):",
+        "    config = base_config()",
+        "    config.model.path = path",
+        "    return config",
+    ]
+    config.write_text("\n".join(lines))
+    flags = [f"--config={config}:HuggingFaceTB/SmolLM2-135M-Instruct", f"--json={tmp_path / 'times.json'}"]
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/compile_time.py", *flags], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert times["anew"].keys() == times["cached"].keys() and "train step" in times["anew"]
+    assert times["cached"]["train step"][1] < times["anew"]["train step"][1]
+
+
 def test_steps_of_refilled_slots(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import sampling
