@@ -103,15 +103,18 @@ def test_smollm2_matches_transformers(smollm2, variant, tmp_path):
 # ---- One computation by two routes
 
 
+@pytest.mark.parametrize("keys", ["k", "kT"])  # of TPUs and GPUs, and of CPUs
 @pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3"])
-def test_cache_gives_the_uncached_hidden_states(family):
+def test_cache_gives_the_uncached_hidden_states(family, keys):
     """Rows with prompts of different lengths: one right-padded prefill, then each row goes on from its own position."""
     config, params, tokens_BT, _ = golden(family)
     expected_BTD, _ = forward(config, params, tokens_BT)
     prompt_lengths_B, slots = np.asarray([9, 5]), 24
 
     cache = models.init_cache(config, 2, slots)
-    cache |= {name: cache[name] + 100.0 for name in ("k", "v")}  # what an earlier use left behind must not matter
+    if keys not in cache:
+        cache[keys] = cache.pop("kT" if keys == "k" else "k").swapaxes(3, 4)
+    cache |= {name: cache[name] + 100.0 for name in (keys, "v")}  # what an earlier use left behind must not matter
     positions_BT = np.where(np.arange(9) < prompt_lengths_B[:, None], np.arange(9), models.NOWHERE)
     prefill_BTD, cache = forward(config, params, tokens_BT[:, :9], positions_BT, cache)
     for row, length in enumerate(prompt_lengths_B):
@@ -138,8 +141,9 @@ def test_cache_is_written_where_its_rows_live():
         params,
         models.logical_axes(config),
     )
-    shardings = {"k": cache_sharding, "v": cache_sharding, "positions": rows}
-    cache = jax.device_put(models.init_cache(config, 8, 16), shardings)
+    cache = models.init_cache(config, 8, 16)
+    shardings = {name: rows if name == "positions" else cache_sharding for name in cache}
+    cache = jax.device_put(cache, shardings)
     tokens_BT, positions_BT = jax.device_put((np.ones((8, 1), np.int32), np.arange(8, dtype=np.int32)[:, None]), rows)
     step = jax.jit(
         lambda params, tokens, positions, cache: models.forward(config, params, tokens, positions, cache),
@@ -210,7 +214,7 @@ def test_bfloat16_compute_is_close_and_keeps_its_dtypes():
     hidden_BTD, cache = forward(
         config, params, tokens_BT, cache=models.init_cache(config, 2, 20, jnp.bfloat16), compute=BFLOAT16
     )
-    assert hidden_BTD.dtype == jnp.bfloat16 and cache["k"].dtype == jnp.bfloat16
+    assert hidden_BTD.dtype == jnp.bfloat16 and cache["v"].dtype == jnp.bfloat16
     logits_BTV = models.unembed(config, params, hidden_BTD)
     assert logits_BTV.dtype == jnp.float32
     assert 1e-5 < error_of(logits_BTV, expected_BTV) < 0.05  # bfloat16 has 8 bits
