@@ -70,6 +70,10 @@ def value_and_gradients(attention, q, k, v, cotangent, dtype=jnp.float32) -> dic
     return {name: np.asarray(x, np.float32) for name, x in zip(("value", "dq", "dk", "dv"), results, strict=True)}
 
 
+def plainly(q_BTNH, k_BTKH, v_BTKH, visible):
+    return attend(q_BTNH, k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2), jnp.asarray(visible))
+
+
 def on_eight_devices(attention):
     """Rows and heads of it split over the CPU's devices: each has its own rows, and so its own number of steps."""
     mesh = Mesh(np.array(jax.devices("cpu")).reshape(4, 2), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2)
@@ -94,7 +98,7 @@ def test_kernels_are_attention(heads, kv_heads, head_dim, sliding_window, tile, 
     data = arrays(heads, kv_heads, head_dim)
     kernels = on_eight_devices(functools.partial(flash_attention, sliding_window=sliding_window, interpret=True))
     found = value_and_gradients(lambda q, k, v: kernels(q, k, v, ends, positions), *data)
-    expected = value_and_gradients(lambda q, k, v: attend(q, k, v, jnp.asarray(mask)), *data)
+    expected = value_and_gradients(functools.partial(plainly, visible=mask), *data)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=2e-5, err_msg=name)
 
@@ -105,9 +109,7 @@ def test_bfloat16_is_as_good_as_plain():
     ends, positions, visible = packed(PACKED, LENGTH)
     data = arrays(2, 1, 128)
 
-    def plain(q, k, v):
-        return attend(q, k, v, jnp.asarray(visible))
-
+    plain = functools.partial(plainly, visible=visible)
     exact = value_and_gradients(plain, *data)
 
     def kernels(q, k, v):
