@@ -1,5 +1,6 @@
 """What the benchmarks that compare programs share: contestants in processes of their own, and what the machine is."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -16,15 +17,20 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 class Worker:
     """A contestant's process: a file of contestants/, which speaks as contestants/parent.py says.
 
+    Args:
+        contestant: the file's name, and options that are added to `settings`.
+        arguments: the benchmark's `peer_python` and `threads`.
+
     Attributes:
         versions: of the libraries that it runs on.
         first: what it answered to the steps of its first pass.
     """
 
-    def __init__(self, name: str, file: str, settings: dict, *, peer_python: str | None, threads: int):
-        python = sys.executable if name.startswith("spin_jax/") else peer_python
+    def __init__(self, name: str, contestant: tuple[str, dict], settings: dict, arguments: argparse.Namespace):
+        file, options = contestant
+        python = sys.executable if name.startswith("spin_jax/") else arguments.peer_python
         environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(arguments.threads),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "",
             "HF_HUB_OFFLINE": "1",
@@ -40,7 +46,7 @@ class Worker:
             text=True,
             env=environment,
         )
-        self.versions = self._ask(json.dumps(settings))
+        self.versions = self._ask(json.dumps(settings | options))
 
     def __enter__(self) -> "Worker":
         return self

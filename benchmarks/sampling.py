@@ -23,23 +23,16 @@ from contest import Worker, is_runnable, machine, spread  # noqa: E402
 from spin_jax.data.chat import chat_format  # noqa: E402
 from spin_jax.data.sources import as_messages, load_prompts  # noqa: E402
 
-# name -> (file in contestants/, options); float32 unless the name says otherwise. /N: responses decoded together.
+# name -> (file in contestants/, options); all in float32. /N: responses decoded together.
 CONTESTANTS: dict[str, tuple[str, dict]] = {
     **{f"spin_jax/{size}": ("spin_jax_sample", {"batch_size": size, "static": False}) for size in (8, 16, 32, 64)},
     **{
         f"spin_jax/{size}-static": ("spin_jax_sample", {"batch_size": size, "static": True}) for size in (8, 16, 32, 64)
     },
     **{
-        f"transformers/{size}{suffix}": (
-            "transformers_sample",
-            {"batch_size": size, "dtype": dtype, "cache_implementation": cache},
-        )
+        f"transformers/{size}{suffix}": ("transformers_sample", {"batch_size": size, "cache_implementation": cache})
         for size in (4, 8, 16, 32, 64)
-        for suffix, dtype, cache in (
-            ("", "float32", "dynamic"),
-            ("-static-cache", "float32", "static"),
-            ("-bf16", "bfloat16", "dynamic"),
-        )
+        for suffix, cache in (("", "dynamic"), ("-static-cache", "static"))
     },
 }
 
@@ -59,7 +52,7 @@ def main() -> None:
     }
     print(*(f"{name}: {value}" for name, value in report.items()), sep="\n", flush=True)
     first, *others = [name for name in arguments.contestants if is_runnable(name, arguments.peer_python)]
-    with worker(first, arguments, settings) as ours:
+    with Worker(first, CONTESTANTS[first], settings, arguments) as ours:
         ours.first_pass(1)
         if arguments.caps:
             report["caps"] = by_cap(ours.first[0]["lengths"], CONTESTANTS[first][1]["batch_size"], arguments.caps)
@@ -82,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--caps", type=lambda text: sorted(map(int, text.split(","))), help="such as 128,256,512,1024")
     parser.add_argument("--json", type=pathlib.Path, help="all that was measured goes there")
     arguments = parser.parse_args()
-    arguments.contestants = arguments.contestants or ["spin_jax/32", "spin_jax/32-static", "transformers/16"]
+    arguments.contestants = arguments.contestants or ["spin_jax/32", "spin_jax/32-static", "transformers/64"]
     if unknown := [name for name in arguments.contestants if name not in CONTESTANTS]:
         parser.error(f"no contestant is called {unknown[0]}: there are {', '.join(CONTESTANTS)}")
     return arguments
@@ -100,16 +93,10 @@ def read_prompts(arguments: argparse.Namespace) -> dict[str, list]:
     return {"prompts": tokens, "stop_ids": list(chat.stop_ids)}
 
 
-def worker(name: str, arguments: argparse.Namespace, settings: dict) -> Worker:
-    file, options = CONTESTANTS[name]
-    given = {"peer_python": arguments.peer_python, "threads": arguments.threads}
-    return Worker(name, file, settings | options, **given)
-
-
 def duel(ours: Worker, name: str, arguments: argparse.Namespace, settings: dict) -> list[dict]:
     """All prompts by both, in turn; who begins changes from round to round. Prints each contestant's line."""
     rounds = []
-    with worker(name, arguments, settings) as peer:
+    with Worker(name, CONTESTANTS[name], settings, arguments) as peer:
         if name.startswith("spin_jax/"):
             peer.first_pass(1)  # its programs are compiled
         for i in range(arguments.rounds):

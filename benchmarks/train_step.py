@@ -80,12 +80,12 @@ def main() -> None:
     report = {"machine": machine(), "threads": arguments.threads, "pairs": describe(batches), "duels": []}
     print(*(f"{name}: {value}" for name, value in report.items() if name != "duels"), sep="\n")
     first, *others = [name for name in arguments.contestants if is_runnable(name, arguments.peer_python)]
-    with worker(first, arguments, settings) as ours:
+    with Worker(first, CONTESTANTS[first], settings, arguments) as ours:
         ours.first_pass(len(batches))
         report["first"] = {"name": first, "versions": ours.versions, "options": CONTESTANTS[first][1]}
         print(f"first: {report['first']}\n\n{HEADER}")
         for name in others:
-            with worker(name, arguments, settings) as peer:
+            with Worker(name, CONTESTANTS[name], settings, arguments) as peer:
                 report["duels"].append(duel(ours, peer, arguments.passes))
             print(row(report["duels"][-1], len(batches[0])), flush=True)
     if arguments.json:
@@ -154,12 +154,6 @@ def describe(batches: list[list[dict]]) -> dict:
 
 
 # ---- contestants
-
-
-def worker(name: str, arguments: argparse.Namespace, settings: dict) -> Worker:
-    file, options = CONTESTANTS[name]
-    given = {"peer_python": arguments.peer_python, "threads": arguments.threads}
-    return Worker(name, file, settings | options, **given)
 
 
 def duel(ours: Worker, peer: Worker, passes: int) -> dict:

@@ -1,6 +1,6 @@
 """`transformers`' generate as a contestant of sampling.py: batches of prompts of like length, left-padded.
 
-Options: `batch_size`, `dtype` of the weights, and `cache_implementation`: "dynamic", which is transformers' own choice
+Options: `batch_size` and `cache_implementation`: "dynamic", which is transformers' own choice
 and made anew, one longer, in every step, or "static".
 """
 
@@ -12,7 +12,7 @@ from parent import Parent
 def main() -> None:
     parent = Parent()
     s = parent.settings
-    model = transformers.AutoModelForCausalLM.from_pretrained(s["model"], dtype=getattr(torch, s["dtype"]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(s["model"], dtype=torch.float32)
     prompts = sorted(s["prompts"], key=lambda tokens: -len(tokens))
     size, stop_ids = s["batch_size"], s["stop_ids"]
 
