@@ -286,7 +286,8 @@ def executed(module: Module, computation: str | None = None, times: int = 1) -> 
     """Every instruction that runs, in order, each with its count: loops multiply.
 
     What is inside fusions and asynchronous instructions belongs to their one instruction. A loop whose trips cannot be
-    told counts once. Of a conditional's branches the first counts, which is the dearest in `slots`, where they are.
+    told counts once. Of a conditional's branches the first counts, which is the dearest where they are made
+    (`attention.attend_cached`, `sampling.next_tokens`).
 
     Args:
         computation: name of the one to start in; None is the module's entry.
