@@ -15,6 +15,7 @@ Lengths are drawn, since the data is not here: log-normal with the medians and s
 They are a guess at UltraChat's first turns. Needs libtpu (pip install 'jax[tpu]'), and no TPU.
 """
 
+import argparse
 import importlib.util
 import pathlib
 import sys
@@ -36,8 +37,10 @@ WAYS, BATCHES = (8, 16, 32, 64), 400  # devices that split the rows; batches ove
 PROMPT, RESPONSE = (120, 0.9), (280, 0.6)
 
 
-def main(slices: list[str]) -> None:
-    for name in slices or ["v5e-16"]:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slices", nargs="*", metavar="SLICE", default=["v5e-16"])
+    for name in parser.parse_args().slices:
         config = load_config(f"{name},code")
         fills = ", ".join(f"{fill(config, ways, BATCHES):.1%} on {ways} devices" for ways in WAYS)
         print(f"{name}: over {BATCHES} batches of {PAIRS} pairs, rows are full to {fills}", flush=True)
@@ -94,4 +97,4 @@ def report(config: ConfigDict, name: str, lengths: list[tuple[int, int, int]]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

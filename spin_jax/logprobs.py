@@ -37,7 +37,7 @@ def response_logprobs(config: ModelConfig, params: dict, rows: Rows, responses: 
 
     Only positions that predict a response token reach the vocabulary projection: they are gathered from the hidden
     states, and scored `compute.logits_chunk` at a time. Each chunk's logits are recomputed in the backward pass, so
-    that memory holds one chunk of them.
+    that memory holds one chunk of them; all at once are kept, as the backward pass begins with them.
     """
     hidden_BTD, _ = forward(config, params, rows.tokens_BT, rows.positions_BT, ends_BT=rows.ends_BT, compute=compute)
     hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.sources_BR[:, :, None], axis=1)
@@ -52,7 +52,6 @@ def token_logprobs(
 ) -> jax.Array:
     """log softmax(logits)[target] in f32 [B, R], `compute.logits_chunk` of the R positions at a time."""
 
-    @jax.checkpoint
     def score(hidden_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
         with jax.named_scope("unembed"):
             logits_BCV = unembed(config, params, hidden_BCD, compute)
@@ -69,5 +68,5 @@ def token_logprobs(
         return jnp.pad(x_BR, padding).reshape(rows, -1, size, *x_BR.shape[2:]).swapaxes(0, 1)
 
     # A loop: written out, XLA on CPUs holds the weight's gradient once for each chunk.
-    logps_XBC = jax.lax.map(lambda chunk: score(*chunk), (chunks(hidden_BRD), chunks(targets_BR)))
+    logps_XBC = jax.lax.map(lambda chunk: jax.checkpoint(score)(*chunk), (chunks(hidden_BRD), chunks(targets_BR)))
     return logps_XBC.swapaxes(0, 1).reshape(rows, -1)[:, :length]
