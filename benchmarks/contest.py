@@ -18,8 +18,8 @@ class Worker:
     """A contestant's process: a file of contestants/, which speaks as contestants/parent.py says.
 
     Args:
-        contestant: the file's name, and options that are added to `settings`. With `huge_pages` the process asks Linux for
-            pages of 2 MiB in the place of 4 KiB wherever it allocates that much.
+        contestant: the file's name, and options that are added to `settings`. With `huge_pages` the process asks Linux
+            for pages of 2 MiB in the place of 4 KiB wherever it allocates that much.
         arguments: the benchmark's `peer_python` and `threads`.
 
     Attributes:
