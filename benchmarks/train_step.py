@@ -29,19 +29,18 @@ _OURS = {
     "length_multiple": 64,
     "remat": "mlp",
     "logits_chunk": 0,
-    "huge_pages": False,
+    "huge_pages": True,
 }
 _TRL = {"weights": "float32", "autocast": False, "precompute": True, "micro_batch": None, "compile": False}
 _AUTHORS = {"weights": "float32", "autocast": False}
 _BFLOAT16 = {"weights": "bfloat16"}  # faster; bfloat16 cannot hold most of what a learning rate of 5e-7 changes
-_HUGE = {"huge_pages": True}
 _SINGLE = {"micro_batch": 1}  # pairs: a row is padded to the other of its pair, and no further
 
 # name -> (file in contestants/, options). "f32" in a name: float32 throughout.
 CONTESTANTS: dict[str, tuple[str, dict]] = {
     "spin_jax/f32": ("spin_jax_step", _OURS),
     "spin_jax/bf16": ("spin_jax_step", _OURS | {"compute_dtype": "bfloat16"}),
-    "spin_jax/bf16-huge-pages": ("spin_jax_step", _OURS | {"compute_dtype": "bfloat16"} | _HUGE),
+    "spin_jax/bf16-small-pages": ("spin_jax_step", _OURS | {"compute_dtype": "bfloat16", "huge_pages": False}),
     "spin_jax/bf16-chunked": ("spin_jax_step", _OURS | {"compute_dtype": "bfloat16", "logits_chunk": 256}),
     "spin_jax/bf16-padded": ("spin_jax_step", _OURS | {"compute_dtype": "bfloat16", "padded": True}),
     "spin_jax/bf16-padded-live": (
@@ -58,7 +57,7 @@ CONTESTANTS: dict[str, tuple[str, dict]] = {
     "trl/autocast-single": ("trl_step", _TRL | {"autocast": True} | _SINGLE),
     "trl/bf16": ("trl_step", _TRL | _BFLOAT16),
     "trl/bf16-single": ("trl_step", _TRL | _BFLOAT16 | _SINGLE),
-    "trl/bf16-single-huge-pages": ("trl_step", _TRL | _BFLOAT16 | _SINGLE | _HUGE),
+    "trl/bf16-single-huge-pages": ("trl_step", _TRL | _BFLOAT16 | _SINGLE | {"huge_pages": True}),
     "trl/f32-live": ("trl_step", _TRL | {"precompute": False}),
     "trl/f32-compile": ("trl_step", _TRL | {"compile": True}),
     "uclaml/f32": ("uclaml_step", _AUTHORS),
