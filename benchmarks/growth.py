@@ -151,7 +151,8 @@ def plot_lengths(axes, lengths: list[dict]) -> None:
 def plot_devices(axes, devices: list[dict]) -> None:
     counts, rates = [one["devices"] for one in devices], [one["pairs_per_second"] for one in devices]
     axes.plot(counts, rates, "o-", label="by the compile check")
-    axes.plot(counts, [rates[0] * count / counts[0] for count in counts], ":", label="in proportion")
+    best = max(rate / count for rate, count in zip(rates, counts, strict=True))
+    axes.plot(counts, [best * count for count in counts], ":", label="in proportion to the best")
     axes.set(xscale="log", yscale="log", xlabel="chips", ylabel="pairs per second")
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
