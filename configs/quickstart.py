@@ -29,7 +29,6 @@ def get_config():
     config.sft.control = True
     # of 1e-4, 3e-4, 1e-3 and 3e-3 the one that stays nearest to the data; the larger, the more right answers
     config.sft.control_learning_rate = 1e-4
-    config.generate.batch_size = 256
     config.generate.max_new_tokens = 5  # three letters, the end, and one to spare
     config.generate.prompt_bucket = 16
     config.spin.beta = (5.0,)  # the paper's 0.1 lets this small model run away from its opponent at any useful step
