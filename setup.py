@@ -35,7 +35,7 @@ setup(
         "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # a pod needs a workdir that all hosts see: gs://
         "cuda12": ["jax[cuda12]", "etils[epath-gcs]"],
         "cuda13": ["jax[cuda13]", "etils[epath-gcs]"],
-        "eval": ["lm-eval>=0.4.9"],
+        "eval": ["lm-eval[hf]>=0.4.10"],  # torch comes with it
         "tfds": ["tensorflow-datasets>=4.9.6"],
         "check": ["jax[tpu]"],  # compile_check: libtpu of the version that this jax runs with; no TPU is needed
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],

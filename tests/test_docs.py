@@ -26,7 +26,7 @@ from spin_jax.errors import UserError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
 # Commands whose effect lies outside of this project: known, and not run here.
-KNOWN_COMMANDS = ("python3", "pip", "pytest", "git", "cd", "source", "tensorboard", "jupyter", "export")
+KNOWN_COMMANDS = ("lm_eval", "python3", "pip", "pytest", "git", "cd", "source", "tensorboard", "jupyter", "export")
 CLOUD_COMMANDS = ("gcloud", "kubectl", "docker", "xpk", "sky", "ssh-add", "launch/worker.sh")
 FOLDERS = "spin_jax|configs|tests|docs|benchmarks|notebooks|launch"
 FILE_SUFFIXES = ("py", "md", "json", "jsonl", "npz", "txt")
