@@ -87,16 +87,17 @@ class Packing:
     Attributes:
         ways: the number of rows is a multiple: devices that split them, times micro-batches.
         multiple: tokens that a row's length is a multiple of; each length is a program to compile.
-        row_length: tokens that rows should have, by and large.
+        row_length: tokens that rows should have, by and large; where a pair is longer, as many as it has.
     """
 
     ways: int
     multiple: int
     row_length: int
 
-    def rows(self, tokens: float) -> int:
-        """How many rows batches of so many tokens, on average, are cut into."""
-        return self.ways * max(1, round(tokens / self.row_length / self.ways))
+    def rows(self, tokens: float, longest: int) -> int:
+        """How many rows batches of so many tokens, on average, are cut into. No row is shorter than the longest pair:
+        more of them would be empty."""
+        return self.ways * max(1, round(tokens / max(self.row_length, longest) / self.ways))
 
 
 class Shape(NamedTuple):
@@ -140,7 +141,7 @@ def plan_training(pairs: Sequence[Pair], order: np.ndarray, packing: Packing) ->
     The number of rows is the same in all batches, so that the programs differ in the rows' length alone.
     """
     sizes = np.array([slots(pair) for pair in pairs])
-    rows = packing.rows(sizes[order].sum(axis=1).mean())
+    rows = packing.rows(sizes[order].sum(axis=1).mean(), sizes[order].max())
     packed = [pack(sizes[chosen].tolist(), rows, packing.multiple) for chosen in order]
     batches = [
         Packed(length, [[int(chosen[i]) for i in row] for row in in_rows])

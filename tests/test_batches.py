@@ -100,6 +100,13 @@ def test_fill_and_what_padding_would_have_taken():
     assert f"{plan.fill:.1%} full" in str(plan)
 
 
+def test_rows_are_not_left_empty_where_pairs_are_longer_than_rows_should_be():
+    order = batch_order(len(PAIRS), 64, 0, 12)
+    longest = max(slots(pair) for pair in PAIRS)
+    plan = plan_training(PAIRS, order, Packing(4, 16, longest // 2))
+    assert plan.fill > 0.9  # 0.54 with rows counted by half of the longest
+
+
 def test_a_scoring_plan_is_one_program_and_scores_each_pair_once():
     plan = plan_scoring(PAIRS, 64, Packing(4, 64, 512))
     assert sorted(itertools.chain(*itertools.chain(*plan.batches))) == list(range(len(PAIRS)))
