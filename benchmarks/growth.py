@@ -94,14 +94,14 @@ def make_stepper(model: models.ModelConfig, pairs: list[Pair], length: int, atte
     params = jax.jit(lambda: models.init_params(model, jax.random.key(0)), out_shardings=shardings)()
     objective = spin_objective(model, compute, "logistic", 0.1)
     optimizer = make_optimizer("rmsprop", learning_rate_schedule(1e-6, 1000, 0.1), 1.0, 0.0)
-    init, step = programs.make_training(objective, optimizer, 1, params, mesh)
+    init, step = programs.jit_training(objective, optimizer, 1, params, mesh)
     plan = plan_training(pairs, np.arange(len(pairs))[None], Packing(1, 64, length))
     batch = put(spin_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays, sharding.batch_sharding(mesh))
     state = init(params)
 
     def make_step() -> None:
         nonlocal state
-        state, metrics = step(state, None, batch)
+        state, metrics, _ = step(state, None, batch)
         jax.block_until_ready((state, metrics))
 
     return make_step

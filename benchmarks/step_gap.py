@@ -49,7 +49,7 @@ class Training:
         self.schedule = learning_rate_schedule(1e-6, 1000, 0.1)
         shardings = models.param_shardings(self.mesh, model)
         self._new_params = jax.jit(lambda: models.init_params(model, jax.random.key(0)), out_shardings=shardings)
-        self.init, self.step = programs.make_training(
+        self.init, self.step = programs.jit_training(
             spin_objective(model, compute, "logistic", 0.1),
             make_optimizer("rmsprop", self.schedule, 1.0, 0.0),
             1,
@@ -59,7 +59,7 @@ class Training:
         self.sharding = sharding.batch_sharding(self.mesh)
         rng = np.random.default_rng(0)
         ids = lambda: rng.integers(1, model.vocab_size, length // 2, dtype=np.int32)  # noqa: E731
-        self._pairs = [Pair(i, 0, ids(), ids(), ids(), False, False, -1.0, -1.0) for i in range(ROWS)]
+        self._pairs = [Pair(i, 0, ids(), ids(), ids(), False, False) for i in range(ROWS)]
         packing = Packing(sharding.ways(self.mesh, "rows"), 128, config.train.row_length)
         self._plan = plan_training(self._pairs, batch_order(ROWS, pairs, 0, steps), packing)
 
@@ -74,13 +74,13 @@ def in_the_loop(training: Training, steps: int) -> tuple[list[float], list[bool]
     """A: (seconds between two calls of the step, whether the devices had ended the one before at the call)."""
     calls, starved, last = [], [], None
 
-    def step(state, opponent, batch):
+    def step(state, *args):
         nonlocal last
         calls.append(time.perf_counter())
         starved.append(last is not None and last.is_ready())
-        state, metrics = training.step(state, opponent, batch)
+        state, metrics, logps = training.step(state, *args)
         last = metrics["loss"]
-        return state, metrics
+        return state, metrics, logps
 
     with tempfile.TemporaryDirectory() as directory:
         fit(
@@ -90,7 +90,7 @@ def in_the_loop(training: Training, steps: int) -> tuple[list[float], list[bool]
             steps=steps + WARM_UP,
             make_batch=training.make_batch,
             sharding=training.sharding,
-            passes=programs.training_passes(base_config()),
+            passes=3,
             schedule=training.schedule,
             directory=epath.Path(directory),
             checkpoint_every=steps + WARM_UP,
@@ -106,7 +106,7 @@ def bare(training: Training, steps: int) -> list[float]:
     jax.block_until_ready((state, batches))
     for step in range(steps + WARM_UP):
         calls.append(time.perf_counter())
-        state, metrics = training.step(state, None, batches[step % 2])
+        state, metrics, _ = training.step(state, None, batches[step % 2])
         if last is not None:
             jax.device_get(last)
         last = metrics

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spin_jax.data.pairs import Pair
 from spin_jax.errors import UserError
 from spin_jax.logprobs import Rows
 from spin_jax.models import ModelConfig, flops_per_token, unembed_flops
 from spin_jax.packing import Packed, best_fit, pack, round_up
-from spin_jax.step import Batch
+from spin_jax.step import Batch, warmup_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,11 @@ def put(arrays, sharding: jax.sharding.Sharding):
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)
 
 
+def everywhere(value: object, mesh: Mesh) -> jax.Array:
+    """A scalar on all devices of a mesh."""
+    return put(np.asarray(value), NamedSharding(mesh, PartitionSpec()))
+
+
 def fetch(array: jax.Array) -> np.ndarray:
     """The whole of a small array that is split over a mesh, on every process."""
     if not array.is_fully_addressable:
@@ -51,8 +56,11 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def num_steps(rows: int, epochs: float, batch_size: int) -> int:
+def num_steps(rows: int, epochs: float, batch_size: int, what: str = "config.train.epochs") -> int:
     """Optimizer steps in `epochs` passes over `rows`; only what fills no batch at the very end is left out.
+
+    Args:
+        what: the field that holds `epochs`, for the message.
 
     Raises:
         UserError: not even one batch comes together.
@@ -60,10 +68,23 @@ def num_steps(rows: int, epochs: float, batch_size: int) -> int:
     steps = math.floor(rows * epochs / batch_size + 1e-9)
     if not steps:
         raise UserError(
-            f"{rows} rows x {epochs:g} epochs do not fill one batch of {batch_size}: lower config.train.batch_size, or "
-            "raise config.train.epochs"
+            f"{rows} rows x {epochs:g} epochs do not fill one batch of {batch_size}: lower --config.train.batch_size, "
+            f"or raise --{what}"
         )
     return steps
+
+
+def check_warmup(steps: int, warmup_ratio: float, what: str = "config.train.epochs") -> None:
+    """Refuse a schedule that ends before its warm-up does: next to nothing would be trained.
+
+    Raises:
+        UserError: one line with the fields to change.
+    """
+    if steps <= warmup_steps(steps, warmup_ratio):
+        raise UserError(
+            f"{steps} step(s) of training are all warm-up: raise --{what}, or lower --config.train.batch_size or "
+            "--config.train.warmup_ratio"
+        )
 
 
 def batch_order(rows: int, batch_size: int, seed: int, steps: int) -> np.ndarray:
@@ -87,17 +108,36 @@ class Packing:
     Attributes:
         ways: the number of rows is a multiple: devices that split them, times micro-batches.
         multiple: tokens that a row's length is a multiple of; each length is a program to compile.
-        row_length: tokens that rows should have, by and large; where a pair is longer, as many as it has.
+        row_length: tokens that rows have at most, on average; where a pair is longer, as many as it has.
     """
 
     ways: int
     multiple: int
     row_length: int
 
-    def rows(self, tokens: float, longest: int) -> int:
-        """How many rows batches of so many tokens, on average, are cut into. No row is shorter than the longest pair:
-        more of them would be empty."""
-        return self.ways * max(1, round(tokens / max(self.row_length, longest) / self.ways))
+    def rows(self, sizes: np.ndarray) -> int:
+        """The number of rows, one for all batches, that needs the fewest slots (rows times their length, summed over
+        the batches); of equals the smallest.
+
+        Rows are no longer than `row_length` on average, or than the longest pair. And no batch takes more slots than a
+        row for each pair would, as long as the longest pair: the bound that the compile check compiles.
+
+        Args:
+            sizes: slots of each pair, int [batches, pairs].
+        """
+        longest, pairs = sizes.max(), sizes.shape[1]
+        fewest = max(1, round(sizes.sum(axis=1).mean() / max(self.row_length, longest) / self.ways))
+        most = max(fewest, math.ceil(pairs / self.ways))
+        bound = most * self.ways * round_up(longest, self.multiple)
+        best, best_slots = most * self.ways, math.inf
+        for rows in range(fewest * self.ways, most * self.ways + 1, self.ways):
+            shortest = np.maximum(sizes.max(axis=1), sizes.sum(axis=1) / rows)
+            if rows * (np.ceil(shortest / self.multiple) * self.multiple).sum() >= best_slots:
+                continue  # not even perfect packing would help
+            taken = [rows * pack(batch, rows, self.multiple).length for batch in sizes.tolist()]
+            if max(taken) <= bound and sum(taken) < best_slots:
+                best, best_slots = rows, sum(taken)
+        return best
 
 
 class Shape(NamedTuple):
@@ -141,7 +181,7 @@ def plan_training(pairs: Sequence[Pair], order: np.ndarray, packing: Packing) ->
     The number of rows is the same in all batches, so that the programs differ in the rows' length alone.
     """
     sizes = np.array([slots(pair) for pair in pairs])
-    rows = packing.rows(sizes[order].sum(axis=1).mean(), sizes[order].max())
+    rows = packing.rows(sizes[order])
     packed = [pack(sizes[chosen].tolist(), rows, packing.multiple) for chosen in order]
     batches = [
         Packed(length, [[int(chosen[i]) for i in row] for row in in_rows])
@@ -195,8 +235,19 @@ def _padded_slots(pairs: Sequence[Pair], multiple: int) -> int:
 # ---- layout
 
 
-def spin_batch(model: ModelConfig, pairs: Sequence[Pair], rows: Sequence[Sequence[int]], shape: Shape) -> HostBatch:
-    """Those of `pairs` that `rows` names, for `step.spin_objective`. Unscored ones get NaN as opponent log-probs."""
+def spin_batch(
+    model: ModelConfig,
+    pairs: Sequence[Pair],
+    rows: Sequence[Sequence[int]],
+    shape: Shape,
+    opponent_logps: np.ndarray | None = None,
+) -> HostBatch:
+    """Those of `pairs` that `rows` names, for `step.spin_objective`.
+
+    Args:
+        opponent_logps: log p_t of the real and generated responses, [pairs of the batch, 2], row after row; None gives
+            NaN, where nobody reads them.
+    """
     chosen = [pairs[i] for i in itertools.chain(*rows)]
     facts = {
         "lengths/real": float(np.mean([len(pair.real) for pair in chosen])),
@@ -204,7 +255,22 @@ def spin_batch(model: ModelConfig, pairs: Sequence[Pair], rows: Sequence[Sequenc
         "cut/real": float(np.mean([pair.real_cut for pair in chosen])),
         "cut/generated": float(np.mean([pair.generated_cut for pair in chosen])),
     }
-    return _host_batch(model, pairs, rows, shape, 1 / len(chosen), facts)
+    batch = _host_batch(model, pairs, rows, shape, 1 / len(chosen), facts)
+    batch.arrays.opponent_logps_BP2[:] = np.nan if opponent_logps is None else 0
+    if opponent_logps is not None:
+        batch.arrays.opponent_logps_BP2[_places(rows)] = opponent_logps
+    return batch
+
+
+def of_pairs(x_BP: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """What a program gives for each place of a batch, [B, P, ...], of its pairs alone: [pairs, ...], row after row."""
+    return x_BP[_places(rows)]
+
+
+def _places(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(row, place in it) of each pair of a batch, row after row."""
+    places = [(row, place) for row, numbers in enumerate(rows) for place in range(len(numbers))]
+    return tuple(np.array(places).T)
 
 
 def sft_batch(model: ModelConfig, pairs: Sequence[Pair], rows: Sequence[Sequence[int]], shape: Shape) -> HostBatch:
@@ -227,7 +293,6 @@ def _host_batch(
         for place, number in enumerate(numbers):
             slot, target = _write(arrays.rows, pairs[number], row, place, slot, target)
             arrays.weights_BP[row, place] = weight
-            arrays.opponent_logps_BP2[row, place] = pairs[number].real_logp, pairs[number].generated_logp
     chosen = [pairs[i] for i in itertools.chain(*rows)]
     tokens = sum(slots(pair) for pair in chosen)
     return HostBatch(

@@ -94,8 +94,8 @@ def base_config() -> ConfigDict:
     c.spin = ConfigDict()
     c.spin.loss = "logistic"  # one of losses.LOSSES; the paper's choice
     c.spin.beta = (0.1,)  # lambda of equation 4.7, one entry an iteration
-    # "stored": opponent log-probs computed once an iteration; "live": again in every step, with its params kept on
-    # the devices
+    # "stored": the opponent's log-probs computed before training, by the step's own program; "live": in every step,
+    # with its params kept on the devices
     c.spin.opponent = "stored"
     c.spin.previous_iterations = 1  # how many earlier iterations' pairs are mixed in (the paper: newest + previous)
 

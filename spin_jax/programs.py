@@ -7,7 +7,7 @@ shapes that a config's run calls it with.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,16 +50,11 @@ from spin_jax.step import (
     make_step,
     on_adapters,
     pair_logprobs,
+    sft_objective,
     spin_objective,
     state_shardings,
 )
 from spin_jax.xla import matmul_dtype, xla_options
-
-
-def training_passes(config: ConfigDict) -> int:
-    """Forward passes of the policy that the FLOPs of forward and backward count as: a backward pass is two matmuls for
-    each of the forward, or one where the weights are frozen. The updates' own, a few per cent, are not counted."""
-    return 2 if config.lora.rank else 3
 
 
 def make_compute(settings: ConfigDict, model: ModelConfig, mesh: Mesh) -> Compute:
@@ -151,10 +146,100 @@ def make_merging(model: ModelConfig, scale: float, mesh: Mesh) -> Callable:
     return _jit(mesh, merging, donate_argnums=0, out_shardings=param_shardings(mesh, model))
 
 
-def make_training(
+@dataclasses.dataclass(frozen=True)
+class TrainingSpec:
+    """All that the programs of a training stage depend on; hashable, so that they are made and compiled once.
+
+    Attributes:
+        model, compute: what is trained, and how it computes.
+        loss: one of losses.LOSSES; None: supervised fine-tuning.
+        beta: lambda of equation 4.7.
+        live: every step computes the opponent's log-probs anew, from its params.
+        rank, alpha: of low-rank updates; rank 0 trains all weights.
+        optimizer, peak, steps, warmup_ratio, clip_norm, weight_decay: see `step.make_optimizer` and its schedule.
+        micro_batches: see `step.make_step`.
+    """
+
+    model: ModelConfig
+    compute: Compute
+    loss: str | None
+    beta: float
+    live: bool
+    rank: int
+    alpha: float
+    optimizer: str
+    peak: float
+    steps: int
+    warmup_ratio: float
+    clip_norm: float
+    weight_decay: float
+    micro_batches: int
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that a step's FLOPs count as: a backward pass is two matmuls for each of the forward, or one
+        where the weights are frozen. The updates' own, a few per cent, are not counted."""
+        return (2 if self.rank else 3) + self.live
+
+
+def spin_spec(config: ConfigDict, model: ModelConfig, compute: Compute, t: int, steps: int) -> TrainingSpec:
+    """Iteration t's training stage."""
+    live, beta = config.spin.opponent == "live", at_iteration(config.spin.beta, t)
+    peak = at_iteration(config.train.learning_rate, t)
+    return _spec(config, model, compute, config.spin.loss, beta, live, config.train.optimizer, peak, steps)
+
+
+def sft_spec(config: ConfigDict, model: ModelConfig, compute: Compute, peak: float, steps: int) -> TrainingSpec:
+    """Supervised fine-tuning."""
+    return _spec(config, model, compute, None, 0.0, False, config.sft.optimizer, peak, steps)
+
+
+def _spec(config, model, compute, loss, beta, live, optimizer, peak, steps) -> TrainingSpec:
+    train, rank, alpha = config.train, config.lora.rank, config.lora.alpha
+    of_steps = optimizer, peak, steps, train.warmup_ratio, train.clip_norm, train.weight_decay, train.micro_batches
+    return TrainingSpec(model, compute, loss, beta, live, rank, alpha, *of_steps)
+
+
+class Training(NamedTuple):
+    """A training stage's programs.
+
+    Attributes:
+        init: params (donated) -> state at step 0.
+        step: see `step.make_step`.
+        schedule: steps -> their learning rates.
+        state: the state as a tree of jax.ShapeDtypeStruct with shardings.
+    """
+
+    init: Callable
+    step: Callable
+    schedule: optax.Schedule
+    state: TrainState
+
+
+@functools.lru_cache(maxsize=4)  # a program is specific to an iteration's schedule
+def make_training(spec: TrainingSpec) -> Training:
+    """The programs of a training stage."""
+    mesh = spec.compute.mesh
+    trained = _located(abstract_params(spec.model), param_shardings(mesh, spec.model))
+    if spec.loss:
+        objective = spin_objective(spec.model, spec.compute, spec.loss, spec.beta)
+    else:
+        objective = sft_objective(spec.model, spec.compute)
+    if spec.rank:
+        objective = on_adapters(objective, spec.alpha / spec.rank, spec.live)
+        adapters = abstract_adapters(spec.model, spec.rank)
+        trained = _located(adapters, adapter_shardings(mesh, spec.model, spec.rank))
+    schedule = learning_rate_schedule(spec.peak, spec.steps, spec.warmup_ratio)
+    optimizer = make_optimizer(spec.optimizer, schedule, spec.clip_norm, spec.weight_decay)
+    init, step = jit_training(objective, optimizer, spec.micro_batches, trained, mesh)
+    state = _located(init.eval_shape(trained), state_shardings(optimizer, trained))
+    return Training(init, step, schedule, state)
+
+
+def jit_training(
     objective: Objective, optimizer: optax.GradientTransformation, micro_batches: int, params: dict, mesh: Mesh
 ) -> tuple[Callable, Callable]:
-    """The jitted (init: params -> state, step: (state, opponent, batch) -> (state, metrics)); both donate their first.
+    """The jitted (init: params -> state, `step.make_step`); both donate their first argument.
 
     Args:
         params: arrays or jax.ShapeDtypeStructs, with their shardings.
@@ -164,7 +249,7 @@ def make_training(
     step = make_step(objective, optimizer, micro_batches)
     return (
         _jit(mesh, init, donate_argnums=0, out_shardings=shardings),
-        _jit(mesh, step, donate_argnums=0, out_shardings=(shardings, None)),
+        _jit(mesh, step, donate_argnums=0, out_shardings=(shardings, None, sharding.batch_sharding(mesh))),
     )
 
 
@@ -291,35 +376,27 @@ def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute,
 def _training_programs(
     config: ConfigDict, model: ModelConfig, compute: Compute, params: dict, pairs: Sequence[Pair]
 ) -> list[Program]:
-    train = config.train
-    schedule = learning_rate_schedule(at_iteration(train.learning_rate, 0), 1000, train.warmup_ratio)
-    optimizer = make_optimizer(train.optimizer, schedule, train.clip_norm, train.weight_decay)
-    objective = spin_objective(model, compute, config.spin.loss, at_iteration(config.spin.beta, 0))
-    live, rank, mesh = config.spin.opponent == "live", config.lora.rank, compute.mesh
-    opponent = _located(_in_compute_dtype(params, compute), param_shardings(mesh, model)) if live or rank else None
-    trained, kind, merging = params, "params", []
-    if rank:
-        scale = config.lora.alpha / rank
-        objective = on_adapters(objective, scale, live)
-        trained, kind = _located(abstract_adapters(model, rank), adapter_shardings(mesh, model, rank)), "adapters"
-        arguments = (params, trained), ("params", "adapters")
-        merging = [Program("merging", make_merging(model, scale, mesh), *arguments, {}, 0.0)]
-    init, step = make_training(objective, optimizer, train.micro_batches, trained, mesh)
-    shapes = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), trained)
-    state = _located(shapes, state_shardings(optimizer, trained))
-    passes = training_passes(config) + live
+    train, mesh = config.train, compute.mesh
+    spec = spin_spec(config, model, compute, 0, steps=1000)  # any number of steps is the same program but for constants
+    init, step, _, state = make_training(spec)
+    frozen = _located(_in_compute_dtype(params, compute), param_shardings(mesh, model))
+    kind, merging = "params", []
+    if spec.rank:
+        kind, arguments = "adapters", ((params, state.params), ("params", "adapters"))
+        merging = [Program("merging", make_merging(model, spec.alpha / spec.rank, mesh), *arguments, {}, 0.0)]
     part = pairs[: len(pairs) // train.micro_batches]
     scoring = plan_scoring(part, len(part), make_packing(train, mesh))
     training = plan_training(pairs, np.arange(len(pairs))[None], make_packing(train, mesh, train.micro_batches))
     scored, batch = _abstract_batch(mesh, scoring), _abstract_batch(mesh, training)
     shares = [kernel_share(model, compute, pairs, plan) for plan in (scoring, training)]
-    kinds = (TrainState("optimizer", kind, "optimizer", "optimizer"), "opponent", "batch")
+    kinds = (TrainState("optimizer", kind, "optimizer", "optimizer"), "opponent", "batch", "batch")
     flops, part_flops = (sum(forward_flops(model, pair) for pair in some) for some in (pairs, part))
     score, beside = make_scorer(model, compute), {"next batch": batch}
+    arguments = (state, frozen if spec.live or spec.rank else None, batch, jax.ShapeDtypeStruct((), jnp.bool_))
     return [
         Program("scoring", score, (params, scored), ("params", "batch"), {}, part_flops, kernel_share=shares[0]),
-        Program("optimizer init", init, (trained,), (kind,), {}, 0.0),
-        Program("train step", step, (state, opponent, batch), kinds, beside, passes * flops, kernel_share=shares[1]),
+        Program("optimizer init", init, (state.params,), (kind,), {}, 0.0),
+        Program("train step", step, arguments, kinds, beside, spec.passes * flops, kernel_share=shares[1]),
         *merging,
     ]
 

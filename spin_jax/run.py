@@ -8,7 +8,7 @@
       iteration_T/
         generated/part-*.jsonl       responses of the opponent, batch by batch and process by process
         generated/pairs.parquet      the authors' layout, when all are there
-        scores/opponent.npz          the opponent's log-probs of every pair
+        scores/                      the opponent's log-probs of each training step's pairs, and of the held-out ones
         checkpoints/                 of the training state, until model/ is whole
         metrics.jsonl, tensorboard/, profile/
         model/                       the policy, a Hugging Face directory: the next opponent
@@ -24,7 +24,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import tempfile
 import time
 import uuid
@@ -39,7 +38,7 @@ from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
 from spin_jax import hosts, models, programs, sharding
-from spin_jax.batches import num_steps
+from spin_jax.batches import check_warmup, num_steps
 from spin_jax.data.chat import ChatFormat, fit, load_chat
 from spin_jax.data.pairs import Pair
 from spin_jax.data.sources import Example, Examples, Skip, load_examples, split_examples
@@ -113,6 +112,10 @@ class Run:
         params = self.params(directory)
         self._loaded = None
         return params
+
+    def keep_params(self, directory: epath.Path, params: dict) -> None:
+        """Give the f32 params of `directory` back, which `take_params` took: they were not changed."""
+        self._loaded = (directory, params)
 
     def export(self, directory: epath.Path, params: dict) -> None:
         """Write params as a Hugging Face directory. From then on they are what the files hold."""
@@ -270,13 +273,12 @@ def _appears(path: epath.Path, seconds: int = 5) -> bool:
 
 
 def _check_steps(config: ConfigDict, rows: int) -> None:
-    """Refuse an iteration that would end before its warm-up does: nothing would be trained, or nearly nothing."""
-    steps = num_steps(rows, config.train.epochs, config.train.batch_size)
-    if steps <= math.ceil(config.train.warmup_ratio * steps):
-        raise UserError(
-            f"{rows} rows give {steps} step(s), all of them warm-up: lower config.train.batch_size or "
-            "config.train.warmup_ratio, or raise config.train.epochs"
-        )
+    """Refuse a stage of training that fills no batch, or ends before its warm-up does."""
+    train = config.train
+    if config.sft.epochs:
+        steps = num_steps(rows, config.sft.epochs, train.batch_size, "config.sft.epochs")
+        check_warmup(steps, train.warmup_ratio, "config.sft.epochs")
+    check_warmup(num_steps(rows * config.generate.responses, train.epochs, train.batch_size), train.warmup_ratio)
 
 
 def _load_params(directory: epath.Path, shardings: dict) -> dict:

@@ -1,22 +1,33 @@
-"""Log-probs of pairs: the scoring stage, which computes and stores the opponent's once an iteration; what they tell."""
+"""Log-probs of pairs: the opponent's, which an iteration's steps are trained against, and those of held-out pairs.
 
-import dataclasses
+A margin is a difference of log-probs that are nearly equal, times beta. In bfloat16 each of them carries half a nat of
+rounding or more, which cancels only if policy and opponent are computed in the same way: the same rows, the same
+program. So each training step's own program scores each step's own batch (docs/algorithm.md has the measurements).
+"""
+
 import hashlib
 import io
+import itertools
+import json
+import logging
 from collections.abc import Callable, Sequence
 
 import jax
+import jaxlib
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from spin_jax import hosts, stopping
-from spin_jax.batches import Plan, fetch, put, spin_batch
+from spin_jax.batches import HostBatch, Plan, everywhere, fetch, of_pairs, put, spin_batch
 from spin_jax.data.pairs import Pair
 from spin_jax.errors import UserError
 from spin_jax.losses import rewards
 from spin_jax.metrics import write_whole
-from spin_jax.models import ModelConfig
+from spin_jax.models import Compute, ModelConfig
+from spin_jax.step import TrainState
+
+_LOG = logging.getLogger(__name__)
 
 
 def score(
@@ -31,67 +42,169 @@ def score(
 ) -> np.ndarray:
     """log p(y|x) of the real and the generated response of each pair under `params`, in nats, f32 [pairs, 2].
 
-    `logprobs` is the jitted `step.pair_logprobs`: the very function that training differentiates. Each process computes
-    the rows of its devices, and all get all scores.
+    `logprobs` is the jitted `step.pair_logprobs`. Each process computes its devices' rows, and all get all scores.
+
+    Raises:
+        UserError: a score is not finite; the message names the rows.
     """
     logps = np.zeros((len(pairs), 2), np.float32)
     with tqdm(total=len(pairs), desc=name, unit="pair", disable=not hosts.is_first()) as bar:
         for rows, shape in zip(plan.batches, plan.shapes, strict=True):
             stopping.between_batches()
             batch = spin_batch(model, pairs, rows, shape)
-            scored_BP2 = fetch(logprobs(params, put(batch.arrays, sharding)))
-            for row, numbers in enumerate(rows):
-                logps[numbers] = scored_BP2[row, : len(numbers)]
-            bar.update(len(batch.rows))
+            chosen = list(itertools.chain(*rows))
+            logps[chosen] = of_pairs(fetch(logprobs(params, put(batch.arrays, sharding))), rows)
+            check_finite(logps[chosen], batch.rows)
+            bar.update(len(chosen))
     return logps
 
 
-def with_scores(pairs: Sequence[Pair], logps: np.ndarray) -> list[Pair]:
-    """The pairs, carrying their opponent log-probs [pairs, 2]."""
-    return [
-        dataclasses.replace(pair, real_logp=float(real), generated_logp=float(generated))
-        for pair, (real, generated) in zip(pairs, logps, strict=True)
-    ]
+def score_steps(
+    step_fn: Callable,
+    state: TrainState,
+    opponent: dict | None,
+    *,
+    plan: Plan,
+    make_batch: Callable[[int], HostBatch],
+    sharding: jax.sharding.NamedSharding,
+    parts: "Parts",
+    name: str,
+) -> tuple[TrainState, np.ndarray]:
+    """The log-probs, under the params of `state`, of the pairs of every step's batch, by that step's own program.
+
+    Args:
+        step_fn: the jitted `step.make_step`; donates the state.
+        state: whose params are the opponent's; returned as it was.
+        opponent: what the step takes beside it.
+        plan: of the steps.
+        make_batch: the batch of a step.
+        parts: keeps what is scored, and has what an earlier call kept.
+
+    Returns:
+        the state, and f32 [steps, pairs of a batch, 2] in nats, each batch's pairs row after row.
+
+    Raises:
+        UserError: a score is not finite; the message names the rows.
+    """
+    steps, done, scoring = len(plan.batches), parts.read(), everywhere(True, sharding.mesh)
+    with tqdm(total=steps, initial=len(done), desc=name, unit="step", disable=not hosts.is_first()) as bar:
+        pending = None
+        for step in itertools.chain(range(len(done), steps), [None]):
+            stopping.between_batches()
+            if step is not None:
+                batch = make_batch(step)
+                state, _, logps = step_fn(state, opponent, put(batch.arrays, sharding), scoring)
+            if pending:  # while the devices are at the next
+                of_step, rows, scored = pending
+                done.append(of_pairs(fetch(scored), plan.batches[of_step]))
+                check_finite(done[-1], rows)
+                parts.keep(done)
+                bar.update(1)
+            pending = None if step is None else (step, batch.rows, logps)
+    return state, np.stack(done)
 
 
-def fingerprint(pairs: Sequence[Pair]) -> str:
-    """A hash of all token ids of the pairs, in order: scores belong to these rows and to no others."""
+def check_finite(logps: np.ndarray, rows: np.ndarray) -> None:
+    """Refuse scores [pairs, 2] that are not finite; `rows` are the pairs' numbers in the data set."""
+    wrong = ~np.isfinite(logps).all(axis=1)
+    if wrong.any():
+        numbers = ", ".join(map(str, sorted(set(rows[wrong].tolist()))[:20]))
+        raise UserError(
+            f"the opponent's log-probs of {wrong.sum()} pair(s) are not finite (rows {numbers}): activations overflow "
+            "there. Set --config.model.compute_dtype=float32, or leave these rows out of the data"
+        )
+
+
+# ---- on disk
+
+
+def scores_key(pairs: Sequence[Pair], plan: Plan, compute: Compute, micro_batches: int = 1) -> str:
+    """A hash of all that decides the bits of scores, but for the params: token ids, batches, programs, devices. Scores
+    of another key differ by rounding from those that this run would make."""
     digest = hashlib.sha256()
     for pair in pairs:
         for tokens in (pair.prompt, pair.real, pair.generated):
             digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
+    devices = compute.mesh.devices
+    kernel = compute.kernel.name if compute.kernel else None
+    program = [str(np.dtype(compute.dtype)), compute.remat, compute.logits_chunk, kernel, compute.line, micro_batches]
+    machine = [devices.shape, devices.flat[0].device_kind, jax.__version__, jaxlib.__version__]
+    digest.update(json.dumps([program, machine, plan.batches, plan.shapes]).encode())
     return digest.hexdigest()
 
 
-def write_scores(path: epath.Path, pairs: Sequence[Pair], logps: np.ndarray) -> None:
-    """Store the scores of `pairs` with the pairs' fingerprint."""
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        logps=logps,
-        rows=[p.row for p in pairs],
-        iterations=[p.iteration for p in pairs],
-        fingerprint=fingerprint(pairs),
-    )
-    write_whole(path, buffer.getvalue())
+def write_scores(path: epath.Path, key: str, logps: np.ndarray, pairs: Sequence[Pair]) -> None:
+    """Store scores [..., 2] with their key and with the rows and iterations of `pairs`, which they are of, in order.
+    They take the place of the parts."""
+    of_pairs = np.reshape([(pair.row, pair.iteration) for pair in pairs], logps.shape)
+    write_whole(path, _npz(key=key, logps=logps, rows=of_pairs[..., 0], iterations=of_pairs[..., 1]))
+    for part in path.parent.glob("part-*.npz"):
+        part.unlink()
 
 
-def read_scores(path: epath.Path, pairs: Sequence[Pair]) -> np.ndarray:
-    """The stored scores of `pairs`, f32 [pairs, 2].
-
-    Raises:
-        UserError: the file was made for other pairs.
-    """
-    with np.load(io.BytesIO(path.read_bytes())) as stored:
-        if str(stored["fingerprint"]) != fingerprint(pairs):
-            raise UserError(f"{path} holds scores of other rows than this run's: delete it, and it is made anew")
-        return stored["logps"]
+def read_scores(path: epath.Path, key: str) -> np.ndarray | None:
+    """The stored scores; None where there are none, or those of another key, or the file is damaged."""
+    found = _read(path, key)
+    return None if found is None else found["logps"]
 
 
-def held_out_rewards(policy: Sequence[Pair], opponent: Sequence[Pair], beta: float) -> dict[str, float]:
-    """Rewards (equation 4.6) of the same held-out pairs, scored by policy and opponent."""
-    logps = [np.array([(pair.real_logp, pair.generated_logp) for pair in scored]) for scored in (policy, opponent)]
-    real, generated = np.asarray(rewards(*logps, beta)).T
+class Parts:
+    """The scored steps of a pass that is under way, `every` steps a file; the first process reads and writes them."""
+
+    def __init__(self, directory: epath.Path, key: str, every: int):
+        self._directory, self._key, self._every, self._kept = directory, key, every, 0
+
+    def read(self) -> list[np.ndarray]:
+        """What is there, [pairs of a batch, 2] a step, without a gap."""
+        done = hosts.on_first(self._read)
+        self._kept = len(done)
+        return done
+
+    def keep(self, done: Sequence[np.ndarray]) -> None:
+        """Write the steps that are in no file yet, once they are `every`."""
+        if len(done) - self._kept >= self._every:
+            if hosts.is_first():
+                write_whole(self._path(self._kept), _npz(key=self._key, logps=np.stack(done[self._kept :])))
+            self._kept = len(done)
+
+    def _read(self) -> list[np.ndarray]:
+        done: list[np.ndarray] = []
+        while part := _read(self._path(len(done)), self._key):
+            done.extend(part["logps"])
+        return done
+
+    def _path(self, first: int) -> epath.Path:
+        return self._directory / f"part-{first:06d}.npz"
+
+
+def _npz(**arrays: object) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def _read(path: epath.Path, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays of a file; None where it is not there, was made for another key, or is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            found = dict(stored)
+    except Exception as error:  # noqa: BLE001  zipfile, zlib, numpy and pickle each raise their own
+        _LOG.warning("%s is damaged (%s): these pairs are scored anew", path, error)
+        return None
+    if str(found.get("key")) != key:
+        _LOG.warning("%s holds scores of other pairs, batches or programs: they are scored anew", path)
+        return None
+    return found
+
+
+# ---- measures
+
+
+def held_out_rewards(policy_logps: np.ndarray, opponent_logps: np.ndarray, beta: float) -> dict[str, float]:
+    """Rewards (equation 4.6) of held-out pairs, from log-probs [pairs, 2]."""
+    real, generated = np.asarray(rewards(policy_logps.astype(np.float64), opponent_logps.astype(np.float64), beta)).T
     return {
         "held_out/rewards/accuracy": float(np.mean(real > generated)),
         "held_out/rewards/margin": float(np.mean(real - generated)),
@@ -100,6 +213,6 @@ def held_out_rewards(policy: Sequence[Pair], opponent: Sequence[Pair], beta: flo
     }
 
 
-def nats_per_token(scored: Sequence[Pair]) -> float:
-    """The model's mean loss on the human responses as a plain language model."""
-    return -sum(pair.real_logp for pair in scored) / sum(len(pair.real) for pair in scored)
+def nats_per_token(pairs: Sequence[Pair], logps: np.ndarray) -> float:
+    """A model's mean loss on the human responses as a plain language model, from its log-probs [pairs, 2]."""
+    return -float(logps[:, 0].sum(dtype=np.float64)) / sum(len(pair.real) for pair in pairs)

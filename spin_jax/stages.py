@@ -3,9 +3,11 @@ if that exists."""
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from etils import epath
 from spin_jax import hosts, programs, sharding, tracing
 from spin_jax.batches import (
     HostBatch,
+    Plan,
     batch_order,
     forward_flops,
     num_steps,
@@ -27,22 +30,30 @@ from spin_jax.config import at_iteration
 from spin_jax.data.pairs import Pair, read_sampled, write_pairs_parquet
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
+from spin_jax.losses import LOSSES
 from spin_jax.metrics import restore, to_json, write_whole
 from spin_jax.models import for_compute
 from spin_jax.responses import Prompt, Response, generate
 from spin_jax.run import Run
-from spin_jax.score import held_out_rewards, nats_per_token, read_scores, score, with_scores, write_scores
-from spin_jax.step import (
-    Objective,
-    learning_rate_schedule,
-    make_optimizer,
-    on_adapters,
-    sft_objective,
-    spin_objective,
+from spin_jax.score import (
+    Parts,
+    held_out_rewards,
+    nats_per_token,
+    read_scores,
+    score,
+    score_steps,
+    scores_key,
+    write_scores,
 )
+from spin_jax.step import TrainState
 from spin_jax.stop_strings import stop_table
 from spin_jax.tokens import Tokenised, tokenise
 from spin_jax.train import fit
+
+# How far from l(0) an iteration's first loss may be. A stored opponent's log-probs are the step's own, and nothing but
+# the order of the sum over pairs is left. A live one is another part of the program, which a compiler may round
+# otherwise: 1% of log 2 is margins of 0.2, too little to matter.
+START_TOLERANCE = {"stored": 1e-4, "live": 1e-2}
 
 _LOG = logging.getLogger(__name__)
 _NOTHING = np.zeros(0, np.int32)  # no response
@@ -54,9 +65,8 @@ def fine_tune(run: Run) -> None:
     if not run.config.sft.epochs or _is_trained(directory):
         return
     pairs = _sft_pairs(run)
-    steps = num_steps(len(pairs), run.config.sft.epochs, run.config.train.batch_size)
-    params = _fit_sft(run, run.source, pairs, steps, run.config.sft.learning_rate, directory, "SFT")
-    _export(run, directory, params)
+    steps = num_steps(len(pairs), run.config.sft.epochs, run.config.train.batch_size, "config.sft.epochs")
+    _export(run, directory, _fit_sft(run, run.source, pairs, steps, run.config.sft.learning_rate, directory, "SFT"))
 
 
 def generate_responses(run: Run, t: int) -> None:
@@ -85,16 +95,15 @@ def generate_responses(run: Run, t: int) -> None:
 
 
 def score_pairs(run: Run, t: int) -> None:
-    """The opponent's log-probs of every pair that iteration t trains or is measured on: `scores/opponent.npz`.
+    """The opponent's log-probs of the pairs of every training step, `scores/steps.npz`, and of the held-out ones,
+    `scores/held_out.npz`.
 
-    With a live opponent only the held-out pairs are scored here.
+    Nothing is done where they are there, made by the programs that this run trains with. With a live opponent only the
+    held-out pairs are scored.
     """
-    path = run.iteration(t) / "scores" / "opponent.npz"
-    if hosts.on_first(path.exists):
-        return
-    pairs = _scored_ahead(run, t)
-    logps = _score(run, run.start_of(t), pairs, f"iteration {t}: score")
-    hosts.on_first(lambda: write_scores(path, pairs, logps))
+    _held_out_scores(run, t)
+    if run.config.spin.opponent == "stored":
+        _step_scores(run, t)
 
 
 def train_policy(run: Run, t: int) -> None:
@@ -103,34 +112,21 @@ def train_policy(run: Run, t: int) -> None:
     directory = run.iteration(t)
     if _is_trained(directory):
         return
-    config, stored = run.config, run.config.spin.opponent == "stored"
-    pairs = _mixed_pairs(run, t)
-    scored = _with_opponent_scores(run, t)  # also with a live opponent: evaluation needs them, and refuses too late
-    if stored:
-        pairs = scored[: len(pairs)]
-    steps = num_steps(len(pairs), config.train.epochs, config.train.batch_size)
-    beta = at_iteration(config.spin.beta, t)
-    policy = _fit(
-        run,
-        spin_objective(run.model, run.compute, config.spin.loss, beta),
-        run.start_of(t),
-        live=not stored,
-        steps=steps,
-        optimizer=config.train.optimizer,
-        peak=at_iteration(config.train.learning_rate, t),
-        make_batch=_batch_maker(run, pairs, spin_batch, config.seed + t, steps),
-        seed=config.seed + t,
-        directory=directory,
-        name=f"iteration {t}: train",
-    )
-    _export(run, directory, policy)
+    stage, logps = _spin_stage(run, t), None
+    if not stage.spec.live:
+        if not hosts.on_first(_steps_path(run, t).exists):
+            raise UserError(f"{_steps_path(run, t)} is missing: run the score stage of iteration {t} first")
+        logps = _step_scores(run, t)
+    start_loss = float(LOSSES[stage.spec.loss](0.0)), START_TOLERANCE[run.config.spin.opponent]
+    make_batch = stage.make_batch(run, logps)
+    _export(run, directory, _fit(run, stage, make_batch, directory, f"iteration {t}: train", start_loss))
 
 
 def describe_start(run: Run) -> dict:
     """The summary's first row: theta_0, the opponent of iteration 0, which has scored the held-out pairs."""
     row = {"model": "SFT", "iteration": None}
     if held_out := _pairs_of(run, 0)[1]:
-        row["held_out/nats_per_token"] = nats_per_token(_with_opponent_scores(run, 0)[-len(held_out) :])
+        row["held_out/nats_per_token"] = nats_per_token(held_out, _held_out_scores(run, 0))
     return row | _exact_measures(run, run.start_of(0))
 
 
@@ -148,11 +144,9 @@ def evaluate_policy(run: Run, t: int) -> dict:
         "generated/cut": float(np.mean([p.generated_cut for p in train])),
     }
     if held_out:
-        by_opponent = _with_opponent_scores(run, t)[-len(held_out) :]
-        policy_logps = _score(run, run.start_of(t + 1), held_out, f"iteration {t}: evaluate")
-        by_policy = with_scores(held_out, policy_logps)
-        row["held_out/nats_per_token"] = nats_per_token(by_policy)
-        row |= held_out_rewards(by_policy, by_opponent, at_iteration(run.config.spin.beta, t))
+        by_policy = _score(run, run.start_of(t + 1), held_out, f"iteration {t}: evaluate")
+        row["held_out/nats_per_token"] = nats_per_token(held_out, by_policy)
+        row |= held_out_rewards(by_policy, _held_out_scores(run, t), at_iteration(run.config.spin.beta, t))
     row |= _exact_measures(run, run.start_of(t + 1))
     hosts.on_first(lambda: write_whole(path, to_json(row) + "\n"))
     return row
@@ -171,90 +165,105 @@ def continue_sft(run: Run, t: int) -> dict:
     row = {"model": f"SFT control {t}", "iteration": None}
     if held_out := _pairs_of(run, t)[1]:
         logps = _score(run, directory / "model", held_out, f"iteration {t}: evaluate SFT control")
-        row["held_out/nats_per_token"] = nats_per_token(with_scores(held_out, logps))
+        row["held_out/nats_per_token"] = nats_per_token(held_out, logps)
     return row | _exact_measures(run, directory / "model")
 
 
 # ---- training
 
 
+class _Stage(NamedTuple):
+    """A training stage, ready to begin: its programs, where it starts, and which pairs each step takes."""
+
+    spec: programs.TrainingSpec
+    start: epath.Path  # of the model that it trains
+    seed: int  # of the data's order and of fresh low-rank updates
+    pairs: list[Pair]
+    plan: Plan
+
+    def make_batch(self, run: Run, opponent_logps: np.ndarray | None = None) -> Callable[[int], HostBatch]:
+        """step -> batch, a function of (seed, step) and the pairs; for SPIN with the opponent's log-probs, where
+        they are given: [steps, pairs of a batch, 2]."""
+        plan = self.plan
+        if not self.spec.loss:
+            return lambda step: sft_batch(run.model, self.pairs, plan.batches[step], plan.shapes[step])
+
+        def batch(step: int) -> HostBatch:
+            logps = None if opponent_logps is None else opponent_logps[step]
+            return spin_batch(run.model, self.pairs, plan.batches[step], plan.shapes[step], logps)
+
+        return batch
+
+
+def _stage(run: Run, spec: programs.TrainingSpec, start: epath.Path, seed: int, pairs: list[Pair]) -> _Stage:
+    settings = run.config.train
+    packing = programs.make_packing(settings, run.compute.mesh, settings.micro_batches)
+    plan = plan_training(pairs, batch_order(len(pairs), settings.batch_size, seed, spec.steps), packing)
+    return _Stage(spec, start, seed, pairs, plan)
+
+
+def _spin_stage(run: Run, t: int) -> _Stage:
+    """Iteration t's: its own pairs, then those of `config.spin.previous_iterations` before it."""
+    train, pairs = run.config.train, _mixed_pairs(run, t)
+    steps = num_steps(len(pairs), train.epochs, train.batch_size)
+    spec = programs.spin_spec(run.config, run.model, run.compute, t, steps)
+    return _stage(run, spec, run.start_of(t), run.config.seed + t, pairs)
+
+
 def _fit_sft(
-    run: Run, start: epath.Path, pairs: Sequence[Pair], steps: int, peak: float, directory: epath.Path, name: str
+    run: Run, start: epath.Path, pairs: list[Pair], steps: int, peak: float, directory: epath.Path, name: str
 ) -> dict:
-    return _fit(
-        run,
-        sft_objective(run.model, run.compute),
-        start,
-        live=False,
-        steps=steps,
-        optimizer=run.config.sft.optimizer,
-        peak=peak,
-        make_batch=_batch_maker(run, pairs, sft_batch, run.config.seed, steps),
-        seed=run.config.seed,
-        directory=directory,
-        name=name,
-    )
+    spec = programs.sft_spec(run.config, run.model, run.compute, peak, steps)
+    stage = _stage(run, spec, start, run.config.seed, pairs)
+    return _fit(run, stage, stage.make_batch(run), directory, name)
+
+
+def _begin(run: Run, stage: _Stage) -> tuple[TrainState, dict | None]:
+    """(state at step 0, frozen params that the step takes beside it): all params of the start with a fresh optimizer,
+    or with `config.lora` fresh low-rank updates of them."""
+    params, frozen, spec = run.take_params(stage.start), None, stage.spec
+    if spec.rank:
+        # One copy in the compute dtype is under the updates and the opponent; the f32 one is read again to be merged.
+        frozen = programs.make_resharding(run.model, run.compute)(params)
+        params = programs.make_adapters(run.model, spec.rank, run.compute.mesh)(jax.random.key(stage.seed))
+    elif spec.live:
+        frozen = jax.tree.map(jnp.copy, for_compute(params, run.compute.dtype))
+    return programs.make_training(spec).init(params), frozen
 
 
 def _fit(
     run: Run,
-    objective: Objective,
-    start: epath.Path,
-    *,
-    live: bool,
-    steps: int,
-    optimizer: str,
-    peak: float,
+    stage: _Stage,
     make_batch: Callable[[int], HostBatch],
-    seed: int,
     directory: epath.Path,
     name: str,
+    start_loss: tuple[float, float] | None = None,
 ) -> dict:
-    """The params of `start` trained with a fresh optimizer and schedule: all of them, or with `config.lora` fresh
-    low-rank updates of them, drawn with `seed` and merged. `live`: the objective asks for the opponent's params."""
-    settings, rank, mesh = run.config.train, run.config.lora.rank, run.compute.mesh
-    params, opponent = run.take_params(start), None
-    if rank:
-        # One copy in the compute dtype is under the updates and the opponent; the f32 one is read again to be merged.
-        opponent = programs.make_resharding(run.model, run.compute)(params)
-        params = programs.make_adapters(run.model, rank, mesh)(jax.random.key(seed))
-        objective = on_adapters(objective, run.config.lora.alpha / rank, live)
-    elif live:
-        opponent = jax.tree.map(jnp.copy, for_compute(params, run.compute.dtype))
-    schedule = learning_rate_schedule(peak, steps, settings.warmup_ratio)
-    transform = make_optimizer(optimizer, schedule, settings.clip_norm, settings.weight_decay)
-    init, step = programs.make_training(objective, transform, settings.micro_batches, params, mesh)
-    profile, run.profile = run.profile, False
+    """The params of the stage's start, trained; low-rank updates are merged into them."""
+    spec, mesh, training = stage.spec, run.compute.mesh, programs.make_training(stage.spec)
+    _LOG.info("%s", stage.plan)
+    state, frozen = _begin(run, stage)
+    step, (profile, run.profile) = training.step, (run.profile, False)
     with tracing.traced(step, directory / "profile") if profile else contextlib.nullcontext(step) as step:
         state = fit(
             step,
-            init(params),
-            opponent,
-            steps=steps,
+            state,
+            frozen,
+            steps=spec.steps,
             make_batch=make_batch,
             sharding=sharding.batch_sharding(mesh),
-            passes=programs.training_passes(run.config) + live,
-            schedule=schedule,
+            passes=spec.passes,
+            schedule=training.schedule,
             directory=directory,
-            checkpoint_every=settings.checkpoint_every,
+            checkpoint_every=run.config.train.checkpoint_every,
             name=name,
+            start_loss=start_loss,
         )
-    if rank:
-        del opponent
-        merging = programs.make_merging(run.model, run.config.lora.alpha / rank, mesh)
-        return merging(run.take_params(start), state.params)
+    if spec.rank:
+        del frozen
+        merging = programs.make_merging(run.model, spec.alpha / spec.rank, mesh)
+        return merging(run.take_params(stage.start), state.params)
     return state.params
-
-
-def _batch_maker(
-    run: Run, pairs: Sequence[Pair], lay_out: Callable, seed: int, steps: int
-) -> Callable[[int], HostBatch]:
-    """step -> batch, a function of (seed, step) and the pairs."""
-    settings = run.config.train
-    packing = programs.make_packing(settings, run.compute.mesh, settings.micro_batches)
-    plan = plan_training(pairs, batch_order(len(pairs), settings.batch_size, seed, steps), packing)
-    _LOG.info("%s", plan)
-    return lambda step: lay_out(run.model, pairs, plan.batches[step], plan.shapes[step])
 
 
 def _export(run: Run, directory: epath.Path, params: dict) -> None:
@@ -324,19 +333,6 @@ def _mixed_pairs(run: Run, t: int) -> list[Pair]:
     return [pair for s in range(t, oldest - 1, -1) for pair in _pairs_of(run, s)[0]]
 
 
-def _scored_ahead(run: Run, t: int) -> list[Pair]:
-    """The pairs whose opponent log-probs are stored: held-out ones, and before them those trained on unless the
-    opponent is live."""
-    return (_mixed_pairs(run, t) if run.config.spin.opponent == "stored" else []) + _pairs_of(run, t)[1]
-
-
-def _with_opponent_scores(run: Run, t: int) -> list[Pair]:
-    path, pairs = run.iteration(t) / "scores" / "opponent.npz", _scored_ahead(run, t)
-    if not hosts.on_first(path.exists):
-        raise UserError(f"{path} is missing: run the score stage of iteration {t} first")
-    return with_scores(pairs, read_scores(path, pairs))
-
-
 def _sft_pairs(run: Run) -> list[Pair]:
     """The examples to train on as pairs without a generated response."""
     return [_sft_pair(run, example) for example in run.train_examples]
@@ -352,19 +348,63 @@ def _sft_pair(run: Run, example: Example, tokens: Tokenised | None = None) -> Pa
 def _score(run: Run, model: epath.Path, pairs: Sequence[Pair], name: str) -> np.ndarray:
     if not pairs:
         return np.zeros((0, 2), np.float32)
-    settings = run.config.train
-    plan = plan_scoring(
-        pairs, settings.batch_size // settings.micro_batches, programs.make_packing(run.config.train, run.compute.mesh)
-    )
     return score(
         programs.make_scorer(run.model, run.compute),
         run.params(model),
         run.model,
         pairs,
-        plan,
+        _scoring_plan(run, pairs),
         sharding=sharding.batch_sharding(run.compute.mesh),
         name=name,
     )
+
+
+def _scoring_plan(run: Run, pairs: Sequence[Pair]) -> Plan:
+    settings = run.config.train
+    packing = programs.make_packing(settings, run.compute.mesh)
+    return plan_scoring(pairs, settings.batch_size // settings.micro_batches, packing)
+
+
+def _held_out_scores(run: Run, t: int) -> np.ndarray:
+    """log p_t of the held-out pairs of iteration t, [pairs, 2]: stored, or computed and stored."""
+    pairs = _pairs_of(run, t)[1]
+    if not pairs:
+        return np.zeros((0, 2), np.float32)
+    path, key = run.iteration(t) / "scores" / "held_out.npz", scores_key(pairs, _scoring_plan(run, pairs), run.compute)
+    logps = hosts.on_first(lambda: read_scores(path, key))
+    if logps is None:
+        logps = _score(run, run.start_of(t), pairs, f"iteration {t}: score held-out pairs")
+        hosts.on_first(lambda: write_scores(path, key, logps, pairs))
+    return logps
+
+
+def _steps_path(run: Run, t: int) -> epath.Path:
+    return run.iteration(t) / "scores" / "steps.npz"
+
+
+def _step_scores(run: Run, t: int) -> np.ndarray:
+    """log p_t of the pairs of each training step of iteration t, [steps, pairs of a batch, 2]: stored, or computed and
+    stored. Those of another mesh or version of jax are made anew: they would not cancel."""
+    path, stage = _steps_path(run, t), _spin_stage(run, t)
+    key = scores_key(stage.pairs, stage.plan, run.compute, stage.spec.micro_batches)
+    logps = hosts.on_first(lambda: read_scores(path, key))
+    if logps is None:
+        state, frozen = _begin(run, stage)
+        state, logps = score_steps(
+            programs.make_training(stage.spec).step,
+            state,
+            frozen,
+            plan=stage.plan,
+            make_batch=stage.make_batch(run),
+            sharding=sharding.batch_sharding(run.compute.mesh),
+            parts=Parts(path.parent, key, run.config.train.checkpoint_every),
+            name=f"iteration {t}: score",
+        )
+        scored = [stage.pairs[i] for rows in stage.plan.batches for i in itertools.chain(*rows)]
+        hosts.on_first(lambda: write_scores(path, key, logps, scored))
+        if not stage.spec.rank:
+            run.keep_params(stage.start, state.params)  # which training starts from
+    return logps
 
 
 def _exact_measures(run: Run, model: epath.Path) -> dict[str, float]:
@@ -385,16 +425,17 @@ def _exact_measures(run: Run, model: epath.Path) -> dict[str, float]:
 
 def _iteration_flops(run: Run, t: int) -> float:
     """Model FLOPs that iteration t spends on its training rows: sampling, scoring, training."""
-    config = run.config
-    newest, mixed = _pairs_of(run, t)[0], _mixed_pairs(run, t)
-    sampling = sum(forward_flops(run.model, dataclasses.replace(pair, real=_NOTHING)) for pair in newest)
-    one_pass = sum(forward_flops(run.model, pair) for pair in mixed)
-    steps = num_steps(len(mixed), config.train.epochs, config.train.batch_size)
-    passes = programs.training_passes(config) * steps * config.train.batch_size / len(mixed)
-    opponent = 1 if config.spin.opponent == "stored" else steps * config.train.batch_size / len(mixed)
-    return sampling + (passes + opponent) * one_pass
+    stage = _spin_stage(run, t)
+    sampling = sum(forward_flops(run.model, dataclasses.replace(pair, real=_NOTHING)) for pair in _pairs_of(run, t)[0])
+    passes = stage.spec.passes + (0 if stage.spec.live else 1)
+    return sampling + passes * stage.spec.steps * _forward_flops(run, stage.pairs)
 
 
 def _sft_step_flops(run: Run, pairs: Sequence[Pair]) -> float:
-    one_pass = sum(forward_flops(run.model, pair) for pair in pairs)
-    return programs.training_passes(run.config) * one_pass * run.config.train.batch_size / len(pairs)
+    spec = programs.sft_spec(run.config, run.model, run.compute, peak=0.0, steps=1)
+    return spec.passes * _forward_flops(run, pairs)
+
+
+def _forward_flops(run: Run, pairs: Sequence[Pair]) -> float:
+    """Of a forward pass over a batch of such pairs, on average."""
+    return sum(forward_flops(run.model, pair) for pair in pairs) * run.config.train.batch_size / len(pairs)

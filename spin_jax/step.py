@@ -50,7 +50,8 @@ class TrainState(NamedTuple):
     healthy: jax.Array
 
 
-Objective = Callable[[dict, dict | None, NamedTuple], tuple[jax.Array, dict[str, jax.Array]]]
+# (params, opponent or None, batch) -> (loss, (metrics, log-probs of the batch's responses [B, P, 2]))
+Objective = Callable[[dict, dict | None, NamedTuple], tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]]
 
 
 def pair_logprobs(config: ModelConfig, params: dict, batch: Batch, compute: Compute) -> jax.Array:
@@ -62,7 +63,7 @@ def pair_logprobs(config: ModelConfig, params: dict, batch: Batch, compute: Comp
 def spin_objective(config: ModelConfig, compute: Compute, loss: str, beta: float) -> Objective:
     """L_SPIN of equation 4.7 with the opponent's log-probs from the batch, or live where opponent params are given."""
 
-    def objective(params: dict, opponent: dict | None, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def objective(params: dict, opponent: dict | None, batch: Batch) -> tuple[jax.Array, tuple]:
         logps_BP2 = pair_logprobs(config, params, batch, compute)
         if opponent is None:
             opponent_BP2 = batch.opponent_logps_BP2
@@ -80,13 +81,12 @@ def spin_objective(config: ModelConfig, compute: Compute, loss: str, beta: float
                 "rewards/real": mean(rewards_BP2[..., 0]),
                 "rewards/generated": mean(rewards_BP2[..., 1]),
                 "rewards/margin": mean(margins_BP),
-                # Strict, as in the released code: 0 where policy and live opponent are the same. A stored opponent
-                # scored the pairs in other rows, and then rounding decides.
+                # Strict, as in the released code: 0 where policy and opponent are the same.
                 "rewards/accuracy": mean(margins_BP > 0),
                 "logps/real": mean(logps_BP2[..., 0]),
                 "logps/generated": mean(logps_BP2[..., 1]),
             }
-        return metrics["loss"], metrics
+        return metrics["loss"], (metrics, logps_BP2)
 
     return objective
 
@@ -94,12 +94,12 @@ def spin_objective(config: ModelConfig, compute: Compute, loss: str, beta: float
 def sft_objective(config: ModelConfig, compute: Compute) -> Objective:
     """Mean over response tokens of -log p(y_j | x, y_<j): plain supervised fine-tuning."""
 
-    def objective(params: dict, opponent: None, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def objective(params: dict, opponent: None, batch: Batch) -> tuple[jax.Array, tuple]:
         del opponent
         logps_BP2 = pair_logprobs(config, params, batch, compute)
         with jax.named_scope("loss"):
             loss = -jnp.sum(logps_BP2[..., 0] * batch.weights_BP)
-        return loss, {"loss": loss}
+        return loss, ({"loss": loss}, logps_BP2)
 
     return objective
 
@@ -108,16 +108,21 @@ def on_adapters(objective: Objective, scale: float, live: bool) -> Objective:
     """`objective` as a function of low-rank updates of frozen params, which are the step's `opponent` then: the policy
     is opponent + scale a b, and one copy of the opponent serves both. `live`: the objective asks for the opponent."""
 
-    def adapted(adapters: dict, opponent: dict, batch: NamedTuple) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def adapted(adapters: dict, opponent: dict, batch: NamedTuple) -> tuple[jax.Array, tuple]:
         return objective(attach(opponent, adapters, scale), opponent if live else None, batch)
 
     return adapted
 
 
+def warmup_steps(steps: int, warmup_ratio: float) -> int:
+    """Steps of linear warm-up: ceil(warmup_ratio * steps), as in Hugging Face's Trainer."""
+    return math.ceil(warmup_ratio * steps)
+
+
 def learning_rate_schedule(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
     """Linear from 0 to `peak` over the first ceil(warmup_ratio * steps) steps, then linear to 0 at `steps` (Hugging
     Face's "linear")."""
-    warmup = math.ceil(warmup_ratio * steps)
+    warmup = warmup_steps(steps, warmup_ratio)
     decay = optax.linear_schedule(peak, 0.0, steps - warmup)
     if not warmup:
         return decay
@@ -158,37 +163,50 @@ def state_shardings(optimizer: optax.GradientTransformation, params: dict) -> Tr
 
 
 def make_step(objective: Objective, optimizer: optax.GradientTransformation, micro_batches: int) -> Callable:
-    """step(state, opponent, batch) -> (state, metrics); pure. Jit it with the state donated.
+    """step(state, opponent, batch, scoring=False) -> (state, metrics, log-probs [B, P, 2]), to be jitted; pure.
 
     The batch's leading axis is cut into `micro_batches` equal parts, whose gradients are added up in f32: the loss, its
     gradient and every metric are sums over the whole batch. Adds `grad_norm` (before clipping) and `healthy` to the
     objective's metrics.
-    """
-    gradient = jax.value_and_grad(objective, has_aux=True)
 
-    def summed(params: dict, opponent: dict | None, batch: NamedTuple) -> tuple[dict, dict[str, jax.Array]]:
+    With `scoring`, a bool scalar, the state stays as it is and no gradient is computed. The log-probs are those that a
+    training call finds, bit for bit, since the same instructions of the same program compute them: what the opponent is
+    scored with, see docs/algorithm.md. Metrics mean nothing then.
+    """
+
+    def gradient(params: dict, opponent: dict | None, batch: NamedTuple, scoring: jax.Array):
+        """(gradient, metrics, log-probs); the gradient is 0, and not computed, with `scoring`."""
+        loss, backward, (metrics, logps) = jax.vjp(lambda p: objective(p, opponent, batch), params, has_aux=True)
+        # The backward pass is the first branch, which the compile check counts.
+        (grads,) = jax.lax.cond(
+            scoring, lambda: (jax.tree.map(jnp.zeros_like, params),), lambda: backward(jnp.ones_like(loss))
+        )
+        return grads, metrics, logps
+
+    def summed(params: dict, opponent: dict | None, batch: NamedTuple, scoring: jax.Array):
         if micro_batches == 1:
-            (_, metrics), grads = gradient(params, opponent, batch)
-            return grads, metrics
+            return gradient(params, opponent, batch, scoring)
 
         def accumulate(total, part):
-            (_, metrics), grads = gradient(params, opponent, part)
-            return jax.tree.map(jnp.add, total, (grads, metrics)), None
+            grads, metrics, logps = gradient(params, opponent, part, scoring)
+            return jax.tree.map(jnp.add, total, (grads, metrics)), logps
 
         # Part i takes rows i, i + micro_batches, ...: each device keeps the rows that it holds.
         parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
-        shapes = jax.eval_shape(gradient, params, opponent, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
-        return jax.lax.scan(accumulate, zeros, parts)[0]
+        shapes = jax.eval_shape(gradient, params, opponent, jax.tree.map(lambda x: x[0], parts), scoring)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2])
+        (grads, metrics), logps = jax.lax.scan(accumulate, zeros, parts)
+        return grads, metrics, jnp.swapaxes(logps, 0, 1).reshape(-1, *logps.shape[2:])
 
-    def step(state: TrainState, opponent: dict | None, batch: NamedTuple) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, metrics = summed(state.params, opponent, batch)
+    def step(state: TrainState, opponent: dict | None, batch: NamedTuple, scoring: jax.Array | bool = False):
+        grads, metrics, logps = summed(state.params, opponent, batch, scoring)
         with jax.named_scope("optimizer"):
             grad_norm = optax.global_norm(grads)
             healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             updated = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, healthy)
-            kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), updated, state._replace(healthy=healthy))
-        return kept, metrics | {"grad_norm": grad_norm, "healthy": healthy}
+            unchanged = state._replace(healthy=jnp.where(scoring, state.healthy, healthy))
+            kept = jax.tree.map(lambda new, old: jnp.where(healthy & ~scoring, new, old), updated, unchanged)
+        return kept, metrics | {"grad_norm": grad_norm, "healthy": healthy}, logps
 
     return step

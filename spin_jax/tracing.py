@@ -30,14 +30,14 @@ def traced(step_fn: Callable, directory: epath.Path) -> Iterator[Callable]:
         return
     calls = 0
 
-    def step(state, opponent, batch):
+    def step(state, *args):
         nonlocal calls
         calls += 1
         if calls == FIRST:
             jax.block_until_ready(state)
             tracing.enter_context(_trace(directory))
         with jax.profiler.StepTraceAnnotation("train", step_num=calls):
-            made = step_fn(state, opponent, batch)
+            made = step_fn(state, *args)
         if calls == LAST:
             jax.block_until_ready(made)
             tracing.close()

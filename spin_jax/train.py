@@ -11,7 +11,7 @@ from etils import epath
 from tqdm import tqdm
 
 from spin_jax import hosts, stopping
-from spin_jax.batches import HostBatch, put
+from spin_jax.batches import HostBatch, everywhere, put
 from spin_jax.checkpoint import Checkpoints, abstract_like
 from spin_jax.errors import UserError
 from spin_jax.metrics import MetricsWriter, write_whole
@@ -32,6 +32,7 @@ def fit(
     directory: epath.Path,
     checkpoint_every: int,
     name: str,
+    start_loss: tuple[float, float] | None = None,
 ) -> TrainState:
     """Train until `steps`, from the newest checkpoint under `directory` if there is one.
 
@@ -43,27 +44,28 @@ def fit(
     read as late as they are, so that no step waits for it.
 
     Args:
-        step_fn: the jitted (state, opponent, batch) -> (state, metrics), state donated.
+        step_fn: the jitted `step.make_step`, state donated.
         state: at step 0; donated.
         opponent: frozen params, of a live opponent or under low-rank updates, else None.
         steps: optimizer steps in all.
         make_batch: the batch of a step; pure, and the same on all processes.
         sharding: of a batch's leading axis.
-        passes: forward passes that a step's FLOPs count as, see `programs.training_passes`.
+        passes: forward passes that a step's FLOPs count as, see `programs.TrainingSpec`.
         schedule: steps -> their learning rates, for the log.
         directory: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`, the last two from the first process.
         checkpoint_every: steps.
         name: for the progress bar.
+        start_loss: (l(0), how far from it the first step's loss may be); None: whatever it is.
 
     Raises:
         Stopped: after SIGTERM or SIGINT, with a checkpoint of the last step made.
-        UserError: a loss or gradient was not finite; the message names the file with the step's rows, and the last
-            good state is saved.
+        UserError: the first loss is not l(0), so that policy and opponent are not the same function; or a loss or
+            gradient was not finite: the message names the file with the step's rows, and the last good state is saved.
     """
-    several = hosts.are_several()
+    several, scoring = hosts.are_several(), everywhere(False, sharding.mesh)
     with (
         Checkpoints(directory / "checkpoints") as checkpoints,
-        _StepLog(directory, checkpoints.latest_step() or 0, steps, name, schedule, passes) as log,
+        _StepLog(directory, checkpoints.latest_step() or 0, steps, name, schedule, passes, start_loss) as log,
         stopping.deferred(),
     ):
         start = checkpoints.latest_step() or 0
@@ -77,7 +79,7 @@ def fit(
                     f"{damaged} cannot be read ({why}): delete it, and the run goes on from the one before"
                 ) from error
         for step, batch, arrays in _prefetched(make_batch, sharding, start, steps):
-            state, metrics = step_fn(state, opponent, arrays)
+            state, metrics, _ = step_fn(state, opponent, arrays, scoring)
             if several:
                 metrics |= {"stop": hosts.anyone(stopping.asked())}
             healthy = log.read_previous_and_keep(step, batch, metrics)
@@ -114,11 +116,21 @@ class _StepLog:
     """Reads each step's metrics after the next step has been dispatched, so that the device always has work. All
     processes read them; the first one writes and shows them."""
 
-    def __init__(self, directory: epath.Path, start: int, steps: int, name: str, schedule: Callable, passes: int):
+    def __init__(
+        self,
+        directory: epath.Path,
+        start: int,
+        steps: int,
+        name: str,
+        schedule: Callable,
+        passes: int,
+        start_loss: tuple[float, float] | None,
+    ):
         self._writer = MetricsWriter(directory, resume_step=start) if hosts.is_first() else None
         self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=not hosts.is_first())
         # All at once and now: a sum between two steps would wait for the one that the device is at.
         self._learning_rates, self._passes = np.asarray(schedule(np.arange(steps))), passes
+        self._start_loss = start_loss
         self._kept = None
         self._last_read = time.perf_counter()
         self.unhealthy: dict | None = None  # what is known of the first step that was not finite
@@ -151,6 +163,8 @@ class _StepLog:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         healthy = values.pop("healthy")
         self.stop = bool(values.pop("stop", False))
+        if step == 0 and healthy and self._start_loss:
+            _check_start(values["loss"], *self._start_loss)
         seconds = time.perf_counter() - self._last_read
         self._last_read += seconds
         rates = {
@@ -169,6 +183,16 @@ class _StepLog:
 
 
 _SHOWN = {"loss": "loss", "margin": "rewards/margin", "accuracy": "rewards/accuracy"}
+
+
+def _check_start(loss: float, expected: float, tolerance: float) -> None:
+    """Refuse an iteration whose policy is not its opponent at the start: rounding would decide what it learns."""
+    if abs(loss - expected) > tolerance:
+        raise UserError(
+            f"step 1: the loss is {loss:.5f}, and should be l(0) = {expected:.5f}, since the policy starts as its "
+            "opponent: their log-probs differ by rounding, and beta makes much of it. Compute both by the same program "
+            "with --config.spin.opponent=stored, or without such rounding with --config.model.compute_dtype=float32"
+        )
 
 
 def _refuse_to_go_on(log: _StepLog, state: TrainState, checkpoints: Checkpoints, directory: epath.Path) -> None:

@@ -24,7 +24,6 @@ from spin_jax.models import (
     param_shardings,
 )
 from spin_jax.models.compute import Adapted, project_adapted
-from spin_jax.score import with_scores
 from spin_jax.step import init_state, make_optimizer, make_step, on_adapters, pair_logprobs, spin_objective
 
 RANK, SCALE, BETA = 4, 0.5, 0.1
@@ -46,7 +45,7 @@ def batch():
     """Pairs with the log-probs that the frozen model gives them."""
     pairs = tiny.pairs()
     logps = logprobs(tiny.params(), tiny.packed(pairs, PACKING).arrays)
-    return tiny.packed(with_scores(pairs, np.asarray(logps)[tiny.places(pairs, PACKING)]), PACKING).arrays
+    return tiny.packed(pairs, PACKING, opponent_logps=np.asarray(logps)[tiny.places(pairs, PACKING)]).arrays
 
 
 logprobs = jax.jit(lambda params, batch: pair_logprobs(tiny.CONFIG, params, batch, COMPUTE))
@@ -143,7 +142,7 @@ def test_training_wins_and_the_frozen_model_stays(live):
     state = init_state(init_adapters(tiny.CONFIG, RANK, jax.random.key(0)), OPTIMIZER)
     history = []
     for _ in range(6):
-        state, metrics = step(state, base, batch())
+        state, metrics, _ = step(state, base, batch())
         history.append(metrics)
     np.testing.assert_allclose(history[0]["loss"], math.log(2), rtol=2e-7)
     assert history[0]["rewards/margin"] == history[0]["rewards/accuracy"] == 0
@@ -153,7 +152,7 @@ def test_training_wins_and_the_frozen_model_stays(live):
     assert {leaf.shape for leaf in jax.tree.leaves(state)} == kinds  # what a checkpoint holds
     # Merged, the policy gives the log-probs that it was trained with.
     merged_P2 = logprobs(merge(base, state.params, SCALE), batch())[tiny.places(tiny.pairs(), PACKING)]
-    _, metrics = step(state, base, batch())
+    _, metrics, _ = step(state, base, batch())
     np.testing.assert_allclose(metrics["logps/real"], np.mean(merged_P2[:, 0]), rtol=1e-5)
 
 
@@ -162,7 +161,7 @@ def test_stored_and_live_opponent_and_micro_batches_agree():
 
     def gradient(live: bool, micro_batches: int) -> tuple[dict, dict]:
         step = jax.jit(lora_step(live, micro_batches, kept))
-        state, metrics = step(init_state(adapters(), kept), tiny.params(), batch())
+        state, metrics, _ = step(init_state(adapters(), kept), tiny.params(), batch())
         return state.opt_state.trace, metrics
 
     expected = gradient(False, 1)
@@ -181,10 +180,10 @@ def two_steps(sizes: tuple[int, int, int], line: int = 0) -> tuple[dict, dict]:
     fresh = programs.make_adapters(tiny.CONFIG, RANK, mesh)(jax.random.key(3))
     objective = on_adapters(spin_objective(tiny.CONFIG, compute, "logistic", BETA), SCALE, live=True)
     # Linear in the gradient: RMSProp makes a whole step of a rounding where the gradient is near 0.
-    init, step = programs.make_training(objective, optax.sgd(1.0, momentum=0.9), 1, fresh, mesh)
+    init, step = programs.jit_training(objective, optax.sgd(1.0, momentum=0.9), 1, fresh, mesh)
     state, rows = init(fresh), jax.device_put(batch(), sharding.batch_sharding(mesh))
     for _ in range(2):
-        state, metrics = step(state, base, rows)
+        state, metrics, _ = step(state, base, rows)
     assert jax.tree.map(lambda x: x.sharding, state.params) == adapter_shardings(mesh, tiny.CONFIG, RANK)
     return jax.device_get((programs.make_merging(tiny.CONFIG, SCALE, mesh)(base, state.params), metrics))
 

@@ -16,7 +16,6 @@ from spin_jax.errors import UserError
 from spin_jax.models import Compute, param_shardings
 from spin_jax.programs import make_sampler
 from spin_jax.responses import Progress, Prompt, generate
-from spin_jax.score import with_scores
 from spin_jax.step import init_state, make_optimizer, make_step, spin_objective, state_shardings
 
 SIZES = {"fsdp 8": (1, 8, 1), "data 2, fsdp 4": (2, 4, 1), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
@@ -47,11 +46,10 @@ def two_steps(sizes: tuple[int, int, int], line: int = 0) -> tuple[dict, dict]:
     state = jax.jit(functools.partial(init_state, optimizer=optimizer()), out_shardings=shardings)(params)
     compute = Compute(mesh=mesh, line=line) if line else Compute()
     objective = spin_objective(tiny.CONFIG, compute, "logistic", 0.1)
-    step = jax.jit(make_step(objective, optimizer(), 1), donate_argnums=0, out_shardings=(shardings, None))
-    pairs = with_scores(tiny.pairs(), np.full((8, 2), -10.0))
-    batch = tiny.packed(pairs, Packing(8, 8, 1)).arrays
+    step = jax.jit(make_step(objective, optimizer(), 1), donate_argnums=0, out_shardings=(shardings, None, None))
+    batch = tiny.packed(tiny.pairs(), Packing(8, 8, 1), opponent_logps=np.full((8, 2), -10.0)).arrays
     for _ in range(2):
-        state, metrics = step(state, None, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        state, metrics, _ = step(state, None, jax.device_put(batch, sharding.batch_sharding(mesh)))
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
     return jax.device_get((state.params, metrics))

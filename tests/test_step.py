@@ -17,7 +17,6 @@ import tiny
 from spin_jax.batches import HostBatch
 from spin_jax.losses import LOSSES
 from spin_jax.models import Compute
-from spin_jax.score import with_scores
 from spin_jax.step import (
     Batch,
     TrainState,
@@ -41,7 +40,7 @@ logprobs = jax.jit(lambda params, batch: pair_logprobs(tiny.CONFIG, params, batc
 def scored_batch(opponent_seed: int) -> Batch:
     """Eight pairs with the log-probs that the model of a seed gives them."""
     pairs = tiny.pairs()
-    return tiny.packed(with_scores(pairs, pair_logps(tiny.params(opponent_seed)))).arrays
+    return tiny.packed(pairs, opponent_logps=pair_logps(tiny.params(opponent_seed))).arrays
 
 
 def pair_logps(params: dict) -> np.ndarray:
@@ -102,7 +101,8 @@ def assert_trees_close(actual: dict, expected: dict, share: float) -> None:
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_the_policy_starts_level_with_its_opponent(loss):
     """Loss l(0), no reward, no margin and no accuracy: nothing has been won yet."""
-    value, metrics = jax.jit(spin_objective(tiny.CONFIG, COMPUTE, loss, BETA))(tiny.params(), None, scored_batch(0))
+    objective = jax.jit(spin_objective(tiny.CONFIG, COMPUTE, loss, BETA))
+    value, (metrics, _) = objective(tiny.params(), None, scored_batch(0))
     np.testing.assert_allclose(value, VALUE_AT_0[loss], rtol=2e-7)
     assert metrics["rewards/real"] == metrics["rewards/generated"] == metrics["rewards/margin"] == 0
     assert metrics["rewards/accuracy"] == 0
@@ -115,7 +115,7 @@ def test_the_first_gradient_pulls_real_up_and_generated_down():
         logps_P2 = pair_logprobs(tiny.CONFIG, params, scored_batch(0), COMPUTE)[tiny.places(tiny.pairs())]
         return jnp.mean(logps_P2[:, 0] - logps_P2[:, 1])
 
-    state, metrics = spin_step(1)(init_state(tiny.params(), rmsprop()), None, scored_batch(0))
+    state, metrics, _ = spin_step(1)(init_state(tiny.params(), rmsprop()), None, scored_batch(0))
     np.testing.assert_allclose(metrics["loss"], math.log(2), rtol=2e-7)
     pull = jax.jit(jax.grad(log_ratio))(tiny.params())
     assert_trees_close(gradient_of(state), jax.tree.map(lambda g: -BETA / 2 * g, pull), 1e-5)
@@ -124,7 +124,7 @@ def test_the_first_gradient_pulls_real_up_and_generated_down():
 def test_metrics_are_those_of_the_equations():
     """Against equations 4.6 and 4.7 in numpy, with an opponent that is another model."""
     batch = scored_batch(1)
-    _, metrics = spin_step(1)(init_state(tiny.params(), rmsprop()), None, batch)
+    _, metrics, _ = spin_step(1)(init_state(tiny.params(), rmsprop()), None, batch)
     logps_P2, opponent_P2 = pair_logps(tiny.params()).astype(np.float64), pair_logps(tiny.params(1))
     rewards_P2 = BETA * (logps_P2 - opponent_P2)
     margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
@@ -146,7 +146,7 @@ def test_metrics_are_those_of_the_equations():
 def test_training_prefers_the_real_responses_and_compiles_once():
     state = init_state(tiny.params(), rmsprop())
     for _ in range(10):
-        state, metrics = spin_step(1)(state, None, scored_batch(0))
+        state, metrics, _ = spin_step(1)(state, None, scored_batch(0))
     assert metrics["loss"] < 0.9 * math.log(2)
     assert metrics["rewards/accuracy"] == 1
     assert metrics["rewards/real"] > 0 > metrics["rewards/generated"]
@@ -159,8 +159,8 @@ def test_a_live_opponent_is_the_stored_one():
     stored, live = (init_state(tiny.params(), rmsprop()) for _ in range(2))
     opponent = tiny.params(1)
     for _ in range(4):
-        stored, stored_metrics = spin_step(1)(stored, None, batch)
-        live, live_metrics = spin_step(1)(live, opponent, batch)
+        stored, stored_metrics, _ = spin_step(1)(stored, None, batch)
+        live, live_metrics, _ = spin_step(1)(live, opponent, batch)
         for name, value in stored_metrics.items():
             np.testing.assert_allclose(live_metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     assert_trees_close(live.params, stored.params, 1e-5)
@@ -176,7 +176,7 @@ def sft_batch() -> HostBatch:
 
 def test_sft_loss_is_the_mean_over_tokens():
     pairs = tiny.pairs()
-    _, metrics = sft_step(1)(init_state(tiny.params(), rmsprop()), None, sft_batch().arrays)
+    _, metrics, _ = sft_step(1)(init_state(tiny.params(), rmsprop()), None, sft_batch().arrays)
     real_logps_P = pair_logps(tiny.params())[:, 0]
     np.testing.assert_allclose(metrics["loss"], -real_logps_P.sum() / sum(len(p.real) for p in pairs), rtol=1e-6)
 
@@ -187,8 +187,8 @@ def test_sft_loss_is_the_mean_over_tokens():
 @pytest.mark.parametrize("make, micro_batches", [(spin_step, 2), (spin_step, 4), (sft_step, 4)])
 def test_micro_batches_change_only_rounding(make, micro_batches):
     batch = scored_batch(1) if make is spin_step else sft_batch().arrays
-    whole, whole_metrics = make(1)(init_state(tiny.params(), rmsprop()), None, batch)
-    state, metrics = make(micro_batches)(init_state(tiny.params(), rmsprop()), None, batch)
+    whole, whole_metrics, _ = make(1)(init_state(tiny.params(), rmsprop()), None, batch)
+    state, metrics, _ = make(micro_batches)(init_state(tiny.params(), rmsprop()), None, batch)
     # Each is off by the f32 rounding of sums over some hundred tokens.
     assert_trees_close(gradient_of(state), gradient_of(whole), 1e-5)
     assert metrics.keys() == whole_metrics.keys()
@@ -219,7 +219,7 @@ class GivenGradient(NamedTuple):
 
 def given_gradient(params: dict, opponent: None, batch: GivenGradient):
     loss = jnp.sum(params["a"] * batch.a_1X[0]) + jnp.sum(params["b"] * batch.b_1XY[0])
-    return loss, {"loss": loss}
+    return loss, ({"loss": loss}, jnp.zeros((1, 1, 2)))
 
 
 def test_rmsprop_follows_torch():
@@ -229,7 +229,7 @@ def test_rmsprop_follows_torch():
     step = jitted_step(given_gradient, optimizer)
     state = init_state(dict(zip("ab", map(jnp.array, golden["start"]), strict=True)), optimizer)
     for grads, norm, params in zip(golden["grads"], golden["norms"], golden["params"], strict=True):
-        state, metrics = step(state, None, GivenGradient(*(jnp.array(grad)[None] for grad in grads)))
+        state, metrics, _ = step(state, None, GivenGradient(*(jnp.array(grad)[None] for grad in grads)))
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
         for name, expected in zip("ab", params, strict=True):
             np.testing.assert_allclose(state.params[name], expected, rtol=0, atol=1e-6)
@@ -241,7 +241,7 @@ def test_adamw_decays_weights_and_clips():
     optimizer = make_optimizer("adamw", optax.constant_schedule(0.01), 1.0, 0.5)
     params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[3.0]])}
     batch = GivenGradient(jnp.array([[30.0, -40.0]]), jnp.array([[[0.5]]]))
-    state, metrics = jitted_step(given_gradient, optimizer)(init_state(params, optimizer), None, batch)
+    state, metrics, _ = jitted_step(given_gradient, optimizer)(init_state(params, optimizer), None, batch)
     np.testing.assert_allclose(metrics["grad_norm"], math.sqrt(2500.25), rtol=1e-6)
     np.testing.assert_allclose(state.params["a"], [1 - 0.01 * (1 + 0.5), -2 - 0.01 * (-1 - 1.0)], rtol=1e-5)
     np.testing.assert_allclose(state.params["b"], [[3 - 0.01 * (1 + 1.5)]], rtol=1e-5)
@@ -260,15 +260,15 @@ def test_a_loss_that_is_not_finite_changes_nothing_then_or_later(micro_batches):
     step, good = spin_step(micro_batches), scored_batch(1)
     opponent_BP2 = good.opponent_logps_BP2.copy()
     opponent_BP2[1, 0, 1] = np.nan  # one response of one pair was never scored
-    state, metrics = step(init_state(tiny.params(), rmsprop()), None, good)
+    state, metrics, _ = step(init_state(tiny.params(), rmsprop()), None, good)
     assert metrics["healthy"] and state.healthy
     before = jax.device_get(state)
-    state, metrics = step(state, None, good._replace(opponent_logps_BP2=opponent_BP2))
+    state, metrics, _ = step(state, None, good._replace(opponent_logps_BP2=opponent_BP2))
     assert not np.isfinite(metrics["loss"])
     for _ in range(2):
         assert not metrics["healthy"] and not state.healthy
         assert_trees_equal(state._replace(healthy=True), before)
-        state, metrics = step(state, None, good)
+        state, metrics, _ = step(state, None, good)
     assert np.isfinite(metrics["loss"])
 
 
@@ -277,7 +277,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
     before = jax.device_get(init_state(params, optimizer))
     batch = GivenGradient(jnp.array([[1e30, 1.0, 1.0]]), jnp.ones((1, 2, 2)))  # its square is beyond f32
-    state, metrics = jitted_step(given_gradient, optimizer)(init_state(params, optimizer), None, batch)
+    state, metrics, _ = jitted_step(given_gradient, optimizer)(init_state(params, optimizer), None, batch)
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
     assert not metrics["healthy"] and not state.healthy
     assert_trees_equal(state._replace(healthy=True), before)
@@ -287,6 +287,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 def test_a_step_consumes_the_state_it_is_given():
     state = init_state(tiny.params(), rmsprop())
     given = jax.tree.leaves(state)
-    state, _ = spin_step(1)(state, None, scored_batch(0))
+    state, _, _ = spin_step(1)(state, None, scored_batch(0))
     assert all(leaf.is_deleted() for leaf in given)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))

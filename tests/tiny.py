@@ -1,6 +1,7 @@
 """A tiny random model, and random pairs for it, that the tests of the core share."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -59,10 +60,16 @@ def pairs(lengths: tuple[tuple[int, int, int], ...] = LENGTHS, seed: int = 0) ->
 PACKING = Packing(4, 8, 32)  # four rows: they can be cut into two or four micro-batches
 
 
-def packed(pairs: list[Pair], packing: Packing = PACKING, sft: bool = False) -> HostBatch:
-    """All pairs in one batch."""
+def packed(
+    pairs: list[Pair], packing: Packing = PACKING, sft: bool = False, opponent_logps: np.ndarray | None = None
+) -> HostBatch:
+    """All pairs in one batch; `opponent_logps` [pairs, 2] in the pairs' own order."""
     plan = _plan(pairs, packing)
-    return (sft_batch if sft else spin_batch)(CONFIG, pairs, plan.batches[0], plan.shapes[0])
+    rows, shape = plan.batches[0], plan.shapes[0]
+    if sft:
+        return sft_batch(CONFIG, pairs, rows, shape)
+    in_rows = None if opponent_logps is None else opponent_logps[list(itertools.chain(*rows))]
+    return spin_batch(CONFIG, pairs, rows, shape, in_rows)
 
 
 def places(pairs: list[Pair], packing: Packing = PACKING) -> tuple[np.ndarray, np.ndarray]:

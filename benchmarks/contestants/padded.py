@@ -23,8 +23,8 @@ class PaddedBatch(NamedTuple):
     opponent_logps_B2: jax.Array
 
 
-def padded_batch(pairs: Sequence[Pair], multiple: int) -> PaddedBatch:
-    """Lengths are rounded up to `multiple`."""
+def padded_batch(pairs: Sequence[Pair], logps: np.ndarray, multiple: int) -> PaddedBatch:
+    """`logps`: the opponent's, [pairs, 2]. Lengths are rounded up to `multiple`."""
     sequences = [(pair.prompt, pair.real) for pair in pairs] + [(pair.prompt, pair.generated) for pair in pairs]
     length = round_up(max(len(prompt) + len(response) for prompt, response in sequences), multiple)
     targets = round_up(max(len(response) for _, response in sequences), multiple)
@@ -39,10 +39,9 @@ def padded_batch(pairs: Sequence[Pair], multiple: int) -> PaddedBatch:
         sources_BR[i, : len(response)] = np.arange(len(prompt) - 1, end - 1)
         targets_BR[i, : len(response)] = response
         owners_BR[i, : len(response)] = 0
-    opponent = np.array([(pair.real_logp, pair.generated_logp) for pair in pairs], np.float32)
     return PaddedBatch(
         Rows(tokens_BT, positions_BT, ends_BT, sources_BR, targets_BR, owners_BR),
-        opponent,
+        logps,
     )
 
 
@@ -52,13 +51,13 @@ def padded_objective(model: ModelConfig, compute: Compute, beta: float) -> Objec
     def logprobs(params: dict, batch: PaddedBatch) -> jax.Array:
         return response_logprobs(model, params, batch.rows, 1, compute).reshape(2, -1).T
 
-    def objective(params: dict, opponent: dict | None, batch: PaddedBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def objective(params: dict, opponent: dict | None, batch: PaddedBatch) -> tuple[jax.Array, tuple]:
         logps_B2 = logprobs(params, batch)
         opponent_B2 = batch.opponent_logps_B2
         if opponent is not None:
             opponent_B2 = jax.lax.stop_gradient(logprobs(opponent, batch))
         rewards_B2 = rewards(logps_B2, opponent_B2, beta)
         loss = jnp.mean(LOSSES["logistic"](rewards_B2[:, 0] - rewards_B2[:, 1]))
-        return loss, {"loss": loss, "logps/real": jnp.mean(logps_B2[:, 0])}
+        return loss, ({"loss": loss, "logps/real": jnp.mean(logps_B2[:, 0])}, logps_B2)
 
     return objective

@@ -5,6 +5,7 @@ in place of packed rows), `row_length` and `length_multiple` of packed rows, `re
 `config.model`.
 """
 
+import itertools
 import pathlib
 import sys
 
@@ -22,7 +23,7 @@ from spin_jax import models, programs, sharding  # noqa: E402
 from spin_jax.batches import Packing, plan_scoring, plan_training, put, spin_batch  # noqa: E402
 from spin_jax.config import base_config  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
-from spin_jax.score import score, with_scores  # noqa: E402
+from spin_jax.score import score  # noqa: E402
 from spin_jax.step import make_optimizer, spin_objective  # noqa: E402
 
 
@@ -39,28 +40,32 @@ def main() -> None:
     compute = programs.make_compute(config.model, model, mesh)
     packing = Packing(1, s["length_multiple"], s["row_length"])
     size, pairs = len(s["batches"][0]), [as_pair(ids) for batch in s["batches"] for ids in batch]
-    opponent = None
+    opponent, logps = None, np.zeros((len(pairs), 2), np.float32)
     if s["opponent"] == "live":
         opponent = jax.tree.map(jnp.copy, models.for_compute(params, compute.dtype))
     else:
         scorer, plan = programs.make_scorer(model, compute), plan_scoring(pairs, size, packing)
-        pairs = with_scores(pairs, score(scorer, params, model, pairs, plan, sharding=placed, name="score"))
+        logps = score(scorer, params, model, pairs, plan, sharding=placed, name="score")
     if s["padded"]:
-        batches = [padded_batch(pairs[i : i + size], s["length_multiple"]) for i in range(0, len(pairs), size)]
+        firsts, multiple = range(0, len(pairs), size), s["length_multiple"]
+        batches = [padded_batch(pairs[i : i + size], logps[i : i + size], multiple) for i in firsts]
         objective = padded_objective(model, compute, s["beta"])
     else:
         plan = plan_training(pairs, np.arange(len(pairs)).reshape(-1, size), packing)
-        batches = [spin_batch(model, pairs, *batch).arrays for batch in zip(plan.batches, plan.shapes, strict=True)]
+        batches = [
+            spin_batch(model, pairs, rows, shape, logps[list(itertools.chain(*rows))]).arrays
+            for rows, shape in zip(plan.batches, plan.shapes, strict=True)
+        ]
         objective = spin_objective(model, compute, "logistic", s["beta"])
     optimizer = make_optimizer("rmsprop", optax.constant_schedule(s["learning_rate"]), s["clip_norm"], 0.0)
-    init, train_step = programs.make_training(objective, optimizer, 1, params, mesh)
+    init, train_step = programs.jit_training(objective, optimizer, 1, params, mesh)
     state = init(params)
     parent.ready(jax=jax.__version__, jaxlib=jaxlib.__version__)
     step = 0
     while True:
         parent.wait()
         batch = put(batches[step % len(batches)], placed)
-        state, metrics = jax.block_until_ready(train_step(state, opponent, batch))
+        state, metrics, _ = jax.block_until_ready(train_step(state, opponent, batch))
         parent.done(loss=float(metrics["loss"]), real_logp=float(metrics["logps/real"]))
         step += 1
 

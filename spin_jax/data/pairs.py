@@ -21,7 +21,6 @@ class Pair:
         prompt: x, within the prompt budget.
         real, generated: y and y', with their stop id only where they really ended.
         real_cut, generated_cut: the response was cut at a budget, so it does not end in a stop id.
-        real_logp, generated_logp: the opponent's summed log-probs log p_t(y|x) and log p_t(y'|x), once they are scored.
     """
 
     row: int
@@ -31,8 +30,6 @@ class Pair:
     generated: np.ndarray
     real_cut: bool
     generated_cut: bool
-    real_logp: float | None = None
-    generated_logp: float | None = None
 
 
 def write_pairs_parquet(

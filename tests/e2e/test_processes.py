@@ -70,7 +70,7 @@ def responses(workdir: pathlib.Path, t: int) -> pyarrow.Table:
 
 
 def scores(workdir: pathlib.Path, t: int) -> np.ndarray:
-    with np.load(workdir / f"iteration_{t}" / "scores" / "opponent.npz") as stored:
+    with np.load(workdir / f"iteration_{t}" / "scores" / "steps.npz") as stored:
         return stored["logps"]
 
 

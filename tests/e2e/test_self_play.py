@@ -28,8 +28,8 @@ def weights(model) -> bytes:
     return (model / "model.safetensors").read_bytes()
 
 
-def read_scores(workdir, t) -> dict[str, np.ndarray]:
-    with np.load(workdir / f"iteration_{t}" / "scores" / "opponent.npz") as file:
+def read_scores(workdir, t, of="steps") -> dict[str, np.ndarray]:
+    with np.load(workdir / f"iteration_{t}" / "scores" / f"{of}.npz") as file:
         return dict(file)
 
 
@@ -91,9 +91,9 @@ def test_metrics_have_every_field_once_a_step(finished):
         rows = read_metrics(finished.workdir / f"iteration_{t}" / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert all(set(row) == {"step"} | LEARNED | COUNTED | TIMED for row in rows)
-    # The policy starts as its own opponent, which scored the same pairs in other rows: all but the rounding is equal.
-    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    assert rows[0]["rewards/margin"] == pytest.approx(0, abs=1e-6)
+        # The policy starts as its own opponent, whose scores are of the same program and rows.
+        assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+        assert rows[0]["rewards/real"] == rows[0]["rewards/generated"] == rows[0]["rewards/accuracy"] == 0
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
@@ -127,17 +127,27 @@ def test_iteration_1_scores_new_and_old_pairs_under_its_own_opponent(finished):
     sampled = [read_sampled(finished.workdir / f"iteration_{t}" / "generated" / "pairs.parquet") for t in range(2)]
     assert any(list(sampled[0][row][0][0]) != list(sampled[1][row][0][0]) for row in sampled[0])  # drawn anew
 
-    scores, train, held_out = read_scores(finished.workdir, 1), run.train_examples, run.held_out_examples
-    expected = [(1, e) for e in train] + [(0, e) for e in train] + [(1, e) for e in held_out]
-    assert scores["iterations"].tolist() == [t for t, _ in expected]
-    assert scores["rows"].tolist() == [example.row for _, example in expected]
-    for (t, example), logps in list(zip(expected, scores["logps"], strict=True))[::5]:
-        pair = run.pair(example, *sampled[t][example.row][0], t)
-        live = [plain_logprob(opponent, pair.prompt, response) for response in (pair.real, pair.generated)]
-        np.testing.assert_allclose(logps, live, rtol=1e-5)
+    examples = {example.row: example for example in run.train_examples + run.held_out_examples}
+    steps, held_out = read_scores(finished.workdir, 1), read_scores(finished.workdir, 1, "held_out")
+    train = [example.row for example in run.train_examples]
+    found = zip(steps["iterations"].flat, steps["rows"].flat, strict=True)
+    assert sorted(found) == sorted((t, row) for t in (0, 1) for row in train)
+    assert held_out["rows"].tolist() == [example.row for example in run.held_out_examples]
+    assert set(held_out["iterations"].tolist()) == {1}
+    for scores in (steps, held_out):
+        found = zip(scores["iterations"].flat, scores["rows"].flat, scores["logps"].reshape(-1, 2), strict=True)
+        for t, row, logps in list(found)[::5]:
+            pair = run.pair(examples[row], *sampled[t][row][0], t)
+            live = [plain_logprob(opponent, pair.prompt, response) for response in (pair.real, pair.generated)]
+            np.testing.assert_allclose(logps, live, rtol=1e-5)
 
-    before = read_scores(finished.workdir, 0)["logps"][: len(train)]
-    assert np.all(before != scores["logps"][len(train) : 2 * len(train)])  # the same pairs, under theta_0
+    def of_first_pairs(t: int) -> np.ndarray:
+        """Scores in iteration t of the pairs of iteration 0, by row."""
+        scores = read_scores(finished.workdir, t)
+        chosen = scores["iterations"] == 0
+        return scores["logps"][chosen][np.argsort(scores["rows"][chosen])]
+
+    assert np.all(of_first_pairs(0) != of_first_pairs(1))  # under theta_0 and theta_1
 
 
 def test_several_responses_to_a_prompt_make_several_pairs(tiny_model, tiny_data, tmp_path, finished):
@@ -148,9 +158,11 @@ def test_several_responses_to_a_prompt_make_several_pairs(tiny_model, tiny_data,
     assert table["row"][::2] == table["row"][1::2] == alone["row"]
     assert table["generated_tokens"][::2] == alone["generated_tokens"] != table["generated_tokens"][1::2]
     assert table["real"][::2] == table["real"][1::2]
-    rows = read_scores(tmp_path, 0)["rows"].tolist()
-    assert len(rows) == 2 * (tiny_files.TRAIN_ROWS + tiny_files.EVAL_ROWS) and rows[::2] == rows[1::2]
-    logps = read_scores(tmp_path, 0)["logps"]
+    scores = read_scores(tmp_path, 0)
+    order = np.argsort(scores["rows"].flatten(), kind="stable")
+    rows, logps = scores["rows"].flatten()[order], scores["logps"].reshape(-1, 2)[order]
+    assert len(rows) == 2 * tiny_files.TRAIN_ROWS and np.array_equal(rows[::2], rows[1::2])
+    assert len(read_scores(tmp_path, 0, "held_out")["rows"]) == 2 * tiny_files.EVAL_ROWS
     np.testing.assert_allclose(logps[::2, 0], logps[1::2, 0], rtol=1e-6)  # of the real response, in other rows
     assert np.mean(logps[::2, 1] != logps[1::2, 1]) > 0.5  # of two drawn ones
     assert len(read_metrics(tmp_path / "iteration_0" / "metrics.jsonl")) == 4  # 32 pairs by 8
@@ -182,7 +194,7 @@ def test_a_stage_whose_input_is_missing_says_which_stage_to_run(finished, tmp_pa
     with pytest.raises(UserError, match=r"pairs.parquet is missing: run the generate stage of iteration 0 first"):
         self_play(finished.config, tmp_path, ["score"])
     shutil.copytree(finished.workdir / "iteration_0" / "generated", tmp_path / "iteration_0" / "generated")
-    with pytest.raises(UserError, match=r"opponent.npz is missing: run the score stage of iteration 0 first"):
+    with pytest.raises(UserError, match=r"steps.npz is missing: run the score stage of iteration 0 first"):
         self_play(finished.config, tmp_path, ["train"])
 
 
@@ -191,7 +203,8 @@ def test_a_live_opponent_gives_the_losses_of_a_stored_one(finished, tiny_model, 
     shutil.copytree(finished.workdir / "iteration_0", tmp_path / "iteration_0", ignore=shutil.ignore_patterns("scores"))
     shutil.copytree(finished.workdir / "iteration_1" / "generated", tmp_path / "iteration_1" / "generated")
     self_play(tiny_files.make_config(tiny_model, tiny_data, {"spin.opponent": "live"}), tmp_path)
-    assert len(read_scores(tmp_path, 1)["rows"]) == tiny_files.EVAL_ROWS  # nothing else is needed ahead
+    scores = {path.name for path in (tmp_path / "iteration_1" / "scores").iterdir()}
+    assert scores == {"held_out.npz"}  # nothing else is needed ahead
     stored, live = (read_metrics(w / "iteration_1" / "metrics.jsonl") for w in (finished.workdir, tmp_path))
     # While policy and opponent are the same, who is ahead is rounding: in the first step, and in the second, since the
     # first, at the start of the warm-up, changes nothing.
@@ -239,7 +252,7 @@ def test_other_data_at_the_same_path_is_refused(tiny_model, tmp_path):
 
 def test_an_iteration_that_is_all_warm_up_is_refused(tiny_model, tiny_data, tmp_path):
     one_step = {"train.epochs": 1.0, "train.batch_size": 16, "train.micro_batches": 1}
-    with pytest.raises(UserError, match=r"give 1 step\(s\), all of them warm-up"):
+    with pytest.raises(UserError, match=r"1 step\(s\) of training are all warm-up"):
         open_run(tiny_files.make_config(tiny_model, tiny_data, one_step), tmp_path)
 
 
@@ -265,7 +278,7 @@ def test_given_pairs_are_the_first_iterations_responses(tiny_model, tiny_data, t
     self_play(config, workdir, ["generate", "score"])
     assert len(read_sampled(workdir / "iteration_1" / "generated" / "pairs.parquet")) == len(rows)
     train = tiny_files.TRAIN_ROWS
-    assert read_scores(workdir, 1)["iterations"].tolist() == [1] * train + [0] * train + [1] * tiny_files.EVAL_ROWS
+    assert sorted(read_scores(workdir, 1)["iterations"].flat) == [0] * train + [1] * train
 
 
 def test_sft_first_and_as_a_control(tiny_model, tiny_data, tmp_path):
@@ -297,4 +310,4 @@ def test_the_papers_templates(tiny_model, tiny_data, tmp_path):
     decode = run.chat.tokenizer.decode
     assert decode(pair.prompt) == f"<|system|>\n</s>\n<|user|>\n{question}</s>\n<|assistant|>\n"
     assert decode(pair.real) == f"{question[::-1]}</s>\n</s>"
-    assert read_scores(tmp_path, 0)["rows"][0] == example.row
+    assert example.row in read_scores(tmp_path, 0)["rows"]

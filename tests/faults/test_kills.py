@@ -148,7 +148,7 @@ def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(command, tmp_path)
         np.testing.assert_allclose(*logprobs, atol=1e-5)  # who is in the slots beside it changes a sum's order
         responses = [table.drop_columns("generated_logprobs") for table in responses]
         assert responses[0].equals(responses[1])
-        scores = [np.load(directory / "scores" / "opponent.npz")["logps"] for directory in directories]
+        scores = [np.load(directory / "scores" / "steps.npz")["logps"] for directory in directories]
         np.testing.assert_array_equal(*scores)
         assert [row["step"] for row in logged(killed, t)] == list(range(1, steps + 1))
         assert logged(killed, t) == logged(whole, t)
