@@ -25,6 +25,7 @@ from spin_jax import hosts, models, programs, sharding
 from spin_jax.data.chat import ChatFormat
 from spin_jax.data.sources import Message, as_messages, load_prompts
 from spin_jax.errors import UserError
+from spin_jax.files import find
 from spin_jax.metrics import write_whole
 from spin_jax.responses import Prompt, Response, generate
 from spin_jax.run import Player, check_alike, check_shared, open_player
@@ -135,7 +136,7 @@ def _begin(parts: epath.Path, settings: dict[str, object]) -> None:
         parts.mkdir(parents=True, exist_ok=True)
         before = json.loads(noted.read_text()) if noted.exists() else {}
         changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed and any(parts.glob("part-*.jsonl")):
+        if changed and find(parts, "part-*.jsonl"):
             raise UserError(
                 f"{parts} holds responses of another {', '.join(changed)}: delete it, give another --out, or go on as "
                 f"{noted.name} in it says"

@@ -1,6 +1,8 @@
 """Files of a user's making: read, or refused in one line that names the file and what to do about it."""
 
+import glob
 import json
+import os
 from typing import Any
 
 from etils import epath
@@ -41,5 +43,11 @@ def read_json(file: epath.PathLike) -> dict[str, Any]:
 
 
 def read_json_if_there(file: epath.PathLike) -> dict[str, Any]:
-    """Like `read_json`, but an absent file is an empty object."""
-    return read_json(file) if epath.Path(file).exists() else {}
+    """Like `read_json`, but an absent file is an empty object; a link whose file is gone is not absent."""
+    return read_json(file) if epath.Path(file).exists() or os.path.islink(file) else {}
+
+
+def find(directory: epath.PathLike, pattern: str) -> list[epath.Path]:
+    """What matches a pattern in a directory, by name. The directory's own name may hold any characters: epath's glob
+    takes brackets in it for a part of the pattern, and finds nothing."""
+    return sorted(epath.Path(glob.escape(os.fspath(directory))).glob(pattern))

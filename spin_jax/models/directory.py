@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from spin_jax.errors import UserError
-from spin_jax.files import read_json
+from spin_jax.files import find, read_json
 from spin_jax.metrics import is_remote
 from spin_jax.models import safetensors
 from spin_jax.models.config import ModelConfig
@@ -64,19 +64,19 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> pathl
     Raises:
         UserError: no such directory, or the Hub does not have it or cannot be reached.
     """
-    name = os.fspath(path_or_id)
+    name = os.fspath(path_or_id) or "''"
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         if revision is not None:
             raise UserError(f"{name}: a directory has no revision; leave {revision!r} out, or name a Hub repository")
         return pathlib.Path(path)
-    if os.path.isfile(path):
-        raise UserError(f"{name}: a file; name the directory that holds it: {os.path.dirname(path) or '.'}")
-    if os.path.islink(path):
+    if os.path.isfile(path.rstrip("/")):
+        raise UserError(f"{name}: a file; name the directory that holds it: {os.path.dirname(path.rstrip('/')) or '.'}")
+    if os.path.islink(path.rstrip("/")):
         raise UserError(f"{name}: a link that leads to no directory; mend it, or name the directory itself")
     repository = name.removeprefix("https://huggingface.co/").removeprefix("hf://").rstrip("/")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
-        hint = "copy it to this machine" if "://" in name else "a Hub repository is written owner/name"
+        hint = "copy the model to this machine" if "://" in name else "a Hub repository is written owner/name"
         raise UserError(f"{name}: no such directory ({hint})")
     return _download(repository, revision)
 
@@ -112,10 +112,11 @@ def read_config_json(directory: epath.PathLike) -> dict[str, Any]:
     content = read_json(file) if file.exists() else {}
     if "model_type" in content:
         return content
-    inner = ("*/config.json", "*/*/config.json")
-    if within := sorted(str(file.parent) for pattern in inner for file in directory.glob(pattern)):
-        raise UserError(f"{directory}: no model itself, but holds some; name one, such as {within[-1]}")
-    if content:
+    inner = [str(file.parent) for depth in ("*", "*/*") for file in find(directory, f"{depth}/config.json")]
+    if inner and not _has_weights(directory):
+        newest = max(inner, key=lambda name: (len(name), name))  # checkpoint-1000, not checkpoint-500
+        raise UserError(f"{directory}: not a model but a directory of models; name one of them, such as {newest}")
+    if file.exists():
         raise UserError(f"{file}: has no model_type; it is not the config.json of a Hugging Face model")
     raise UserError(_why_none(directory) or f"{file}: not found; a model directory has config.json and {WEIGHTS}")
 
@@ -136,7 +137,7 @@ def stored_tensors(directory: epath.PathLike) -> dict[str, safetensors.StoredTen
         raise UserError(_why_none(directory) or f"{directory}: has neither {WEIGHTS} nor {INDEX}; download it again")
     stored: dict[str, safetensors.StoredTensor] = {}
     for file in _shards(index):
-        if not file.exists():
+        if not file.is_file():
             raise UserError(f"{file}: not found, but {INDEX} names it; download it again")
         tensors = safetensors.read_header(file)
         if twice := sorted(stored.keys() & tensors.keys()):
@@ -152,20 +153,24 @@ def _shards(index: epath.Path) -> list[epath.Path]:
     return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
+def _has_weights(directory: epath.Path) -> bool:
+    return (directory / WEIGHTS).exists() or (directory / INDEX).exists()
+
+
 def _why_none(directory: epath.Path) -> str | None:
     """What a directory without a model holds instead."""
     for name in ("config.json", WEIGHTS, INDEX):
         if os.path.islink(directory / name) and not (directory / name).exists():
             return f"{directory / name}: a link whose file is gone; download the model again"
-    if (directory / WEIGHTS).exists() or (directory / INDEX).exists():
+    if _has_weights(directory):
         return None
-    return next((f"{directory}: {what}" for pattern, what in _INSTEAD if any(directory.glob(pattern))), None)
+    return next((f"{directory}: {what}" for pattern, what in _INSTEAD if find(directory, pattern)), None)
 
 
 def tokenizer_files(directory: epath.PathLike) -> list[epath.Path]:
     """The files of a tokenizer and its chat templates, those in a folder of their own too."""
     directory = epath.Path(directory)
-    found = {file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)}
+    found = {file for pattern in TOKENIZER_FILES for file in find(directory, pattern)}
     return sorted(file for file in found if file.is_file())
 
 
@@ -191,8 +196,8 @@ def uploaded(directory: epath.Path) -> Iterator[epath.Path]:
         return
     with tempfile.TemporaryDirectory() as local:
         yield epath.Path(local)
-        files = [file for file in epath.Path(local).rglob("*") if file.is_file()]
+        files = [file for file in pathlib.Path(local).rglob("*") if file.is_file()]
         for file in sorted(files, key=lambda file: file.name == "config.json"):
             to = directory / file.relative_to(local)
             to.parent.mkdir(parents=True, exist_ok=True)
-            file.copy(to, overwrite=True)
+            epath.Path(file).copy(to, overwrite=True)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax.errors import UserError
-from spin_jax.files import read_json_if_there
+from spin_jax.files import find, read_json_if_there
 from spin_jax.models import llama, safetensors
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.directory import INDEX, WEIGHTS, read_config, resolve, stored_tensors, tokenizer_files
@@ -181,7 +181,8 @@ def save(
     Raises:
         UserError: `directory` is `source`, or the dtype is none of the three.
     """
-    directory, source = pathlib.Path(directory), None if source is None else pathlib.Path(source)
+    directory = pathlib.Path(os.path.expanduser(directory))
+    source = None if source is None else pathlib.Path(source)
     dtype = jnp.dtype(dtype)
     if dtype not in safetensors.DTYPES.values():
         raise UserError(f"weights cannot be saved as {dtype}; write float32, float16 or bfloat16")
@@ -288,7 +289,7 @@ def _fetch(weight: _Weight, params: dict, dtype: np.dtype) -> np.ndarray | jax.A
 
 def _write_index(directory: pathlib.Path, shards: dict[str, list[_Weight]], dtype: np.dtype) -> None:
     """The index of several shards. Files of an older model that were not replaced go, lest they be read instead."""
-    for old in (*directory.glob("model*.safetensors"), *directory.glob(INDEX)):
+    for old in (*find(directory, "model*.safetensors"), *find(directory, INDEX)):
         if old.name not in shards and not old.is_dir():
             old.unlink()
     if len(shards) > 1:

@@ -133,12 +133,12 @@ def test_a_response_ends_before_its_first_stop_string(tiny_model, prompts, tmp_p
 
 def test_killed_between_two_batches_it_goes_on_and_mixes_nothing(tiny_model, prompts, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "tried [1]" / "out.jsonl"
     spin_jax.answer(model, prompts, whole, SETTINGS)
 
     killed = run(*flags(model, prompts, out), python=("-c", KILLED + COMMAND))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    parts = tmp_path / "out.jsonl.parts"
+    parts = out.with_name("out.jsonl.parts")
     names = {"settings.json", "part-00000.p000.jsonl", "part-00001.p000.jsonl"}
     assert set(os.listdir(parts)) == names and not out.exists()
     before = {path.name: (path.read_text(), path.stat().st_mtime_ns) for path in parts.iterdir()}
