@@ -285,3 +285,58 @@ def test_tied_lm_head_must_be_the_embedding(tmp_path):
 def test_quantised_weights_are_refused(checkpoint):
     rewrite(checkpoint, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].astype(ml_dtypes.float8_e4m3fn)}))
     assert "lm_head.weight is stored as F8_E4M3" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_a_weight_that_is_not_finite_is_named(checkpoint, name, value, stored, dtype):
+    def spoil(tensors):
+        tensors |= {key: tensor.astype(stored) for key, tensor in tensors.items()}
+        tensors[name].flat[tensors[name].size // 2] = value
+
+    rewrite(checkpoint, spoil)
+    with pytest.raises(UserError, match=f"model.safetensors: {name} holds values that are not finite") as error:
+        models.load(checkpoint, dtype=dtype)
+    assert "\n" not in str(error.value) and "learning_rate" not in str(error.value)
+
+
+def test_a_weight_beyond_the_dtype_it_is_loaded_in_is_named(checkpoint):
+    rewrite(checkpoint, lambda tensors: tensors["lm_head.weight"].fill(-1e5))
+    models.load(checkpoint, dtype=jnp.bfloat16)
+    with pytest.raises(UserError, match="lm_head.weight holds values that are not finite in float16"):
+        models.load(checkpoint, dtype=jnp.float16)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_the_largest_and_smallest_weights_are_finite(checkpoint, dtype):
+    limits = ml_dtypes.finfo(dtype)
+    extremes = np.array([limits.max, limits.min, limits.tiny, limits.smallest_subnormal, -0.0, 0.0], np.float64)
+
+    def fill(tensors):
+        tensors |= {key: tensor.astype(dtype) for key, tensor in tensors.items()}
+        tensors["lm_head.weight"] = np.resize(extremes, tensors["lm_head.weight"].shape).astype(dtype)
+
+    rewrite(checkpoint, fill)
+    _, params = models.load(checkpoint, dtype=dtype)
+    np.testing.assert_array_equal(params["lm_head"].T, tensors_of(checkpoint)["lm_head.weight"])
+
+
+def test_of_a_tensor_on_several_devices_each_part_is_looked_at(checkpoint):
+    rewrite(checkpoint, lambda tensors: tensors["lm_head.weight"].__setitem__((-1, -1), np.nan))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = models.abstract_params(models.read_config(checkpoint))
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params)
+    shardings["lm_head"] = NamedSharding(mesh, PartitionSpec("x"))
+    with pytest.raises(UserError, match="lm_head.weight holds values that are not finite"):
+        models.load(checkpoint, shardings=shardings)
+
+
+def test_a_tied_head_that_is_not_finite_is_not_called_untied(tmp_path):
+    directory = shutil.copytree(GOLDEN / "llama3", tmp_path / "tied")
+    rewrite(directory, lambda tensors: tensors["model.embed_tokens.weight"].__setitem__((1, 1), np.nan))
+    rewrite(directory, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}))
+    assert "model.embed_tokens.weight holds values that are not finite" in refusal(directory)

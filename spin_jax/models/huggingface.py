@@ -137,7 +137,8 @@ class _Reader:
 
     def _copy(self, weight: _Weight, index: tuple[slice, ...], out: np.ndarray) -> None:
         stored = self._stored[weight.name]
-        out[...] = weight.to_ours(stored.map())[index]
+        with np.errstate(over="ignore"):  # it is refused below
+            out[...] = weight.to_ours(stored.map())[index]
         if not _all_finite(out):
             raise UserError(
                 f"{stored.file}: {weight.name} holds values that are not finite in {out.dtype}; download it again, or "
@@ -146,7 +147,7 @@ class _Reader:
 
 
 def _all_finite(x: np.ndarray) -> bool:
-    """In one pass without a copy: of the numbers of each sign, infinity and NaN have the largest bits."""
+    """Without a copy: of the numbers of each sign, infinity and NaN have the largest bits."""
     bits = x.view(f"u{x.itemsize}")
     infinity = np.array(np.inf, x.dtype).view(bits.dtype)
     sign = np.array(-0.0, x.dtype).view(bits.dtype)
