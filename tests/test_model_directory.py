@@ -14,6 +14,7 @@ import tiny_files
 from spin_jax import models
 from spin_jax.errors import UserError
 from spin_jax.models import ModelConfig
+from spin_jax.models.directory import FETCHED, VARIANTS
 from spin_jax.run import open_run
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -117,6 +118,14 @@ def test_everything_that_generation_config_says_is_kept(checkpoint, tmp_path):
     assert {key: written[key] for key in said} == said
 
 
+def test_an_export_from_a_source_that_has_gone_is_refused(checkpoint, tmp_path):
+    """It would have no tokenizer."""
+    config, params = models.load(checkpoint)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match="config.json: not found"):
+        models.save(tmp_path / "out", config, params, source=checkpoint)
+
+
 def test_the_hubs_cache_of_links_is_a_model(checkpoint, tmp_path):
     """Blobs by their hash, read-only, and a snapshot of links to them."""
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
@@ -145,6 +154,16 @@ def test_one_file_is_read_before_shards(checkpoint, caplog):
         shutil.copy(file, checkpoint)
     jax.tree.map(np.testing.assert_array_equal, models.load(checkpoint)[1], params)
     assert "has both model.safetensors, which is read" in caplog.text
+
+
+def test_what_is_fetched_from_the_hub():
+    from huggingface_hub.utils import filter_repo_objects
+
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    needed = {*WRITTEN, *OURS, *TOKENIZER, *shards}
+    large = {name for name in BESIDE if name.endswith((".safetensors", ".pth", ".onnx", ".bin", ".gguf", ".pt"))}
+    fetched = set(filter_repo_objects({*needed, *BESIDE}, allow_patterns=FETCHED, ignore_patterns=VARIANTS))
+    assert fetched >= needed and not fetched & large
 
 
 # ---- What is damaged

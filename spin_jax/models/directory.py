@@ -32,6 +32,8 @@ TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
+FETCHED = ["config.json", "generation_config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
+VARIANTS = ["*.fp16*", "*.bf16*", "*.fp32*"]  # the same weights once more
 
 # What stands where a model is missing, with what to do about it.
 _INSTEAD = (
@@ -84,9 +86,9 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> pathl
 def _download(repository: str, revision: str | None) -> pathlib.Path:
     import huggingface_hub
 
-    patterns = ["config.json", "generation_config.json", WEIGHTS, "model-*.safetensors", INDEX, *TOKENIZER_FILES]
+    which = {"allow_patterns": FETCHED, "ignore_patterns": VARIANTS}
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return pathlib.Path(huggingface_hub.snapshot_download(repository, revision=revision, **which))
     except (OSError, ValueError) as error:  # every error of the Hub's client is one of the two
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(

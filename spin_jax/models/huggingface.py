@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from spin_jax import hosts
 from spin_jax.errors import UserError
-from spin_jax.files import find, read_json_if_there
+from spin_jax.files import find, read_json, read_json_if_there
 from spin_jax.models import llama, safetensors
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.directory import INDEX, WEIGHTS, read_config, resolve, stored_tensors, tokenizer_files
@@ -180,7 +181,7 @@ def save(
         max_shard_bytes: weights beyond this start another file; a tensor is never split.
 
     Raises:
-        UserError: `directory` is `source`, or the dtype is none of the three.
+        UserError: `directory` is `source`, `source` is no model (any more), or the dtype is none of the three.
     """
     directory = pathlib.Path(os.path.expanduser(directory))
     source = None if source is None else pathlib.Path(source)
@@ -192,9 +193,9 @@ def save(
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: a file is there; name another directory")
 
-    writes = jax.process_index() == 0
+    configs = hosts.on_first(lambda: _configs(config, source, token_ids or {}, dtype))
+    writes = hosts.is_first()
     if writes:
-        configs = _configs(config, source, token_ids or {}, dtype)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").unlink(missing_ok=True)
     shards = _plan_shards(config, dtype, max_shard_bytes)
@@ -303,9 +304,9 @@ def _configs(
     config: ModelConfig, source: pathlib.Path | None, token_ids: dict, dtype: np.dtype
 ) -> dict[str, dict[str, Any]]:
     """generation_config.json and, last, config.json."""
-    model = read_json_if_there(source / "config.json") if source else {}
+    model = read_json(source / "config.json") if source else None
     generation = read_json_if_there(source / "generation_config.json") if source else {}
-    model = config.to_huggingface(dtype.name, model or None) | token_ids
+    model = config.to_huggingface(dtype.name, model) | token_ids
     ids = {key: model[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in model}
     return {"generation_config.json": ids | generation | token_ids, "config.json": model}
 
