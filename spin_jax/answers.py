@@ -14,7 +14,6 @@ them it is.
 import hashlib
 import json
 import logging
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +25,7 @@ from spin_jax import hosts, models, programs, sharding
 from spin_jax.data.chat import ChatFormat
 from spin_jax.data.sources import Message, as_messages, load_prompts
 from spin_jax.errors import UserError
+from spin_jax.files import find
 from spin_jax.metrics import write_whole
 from spin_jax.responses import Prompt, Response, generate
 from spin_jax.run import Player, check_alike, check_shared, open_player
@@ -112,13 +112,11 @@ def _settings(config: ConfigDict, player: Player, tokens: Sequence[np.ndarray]) 
     """What decides a response, by the name that a refusal gives it."""
     decoding = {f"config.generate.{field}": config.generate[field] for field in _DECIDING}
     decoding["config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
-    # Weights are told by their files' sizes and times: reading all of them would take longer than many an answer.
-    weights = [(file.name, file.stat()) for file in sorted(pathlib.Path(player.source).glob("*.safetensors"))]
-    model = [repr(player.model), player.chat.stop_ids, [(name, s.st_size, s.st_mtime_ns) for name, s in weights]]
+    model = models.fingerprint(player.source) | {"stop ids": list(player.chat.stop_ids)}
+    decoding |= {f"model ({part})": content for part, content in model.items()}
     return decoding | {
         "config.seed": config.seed,
         "config.model.compute_dtype": str(np.dtype(player.decode.dtype)),
-        "model": _digest(model),
         "list of prompts": _digest([ids.tolist() for ids in tokens]),
     }
 
@@ -138,7 +136,7 @@ def _begin(parts: epath.Path, settings: dict[str, object]) -> None:
         parts.mkdir(parents=True, exist_ok=True)
         before = json.loads(noted.read_text()) if noted.exists() else {}
         changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed and any(parts.glob("part-*.jsonl")):
+        if changed and find(parts, "part-*.jsonl"):
             raise UserError(
                 f"{parts} holds responses of another {', '.join(changed)}: delete it, give another --out, or go on as "
                 f"{noted.name} in it says"

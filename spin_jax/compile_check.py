@@ -115,9 +115,9 @@ def _model(config: ConfigDict):
 
     if config.model.path == "toy:":
         return toy.model_config(config.toy)
-    return known(config.model.path) or models.read_config(
-        models.resolve(config.model.path, config.model.revision or None)
-    )
+    path = config.model.path
+    described = None if os.path.isdir(path) else known(path)  # a directory of that name is what a run would take
+    return described or models.read_config(models.resolve(path, config.model.revision or None))
 
 
 # What is printed

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from spin_jax import metrics
+from spin_jax.files import find
 
 
 class Plot(NamedTuple):
@@ -118,7 +119,7 @@ def _cells(values: Sequence[object]) -> list[str]:
 def _iterations(workdir: epath.Path) -> dict[int, list[dict]]:
     """Iteration number -> its rows of metrics, in order."""
     found = {}
-    for path in workdir.glob(f"iteration_*/{metrics.FILE_NAME}"):
+    for path in find(workdir, f"iteration_*/{metrics.FILE_NAME}"):
         number = path.parent.name.removeprefix("iteration_")
         if number.isdigit() and (rows := metrics.read_metrics(path)):
             found[int(number)] = rows

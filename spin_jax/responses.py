@@ -18,6 +18,7 @@ from tqdm import tqdm
 from spin_jax import hosts, stopping
 from spin_jax.batches import put
 from spin_jax.errors import UserError
+from spin_jax.files import find
 from spin_jax.metrics import write_whole
 from spin_jax.sampling import MAX_RESPONSES, MAX_ROWS, Decoding, response_keys
 from spin_jax.sharding import batch_sharding, check_batch, ways
@@ -255,7 +256,7 @@ class _Parts:
 
 
 def _part_files(directory: epath.Path | None) -> list[epath.Path]:
-    return sorted(directory.glob("part-*.jsonl")) if directory else []
+    return find(directory, "part-*.jsonl") if directory else []
 
 
 def _part_number(part: epath.Path) -> int:

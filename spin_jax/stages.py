@@ -30,6 +30,7 @@ from spin_jax.config import at_iteration
 from spin_jax.data.pairs import Pair, read_sampled, write_pairs_parquet
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
+from spin_jax.files import find
 from spin_jax.losses import LOSSES
 from spin_jax.metrics import restore, to_json, write_whole
 from spin_jax.models import for_compute
@@ -303,7 +304,7 @@ def _write_responses(
         "held_out": [run.is_held_out(response.row) for response in responses],
     }
     write_pairs_parquet(directory / "pairs.parquet", answered, columns)
-    for part in directory.glob("part-*.jsonl"):
+    for part in find(directory, "part-*.jsonl"):
         part.unlink()
 
 

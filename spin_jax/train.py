@@ -129,7 +129,7 @@ class _StepLog:
         self._writer = MetricsWriter(directory, resume_step=start) if hosts.is_first() else None
         self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=not hosts.is_first())
         # All at once and now: a sum between two steps would wait for the one that the device is at.
-        self._learning_rates, self._passes = np.asarray(schedule(np.arange(steps))), passes
+        self.learning_rates, self._passes = np.asarray(schedule(np.arange(steps))), passes
         self._start_loss = start_loss
         self._kept = None
         self._last_read = time.perf_counter()
@@ -172,7 +172,7 @@ class _StepLog:
             "model_tflops_per_second": self._passes * batch.flops / seconds / 1e12,
         }
         if self._writer:
-            row = values | batch.facts | {"learning_rate": float(self._learning_rates[step])} | rates
+            row = values | batch.facts | {"learning_rate": float(self.learning_rates[step])} | rates
             self._writer.write(step + 1, row)
         self._bar.update(1)
         self._bar.set_postfix({short: f"{values[name]:.4g}" for short, name in _SHOWN.items() if name in values})
@@ -201,8 +201,12 @@ def _refuse_to_go_on(log: _StepLog, state: TrainState, checkpoints: Checkpoints,
     hosts.on_first(lambda: write_whole(report, json.dumps(log.unhealthy, indent=1) + "\n"))
     good = int(state.step)
     checkpoints.save(good, state._replace(healthy=~state.healthy), wait=True)
+    if log.learning_rates[:good].any():
+        anew = f"delete {directory / 'checkpoints'} and lower --config.train.learning_rate or --config.spin.beta"
+    else:  # of weights and scores that were found finite: no update is to blame, nor the learning rate
+        anew = "give another --workdir and --config.model.compute_dtype=float32, for the model overflows on these rows"
     raise UserError(
         f"step {log.unhealthy['step']}: loss {log.unhealthy['loss']}, gradient norm {log.unhealthy['grad_norm']}: "
         f"not finite; its rows are in {report} and the state after step {good} is saved. To train the iteration anew, "
-        f"delete {directory / 'checkpoints'} and lower config.train.learning_rate or config.spin.beta"
+        f"{anew}"
     )

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from spin_jax.programs import Program
 from spin_jax.slices import CPU, SLICES, GiB, Slice
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 ROWS, WIDTH = 4096, 2048
 
 
@@ -113,6 +115,16 @@ def test_without_the_compiler(monkeypatch):
 def test_known_models_are_what_the_hub_has(smollm2):
     assert known("HuggingFaceTB/SmolLM2-135M-Instruct") == read_config(smollm2)
     assert known("some/other-model") is None
+
+
+def test_a_directory_goes_before_a_known_model_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config = base_config()
+    config.model.path = name
+    assert compile_check._model(config) == known(name)
+    shutil.copytree(GOLDEN / "llama2", name)
+    assert compile_check._model(config) == read_config(name) != known(name)
 
 
 def command(tmp_path, *flags: str) -> subprocess.CompletedProcess:
