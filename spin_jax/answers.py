@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from spin_jax import config as config_lib
 from spin_jax import hosts, models, programs, sharding
 from spin_jax.data.chat import ChatFormat
+from spin_jax.data.rows import Mistakes, Place
 from spin_jax.data.sources import Message, as_messages, load_prompts
 from spin_jax.errors import UserError
 from spin_jax.files import find
@@ -91,12 +92,13 @@ def _check_free(out: epath.Path) -> None:
 def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: ConfigDict) -> list[np.ndarray]:
     """What the model is asked with; a prompt over the budget keeps its end, unless `config.data.long_prompts` says that
     there shall be none."""
-    asked, longest = [], data.max_prompt_length
+    asked, longest, mistakes = [], data.max_prompt_length, Mistakes()
     for row, prompt in enumerate(prompts):
         try:
             asked.append(chat.generation_prompt(as_messages(prompt)))
         except UserError as error:
-            raise UserError(f"{data.train} row {row}: {error}") from None
+            mistakes.add(Place(f"{data.train} row ", row), error)
+    mistakes.refuse()
     if too_long := [row for row, tokens in enumerate(asked) if len(tokens) > longest]:
         what = f"{len(too_long):,} of {len(asked):,} prompts are longer than config.data.max_prompt_length={longest}"
         if data.long_prompts == "skip":

@@ -11,7 +11,7 @@ from etils import epath
 from spin_jax import answers, models, sharding
 from spin_jax.config import base_config, check_bound, override, validate
 from spin_jax.data.chat import ChatFormat, load_chat
-from spin_jax.data.sources import Message, as_messages
+from spin_jax.data.sources import Message, read_prompts
 from spin_jax.errors import UserError
 from spin_jax.metrics import write_whole
 from spin_jax.programs import make_compute, make_decode_compute, make_sampler
@@ -55,7 +55,7 @@ class Model:
         responses = generate(
             make_sampler(self.config, settings, self.chat.stop_ids, compute),
             models.for_compute(self.params, compute.dtype),
-            [Prompt(i, self.chat.generation_prompt(as_messages(prompt))) for i, prompt in enumerate(prompts)],
+            [Prompt(i, self.chat.generation_prompt(prompt)) for i, prompt in enumerate(read_prompts(prompts))],
             settings,
             seed=seed,
             iteration=0,

@@ -43,7 +43,7 @@ def base_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.train = ""  # JSONL, JSON, Parquet, directory, Hub id, "tfds:NAME" or "toy:"
     c.data.split = "train"  # split of a Hub, TFDS or saved data set
-    # "messages" | "conversations" | "prompt_response" | "alpaca" | "pairs" | "auto" (from the first row's columns)
+    # "messages" | "conversations" | "prompt_response" | "alpaca" | "pairs" | "auto" (from each row's columns)
     c.data.layout = "auto"
     # "last": all turns before the last answer are the prompt; "first": first user turn and its answer (the paper)
     c.data.turn = "last"

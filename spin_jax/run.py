@@ -25,7 +25,6 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,7 +38,7 @@ from spin_jax import hosts, models, programs, sharding
 from spin_jax.batches import check_warmup, num_steps
 from spin_jax.data.chat import ChatFormat, fit, load_chat
 from spin_jax.data.pairs import Pair
-from spin_jax.data.sources import Example, Examples, Skip, load_examples, split_examples
+from spin_jax.data.sources import Example, Examples, Skip, drawn, load_examples, split_examples
 from spin_jax.errors import UserError
 from spin_jax.metrics import is_remote, write_whole
 from spin_jax.tokens import Tokenised, tokenise_once
@@ -290,34 +289,31 @@ def _load_data(
     """(examples to train on, held-out ones, their token ids by row). Every process reads all of the text, of which it
     then tokenises a share."""
     data = config.data
-
-    def draw(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-        return split_examples(examples, data.eval_rows, config.seed, train_rows=data.max_rows)
-
-    def tokens_of(examples: Sequence[Example]) -> dict[int, Tokenised]:
-        made = tokenise_once(workdir / "tokens.npz", source, data.template, chat, examples)
-        return {example.row: tokens for example, tokens in zip(examples, made, strict=True)}
-
     found = hosts.on_each(lambda: load_examples(train, split=data.split, layout=data.layout, turn=data.turn))
-    _LOG.info("%s: %s", train, found.summary())
-    if data.long_prompts == "keep_end":  # no row is refused: those that are not drawn need no tokens
-        drawn = draw(found.examples)
-        return *drawn, tokens_of([*drawn[0], *drawn[1]])
-    tokens = tokens_of(found.examples)
-    usable = _with_short_prompts(found.examples, tokens, data.max_prompt_length)
-    if usable.skipped:
-        _LOG.info("%s: %s", train, usable.summary())
-    return *draw(usable.examples), tokens
-
-
-def _with_short_prompts(examples: Sequence[Example], tokens: dict[int, Tokenised], longest: int) -> Examples:
-    kept = Examples([], [])
-    for example in examples:
-        if len(tokens[example.row].asked) > longest:
-            kept.skipped.append(Skip(example.row, f"prompt longer than {longest} tokens"))
+    found.log(train)
+    # Rows are taken in the order in which they are drawn, until there are enough: those after them need no tokens.
+    order = drawn(found.examples, config.seed)
+    cut = data.long_prompts == "keep_end"
+    enough = data.eval_rows + data.max_rows if data.max_rows and cut else None
+    made = tokenise_once(workdir / "tokens.npz", source, data.template, chat, order, enough)
+    usable, tokens = Examples(), {}
+    for example, ids in zip(order, made, strict=False):
+        if isinstance(ids, Skip):
+            usable.skipped.append(ids)
+        elif not cut and len(ids.asked) > data.max_prompt_length:
+            usable.skipped.append(Skip(example.row, f"prompt longer than {data.max_prompt_length} tokens"))
         else:
-            kept.examples.append(example)
-    return kept
+            usable.examples.append(example)
+            tokens[example.row] = ids
+    if usable.skipped:
+        usable.skipped.sort(key=lambda skip: skip.row)
+        usable.log(train)
+    usable.refuse_none(train)
+    without = {skip.row for skip in usable.skipped}
+    examples, held_out = split_examples(found.examples, data.eval_rows, config.seed, data.max_rows, without)
+    if len(examples) < data.max_rows:
+        _LOG.warning("--config.data.max_rows=%d: there are %d rows to train on", data.max_rows, len(examples))
+    return examples, held_out, tokens
 
 
 def _agree_with_workdir(config: ConfigDict, workdir: epath.Path) -> None:

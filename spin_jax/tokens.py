@@ -14,7 +14,7 @@ from etils import epath
 from spin_jax import hosts, models
 from spin_jax.data import chat as chat_lib
 from spin_jax.data.chat import ChatFormat
-from spin_jax.data.sources import Example
+from spin_jax.data.sources import Example, Skip
 from spin_jax.errors import UserError
 from spin_jax.metrics import write_whole
 
@@ -39,6 +39,13 @@ def tokenise(chat: ChatFormat, example: Example) -> Tokenised:
     Raises:
         UserError: the template refuses the row; its number is in the message.
     """
+    tokens = _tokenise(chat, example)
+    if isinstance(tokens, Skip):
+        raise UserError(f"row {tokens.row}: {tokens.reason}")
+    return tokens
+
+
+def _tokenise(chat: ChatFormat, example: Example) -> Tokenised | Skip:
     try:
         return Tokenised(
             chat.generation_prompt(example.prompt),
@@ -46,29 +53,39 @@ def tokenise(chat: ChatFormat, example: Example) -> Tokenised:
             chat.real_response(example.prompt, example.response),
         )
     except UserError as error:
-        raise UserError(f"row {example.row}: {error}") from None
+        return Skip(example.row, str(error))
 
 
 def tokenise_once(
-    path: epath.Path, directory: epath.Path, template: str, chat: ChatFormat, examples: Sequence[Example]
-) -> list[Tokenised]:
-    """`tokenise` of each example: read from the file at `path` where it was made of the same, else made and kept there.
+    path: epath.Path,
+    directory: epath.Path,
+    template: str,
+    chat: ChatFormat,
+    examples: Sequence[Example],
+    enough: int | None = None,
+) -> list[Tokenised | Skip]:
+    """`tokenise` of each example, or why the template refuses it: read from the file at `path` where it was made of the
+    same, else made and kept there. With `enough`, one after another until there are the tokens of so many.
 
     The same are the texts, the files of the tokenizer in `directory`, `template` (`config.data.template`), and the code
     that reads them. Of several processes each makes a share, and the first one writes.
     """
-    key = _key(directory, template, examples)
+    key = _key(directory, template, examples, enough)
     if hosts.on_first(lambda: path.exists() and _key_in(path) == key):
-        return hosts.on_each(lambda: _read(path))
-    made = hosts.shared(lambda example: tokenise(chat, example), examples)
+        return hosts.on_each(lambda: _read(path, examples))
+    made: list[Tokenised | Skip] = []
+    wanted = missing = len(examples) if enough is None else enough
+    while missing and (next_ones := examples[len(made) :][:missing]):
+        made += hosts.shared(lambda example: _tokenise(chat, example), next_ones)
+        missing = wanted - sum(isinstance(tokens, Tokenised) for tokens in made)
     hosts.on_first(lambda: _write(path, key, made))
     return made
 
 
-def _key(directory: epath.Path, template: str, examples: Sequence[Example]) -> str:
+def _key(directory: epath.Path, template: str, examples: Sequence[Example], enough: int | None) -> str:
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
     texts = [(e.prompt, e.response) for e in examples]
-    made_of = [models.fingerprint(directory, weights=False), template, versions, texts]
+    made_of = [models.fingerprint(directory, weights=False), template, versions, enough, texts]
     digest = hashlib.sha256(json.dumps(made_of).encode())
     digest.update(pathlib.Path(chat_lib.__file__).read_bytes())
     return digest.hexdigest()
@@ -79,14 +96,21 @@ def _key_in(path: epath.Path) -> str:
         return str(stored["key"])
 
 
-def _read(path: epath.Path) -> list[Tokenised]:
+def _read(path: epath.Path, examples: Sequence[Example]) -> list[Tokenised | Skip]:
     with np.load(io.BytesIO(path.read_bytes())) as stored:
         rows = np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])
-    return [Tokenised(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
+        refused = json.loads(str(stored["refused"]))
+    made: list[Tokenised | Skip] = [Tokenised(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
+    for position, reason in refused.items():
+        made[int(position)] = Skip(examples[int(position)].row, reason)
+    return made
 
 
-def _write(path: epath.Path, key: str, made: Sequence[Tokenised]) -> None:
-    rows = [ids for tokens in made for ids in tokens]
+def _write(path: epath.Path, key: str, made: Sequence[Tokenised | Skip]) -> None:
+    refused = {position: tokens.reason for position, tokens in enumerate(made) if isinstance(tokens, Skip)}
+    nothing = Tokenised(*[np.zeros(0, np.int32)] * 3)
+    rows = [ids for tokens in made for ids in (nothing if isinstance(tokens, Skip) else tokens)]
     file = io.BytesIO()
-    np.savez(file, key=key, lengths=[len(ids) for ids in rows], ids=np.concatenate(rows))
+    lengths = [len(ids) for ids in rows]
+    np.savez(file, key=key, refused=json.dumps(refused), lengths=lengths, ids=np.concatenate(rows))
     write_whole(path, file.getvalue())

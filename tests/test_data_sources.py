@@ -1,8 +1,9 @@
 import json
-import pathlib
+import re
 
 import numpy as np
 import pytest
+from data_rows import CHAT, assistant, system, user, write_lines
 
 from spin_jax.data.sources import (
     Example,
@@ -15,63 +16,6 @@ from spin_jax.data.sources import (
 )
 from spin_jax.errors import UserError
 
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "2 + 2?"},
-    {"role": "assistant", "content": "4"},
-    {"role": "user", "content": "And 3?"},
-    {"role": "assistant", "content": "7"},
-]
-
-
-def write_lines(path: pathlib.Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def user(text: str) -> tuple[dict, ...]:
-    return ({"role": "user", "content": text},)
-
-
-# ---- layouts
-
-
-@pytest.mark.parametrize("shape", ["messages", "conversations"])
-def test_last_and_first_turn_of_a_conversation(tmp_path, shape):
-    names = {"user": "human", "assistant": "gpt", "system": "system"}
-    turns = CHAT if shape == "messages" else [{"from": names[t["role"]], "value": t["content"]} for t in CHAT]
-    # A last user turn that nobody answered is no part of the exchange.
-    source = write_lines(tmp_path / "a.jsonl", [{shape: [*turns, turns[3]], "id": 7}])
-    assert load_examples(source).examples == [Example(0, tuple(CHAT[:4]), "7")]
-    assert load_examples(source, turn="first").examples == [Example(0, tuple(CHAT[:2]), "4")]
-
-
-@pytest.mark.parametrize(
-    "row, prompt",
-    [
-        ({"question": "q", "answer": "a"}, "q"),
-        ({"prompt": "q", "completion": "a"}, "q"),
-        ({"instruction": "q", "output": "a"}, "q"),
-        ({"instruction": "q", "input": " ", "output": "a"}, "q"),
-        ({"instruction": "q", "input": "ctx", "response": "a"}, "q\n\nctx"),
-    ],
-)
-def test_single_turn_columns(tmp_path, row, prompt):
-    assert load_examples(write_lines(tmp_path / "a.jsonl", [row])).examples == [Example(0, user(prompt), "a")]
-
-
-def test_an_alpaca_row_without_input_does_not_hide_the_input_of_later_rows(tmp_path):
-    rows = [{"instruction": "q", "output": "a"}, {"instruction": "q", "input": "ctx", "output": "a"}]
-    examples = load_examples(write_lines(tmp_path / "a.jsonl", rows)).examples
-    assert [example.prompt[0]["content"] for example in examples] == ["q", "q\n\nctx"]
-
-
-def test_messages_win_over_other_columns_and_a_named_layout_wins_over_both(tmp_path):
-    source = write_lines(tmp_path / "a.jsonl", [{"prompt": "p", "response": "r", "messages": CHAT}])
-    assert load_examples(source).examples[0].response == "7"
-    assert load_examples(source, layout="prompt_response").examples[0].response == "r"
-
-
 # ---- prompts, whose answers may be missing
 
 
@@ -82,10 +26,12 @@ def test_messages_win_over_other_columns_and_a_named_layout_wins_over_both(tmp_p
         ({"question": "q", "answer": "a"}, "q"),
         ({"instruction": "q"}, "q"),
         ({"instruction": "q", "input": "ctx"}, "q\n\nctx"),
-        ({"instruction": "q", "input": "ctx", "answer": "a"}, "q"),  # as a run reads it
+        ({"instruction": "q", "input": "ctx", "answer": "a"}, "q\n\nctx"),
+        ({"question": "q", "context": "ctx"}, "q\n\nctx"),
+        ({"question": "q", "system_prompt": "S"}, [system("S"), user("q")]),
         ({"messages": CHAT}, CHAT[:4]),
         ({"messages": CHAT[:4]}, CHAT[:4]),
-        ({"conversations": [{"from": "human", "value": "q"}]}, [*user("q")]),
+        ({"conversations": [{"from": "human", "value": "q"}]}, [user("q")]),
         ({"real": CHAT, "generated": CHAT}, CHAT[:4]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -100,7 +46,7 @@ def test_the_first_turn_of_a_conversation_as_a_prompt(tmp_path):
 
 
 def test_prompts_of_data_are_those_that_a_run_asks(tmp_path):
-    rows = [{"messages": CHAT}, {"messages": [*user("q"), {"role": "assistant", "content": "a"}]}]
+    rows = [{"messages": CHAT}, {"messages": [user("q"), assistant("a")]}]
     source = write_lines(tmp_path / "a.jsonl", rows)
     for turn in ("first", "last"):
         prompts = [tuple(as_messages(prompt)) for prompt in load_prompts(source, turn=turn)]
@@ -111,24 +57,24 @@ def test_prompts_of_data_are_those_that_a_run_asks(tmp_path):
     "rows, message",
     [
         ([], "a.jsonl: there are no rows"),
-        ([{"prompt": "q"}, {"prompt": " "}], "a.jsonl:2: empty prompt"),
+        ([{"prompt": "q"}, {"prompt": " "}, {"prompt": None}], "a.jsonl:2, 3: empty prompt"),
         ([{"prompt": "q"}, {"prompt": 5}], "a.jsonl:2: field 'prompt' must be text"),
         ([{"messages": [{"role": "assistant", "content": "a"}]}], "a.jsonl:1: no user turn"),
         ([{"text": "q"}], "a.jsonl:1: columns text fit no known layout"),
+        ([{"text": "q"}, {"prompt": 5}], "fit no known layout; accepted: .*; .*a.jsonl:2: field 'prompt' must be text"),
     ],
 )
-def test_a_row_without_a_prompt_is_named(tmp_path, rows, message):
+def test_rows_without_a_prompt_are_named(tmp_path, rows, message):
     with pytest.raises(UserError) as refused:
         load_prompts(write_lines(tmp_path / "a.jsonl", rows))
-    assert message in str(refused.value)
+    assert re.search(message, str(refused.value))
 
 
 # ---- rows that are left out, and said so
 
 
 def test_unusable_rows_are_counted_with_their_numbers(tmp_path):
-    answer = {"role": "assistant", "content": "a"}
-    question = {"role": "user", "content": "q"}
+    answer, question = assistant("a"), user("q")
     rows = [
         [question, answer],
         [answer],
@@ -195,6 +141,27 @@ def test_a_malformed_line_is_named(tmp_path, line, message):
     assert "\n" not in str(error.value)
 
 
+def test_all_malformed_rows_are_named_at_once(tmp_path):
+    good, bad = {"prompt": "q", "response": "a"}, {"prompt": 5, "response": "a"}
+    rows = [good, bad, "{", good, {"prompt": "q"}, bad, [1], {"prompt": " ", "response": "a"}, good]
+    with pytest.raises(UserError) as refused:
+        load_examples(write_lines(tmp_path / "a.jsonl", rows))
+    path = tmp_path / "a.jsonl"
+    broken, lacking, no_object, *others = str(refused.value).split("; ")[1:]
+    assert str(refused.value).startswith(f"{path}:2, 6: field 'prompt' must be text, not int; ") and not others
+    assert broken.startswith(f"{path}:3: not valid JSON: Expecting property name")
+    assert lacking == f"{path}:5: no field among response, completion, answer, output (this row has: prompt)"
+    assert no_object == f"{path}:7: a row must be an object with named fields, not list"
+
+
+def test_of_many_malformed_rows_twenty_are_named(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"prompt": 5, "response": "a"}] * 1000))
+    with pytest.raises(UserError) as refused:
+        load_examples(str(tmp_path / "a.json"))
+    rows, what = ", ".join(map(str, range(20))), "field 'prompt' must be text, not int"
+    assert str(refused.value) == f"{tmp_path}/a.json row {rows}: {what}; and 980 more rows"
+
+
 @pytest.mark.parametrize(
     "messages, message",
     [
@@ -225,12 +192,6 @@ def test_json_that_is_no_list(tmp_path):
         load_examples(str(tmp_path / "a.json"))
 
 
-def test_a_parquet_file_that_is_none(tmp_path):
-    (tmp_path / "a.parquet").write_text("no")
-    with pytest.raises(UserError, match=r"a\.parquet: not a Parquet file"):
-        load_examples(str(tmp_path / "a.parquet"))
-
-
 @pytest.mark.parametrize("option", [{"layout": "chatml"}, {"turn": "middle"}])
 def test_unknown_options_name_the_choices(option):
     with pytest.raises(UserError, match="unknown .*: write "):
@@ -257,37 +218,6 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path):
     assert load_examples(str(tmp_path / "splits"), split="train_sft") == expected
     with pytest.raises(UserError, match=r"splits: no split 'train'; there are: train_sft"):
         load_examples(str(tmp_path / "splits"))
-
-
-@pytest.mark.parametrize(
-    "names, split, rows",
-    [
-        (["train", "test"], "test", ["test"]),
-        (["train_small"], "train", ["train_small"]),
-        (["train-00000-of-00002", "train-00001-of-00002"], "train", ["train-00000-of-00002", "train-00001-of-00002"]),
-        (["train_sft-00000-of-00001", "train_gen-00000-of-00001"], "train_sft", ["train_sft-00000-of-00001"]),
-        (["train", "train_extra"], "train", ["train"]),
-        (["part-0", "part-1"], "train", ["part-0", "part-1"]),
-    ],
-)
-@pytest.mark.parametrize("folder", [".", "data"])
-def test_a_directory_is_read_by_split(tmp_path, names, split, rows, folder):
-    (tmp_path / folder).mkdir(exist_ok=True)
-    for name in names:
-        write_lines(tmp_path / folder / f"{name}.jsonl", [{"prompt": name, "response": "a"}])
-    examples = load_examples(str(tmp_path), split=split).examples
-    assert [example.prompt for example in examples] == [user(name) for name in rows]
-    assert [example.row for example in examples] == list(range(len(rows)))  # numbered through all the files
-
-
-@pytest.mark.parametrize(
-    "names, split", [(["test"], "train"), (["train_sft", "train_gen"], "train"), (["part-0"], "test")]
-)
-def test_a_directory_without_the_split_lists_its_files(tmp_path, names, split):
-    for name in names:
-        write_lines(tmp_path / f"{name}.jsonl", [{"prompt": "q", "response": "a"}])
-    with pytest.raises(UserError, match=f"no .* file of split '{split}'; files there: {sorted(names)[0]}.jsonl"):
-        load_examples(str(tmp_path), split=split)
 
 
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "./no/where", "nowhere", "gone/away.parquet"])
@@ -317,7 +247,7 @@ def test_a_hub_data_set_by_id(tmp_path, monkeypatch):
     write_lines(tmp_path / "org" / "name" / "train.jsonl", [{"prompt": "q", "response": "a"}])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    assert load_examples("hub:org/name").examples == [Example(0, user("q"), "a")]
+    assert load_examples("hub:org/name").examples == [Example(0, (user("q"),), "a")]
     with pytest.raises(UserError, match="^org/name: the Hub gave no split 'dev': .*train"):  # and names those there are
         load_examples("hub:org/name", split="dev")
 
@@ -359,7 +289,7 @@ def test_tfds(tmp_path):
 
 
 def test_held_out_rows_never_train():
-    examples = [Example(row, user(str(row)), "a") for row in range(100)]
+    examples = [Example(row, (user(str(row)),), "a") for row in range(100)]
     train, held_out = split_examples(examples, 10, seed=3)
     assert len(train) == 90 and len(held_out) == 10
     assert sorted(example.row for example in train + held_out) == list(range(100))
@@ -370,7 +300,7 @@ def test_held_out_rows_never_train():
 
 
 def test_a_smaller_training_set_is_part_of_a_larger_with_the_same_held_out_rows():
-    examples = [Example(row, user(str(row)), "a") for row in range(100)]
+    examples = [Example(row, (user(str(row)),), "a") for row in range(100)]
     few, held_out = split_examples(examples, 10, seed=3, train_rows=20)
     more, same_held_out = split_examples(examples, 10, seed=3, train_rows=50)
     assert (len(few), len(more)) == (20, 50)
@@ -379,9 +309,24 @@ def test_a_smaller_training_set_is_part_of_a_larger_with_the_same_held_out_rows(
     assert rows < {example.row for example in more} and max(rows) > 50  # drawn at random, not from the top
 
 
+def test_rows_that_are_passed_over_leave_the_others_in_their_order():
+    examples = [Example(row, (user(str(row)),), "a") for row in range(100)]
+
+    def rows(without=()):
+        parts = split_examples(examples, 10, seed=3, train_rows=20, without=without)
+        return [[example.row for example in part] for part in parts]
+
+    train, held_out = rows()
+    gone = {held_out[0], *train[:2]}
+    fewer_train, fewer_held_out = rows(gone)
+    assert (len(fewer_train), len(fewer_held_out)) == (20, 10)
+    assert set(held_out) - gone < set(fewer_held_out) and not gone & {*fewer_train, *fewer_held_out}
+    assert set(train) - gone < {*fewer_train, *fewer_held_out}
+
+
 def test_more_held_out_rows_than_there_are():
     with pytest.raises(UserError, match="cannot hold out 2 of 2 examples"):
-        split_examples([Example(0, user("q"), "a"), Example(1, user("q"), "a")], 2, seed=0)
+        split_examples([Example(0, (user("q"),), "a"), Example(1, (user("q"),), "a")], 2, seed=0)
 
 
 # ---- real data
@@ -408,7 +353,9 @@ def test_real_data(assets, source, split, rows):
         assert any(len(example.prompt) > 1 for example in found.examples)
 
 
-def test_real_conversations_that_nobody_answered_are_reported(assets):
-    found = load_examples(str(assets / "data" / "llama_factory_demo" / "dpo_en_demo.json"))
-    assert len(found.examples) + len(found.skipped) == 300
-    assert {skip.reason for skip in found.skipped} == {"no assistant turn"}
+def test_real_preferences_train_no_earlier_turn(assets):
+    with pytest.raises(UserError, match="no row can be used: no assistant turn .* are not read") as refused:
+        load_examples(str(assets / "data" / "llama_factory_demo" / "dpo_en_demo.json"))
+    assert "the last turn is the user's, without a response (chosen and rejected are not read) (106 rows)" in str(
+        refused.value
+    )

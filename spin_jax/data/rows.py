@@ -1,124 +1,230 @@
 """A source's rows, as they are: of files, saved data sets, the Hub and TFDS. `data/sources.py` knows their columns."""
 
+import codecs
+import collections
 import json
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
+from spin_jax.data.directories import FILE_SUFFIXES, files_of_split, is_saved_dataset
 from spin_jax.errors import UserError
 
-FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-SPLIT_NAMES = r"(train|test|validation|valid|val|dev|eval)([_.-]|$)"
+NAMED = 20  # mistakes that one message names
+
+# How files begin that have a right name and hold no rows, and what to do about them.
+_NO_ROWS = (
+    (b"version https://git-lfs", "a Git LFS pointer instead of the data: run `git lfs pull`, or download the file"),
+    (b"<", "a web page instead of the data: download the file itself"),
+    (b"\x1f\x8b", "packed with gzip: unpack it with gunzip, and name it by what is in it"),
+    (b"\x28\xb5\x2f\xfd", "packed with zstd: unpack it with unzstd, and name it by what is in it"),
+    (b"PK\x03\x04", "a zip archive: unpack it"),
+    (codecs.BOM_UTF16_LE, "UTF-16 text: save it as UTF-8"),
+    (codecs.BOM_UTF16_BE, "UTF-16 text: save it as UTF-8"),
+)
+_STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # what etils reads them with
 
 
-def read_rows(source: str, split: str) -> Iterator[tuple[str, object]]:
-    """(where, row) one after another; `where` names the row to whoever has to mend it. `load_examples` says what a
-    source may be.
+class Place(NamedTuple):
+    """Where a row is, for whoever has to mend it: FILE:LINE or FILE row NUMBER."""
+
+    before: str
+    number: int
+
+
+class Mistakes:
+    """Rows that stop a load, gathered so that one start names all of them."""
+
+    def __init__(self):
+        self._count = 0
+        self._numbers: dict[tuple[str, str], list[str]] = collections.defaultdict(list)  # by (Place.before, mistake)
+
+    def add(self, place: Place, mistake: Exception) -> None:
+        self._count += 1
+        if self._count <= NAMED:
+            self._numbers[place.before, str(mistake)].append(str(place.number))
+
+    def refuse(self) -> None:
+        """
+        Raises:
+            UserError: there are some; it names the first `NAMED`.
+        """
+        if self._count:
+            named = [f"{before}{', '.join(numbers)}: {what}" for (before, what), numbers in self._numbers.items()]
+            more = [f"and {self._count - NAMED:,} more rows"] if self._count > NAMED else []
+            raise UserError("; ".join(named + more))
+
+
+def read_rows(source: str, split: str) -> Iterator[tuple[Place, object]]:
+    """(place, row) one after another, with a UserError in the place of a row that cannot be parsed. `load_examples`
+    says what a source may be.
 
     Raises:
         UserError: the source cannot be read; while iterating, too.
     """
     if source.startswith("tfds:"):
-        return _read_tfds(source.removeprefix("tfds:"), split)
+        return _guarded(source, _read_tfds(source.removeprefix("tfds:"), split))
     if source.startswith("hub:"):
         return _read_hub(source.removeprefix("hub:"), split)
-    path = epath.Path(source).expanduser()
-    if path.is_dir():
-        return _read_directory(path, split)
-    if path.exists():
-        return _read_file(path)
-    if path.suffix in FILE_SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+    if path := _existing(source):
+        return _guarded(source, _read_directory(path, split)) if path.is_dir() else _read_file(path)
+    if source.endswith(FILE_SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
         raise UserError(f"{source}: no such file or directory (a Hub data set is written org/name or hub:name)")
     return _read_hub(source, split)
 
 
-def _read_file(path: epath.Path) -> Iterator[tuple[str, object]]:
-    if path.suffix not in FILE_SUFFIXES:
-        raise UserError(f"{path}: cannot tell what this file is; name it {', '.join(FILE_SUFFIXES)}")
-    return {".json": _read_json, ".parquet": _read_parquet}.get(path.suffix, _read_json_lines)(path)
+def _existing(source: str) -> epath.Path | None:
+    """The file or directory, if there is one."""
+    scheme = source.partition("://")[0]
+    try:
+        path = epath.Path(source.removeprefix("file://")).expanduser()
+        if path.exists():
+            return path
+        if "://" not in source:
+            path.stat()  # says whether it is hidden from us
+        return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except KeyError:
+        raise UserError(f"{source}: {scheme}:// is not read; download the data and give its local path") from None
+    except ImportError as error:
+        needs = f"pip install {_STORES[scheme]}" if scheme in _STORES else str(error)
+        raise UserError(f"{source}: reading {scheme}:// needs one package more: {needs}") from None
+    except Exception as error:  # each store's client has its own
+        raise UserError(f"{source} cannot be read: {_why(source, error)}") from error
 
 
-def _read_json_lines(path: epath.Path) -> Iterator[tuple[str, object]]:
+def _guarded(what: object, rows: Iterator[tuple[Place, object]]) -> Iterator[tuple[Place, object]]:
+    """`rows`, with whatever goes wrong in reading them, at their opening or later, as one line that names `what`.
+
+    All that runs in here are json, pyarrow, `datasets` and clients of stores. At damaged bytes they raise nearly
+    anything: OSError, ArrowInvalid, UnicodeDecodeError, KeyError, AttributeError, MemoryError.
+    """
+    try:
+        yield from rows
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} cannot be read: {_why(what, error)}") from error
+
+
+def _why(what: object, error: Exception) -> str:
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if isinstance(error, PermissionError):
+        return f"{said}: give your user the right to read it"
+    if "://" in str(what):
+        return f"{said}: look at your access to it and at the network, or download it and give its local path"
+    return f"{said}: it is damaged or not whole; copy or download it again"
+
+
+def _read_file(path: epath.Path) -> Iterator[tuple[Place, object]]:
+    readers = {".json": _read_json, ".parquet": _read_parquet}
+    suffix = path.suffix.lower()
+    if suffix not in FILE_SUFFIXES:
+        packed = " (is it packed? then unpack it)" if suffix in (".gz", ".zst", ".bz2", ".xz", ".zip") else ""
+        raise UserError(f"{path}: cannot tell what this file is; name it {', '.join(FILE_SUFFIXES)}{packed}")
+    return _guarded(path, readers.get(suffix, _read_json_lines)(path))
+
+
+def _check_beginning(path: epath.Path) -> None:
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    for prefix, what in _NO_ROWS:
+        if beginning.lstrip().startswith(prefix):
+            raise UserError(f"{path} is {what}")
+    if not beginning and path.suffix.lower() in (".json", ".parquet"):  # no lines are no rows
+        raise UserError(f"{path} is empty: copy or download it again")
+
+
+def _read_json_lines(path: epath.Path) -> Iterator[tuple[Place, object]]:
+    _check_beginning(path)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-                raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
-            yield f"{path}:{number}", row
+            line = line.removeprefix(codecs.BOM_UTF8).strip()
+            if line:
+                yield Place(f"{path}:", number), _parsed(line)
 
 
-def _read_json(path: epath.Path) -> Iterator[tuple[str, object]]:
+def _parsed(line: bytes) -> object:
     try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error} (one object a line? then name it .jsonl)") from None
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # a ValueError: JSONDecodeError or UnicodeDecodeError
+        return UserError(f"not valid JSON: {error}")
+
+
+def _read_json(path: epath.Path) -> Iterator[tuple[Place, object]]:
+    _check_beginning(path)
+    rows = _parsed(path.read_bytes())  # it may begin with a byte-order mark
+    if isinstance(rows, UserError):
+        raise UserError(f"{path}: {rows} (one object a line? then name it .jsonl)")
     if not isinstance(rows, list):
         raise UserError(f"{path}: must hold a list of rows, not {type(rows).__name__}")
     for index, row in enumerate(rows):
-        yield f"{path} row {index}", row
+        yield Place(f"{path} row ", index), row
 
 
-def _read_parquet(path: epath.Path) -> Iterator[tuple[str, object]]:
+def _read_parquet(path: epath.Path) -> Iterator[tuple[Place, object]]:
     import pyarrow
     import pyarrow.parquet
 
+    _check_beginning(path)
     with path.open("rb") as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path}: not a Parquet file: {error}") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a Parquet file: {_why(path, error)}") from None
         index = 0
         for batch in table.iter_batches(batch_size=4096):
             for row in batch.to_pylist():
-                yield f"{path} row {index}", row
+                yield Place(f"{path} row ", index), row
                 index += 1
 
 
-def _read_directory(path: epath.Path, split: str) -> Iterator[tuple[str, object]]:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _read_saved_dataset(path, split)
-    folders = [folder for folder in (path, path / "data") if folder.is_dir()]
-    files = sorted(file for folder in folders for file in folder.iterdir() if file.suffix in FILE_SUFFIXES)
-    # train_sft-00000-of-00003.parquet is one shard of train_sft
-    stems = {file: re.sub(r"-\d+-of-\d+.*", "", file.stem) for file in files}
-    chosen = [file for file in files if stems[file] == split]
-    variants = {stem for stem in stems.values() if re.match(rf"{re.escape(split)}[_.-]", stem)}
-    if not chosen and len(variants) == 1:  # train_small.jsonl alone is the train split; train_sft with train_gen is not
-        chosen = [file for file in files if stems[file] in variants]
-    # Files that name no split at all are training data, as on the Hub.
-    if split == "train" and not any(re.match(SPLIT_NAMES, stem) for stem in stems.values()):
-        chosen = files
-    if not chosen:
-        names = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"{path}: no {'/'.join(FILE_SUFFIXES)} file of split {split!r}; files there: {names}")
-    return (row for file in chosen for row in _read_file(file))
+def _read_directory(path: epath.Path, split: str) -> Iterator[tuple[Place, object]]:
+    if is_saved_dataset(path):
+        yield from _read_saved_dataset(path, split)
+        return
+    for part in files_of_split(path, split):
+        yield from _guarded(part, _read_saved_dataset(part, split)) if part.is_dir() else _read_file(part)
 
 
-def _read_saved_dataset(path: epath.Path, split: str) -> Iterator[tuple[str, object]]:
+def _read_saved_dataset(path: epath.Path, split: str) -> Iterator[tuple[Place, object]]:
     import datasets
 
-    data = datasets.load_from_disk(str(path))
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise UserError(f"{path}: no split {split!r}; there are: {', '.join(data)}")
-        data = data[split]
-    return ((f"{path} row {index}", row) for index, row in enumerate(data))
+    if (path / "dataset_dict.json").exists():  # of its splits only the one is looked at
+        splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
+        if split not in splits:
+            raise UserError(f"{path}: no split {split!r}; there are: {', '.join(splits)}")
+        path = path / split
+    yield from _rows_of(str(path), datasets.load_from_disk(str(path)))
 
 
-def _read_hub(name: str, split: str) -> Iterator[tuple[str, object]]:
+def _rows_of(name: str, data) -> Iterator[tuple[Place, object]]:
+    """The rows of a `datasets.Dataset` as Arrow has them: images and sounds, whose rows are left out in any case, are
+    not decoded, which would need packages and time. Only JSON columns are."""
+    import datasets
+
+    json_columns = datasets.Features({name: kind for name, kind in data.features.items() if "Json(" in repr(kind)})
+    index = 0
+    for table in data.with_format("arrow").iter(batch_size=4096):
+        for row in table.to_pylist():
+            decoded = json_columns.decode_example({column: row[column] for column in json_columns})
+            yield Place(f"{name} row ", index), row | decoded
+            index += 1
+
+
+def _read_hub(name: str, split: str) -> Iterator[tuple[Place, object]]:
     import datasets
 
     repository, _, config = name.partition(":")
     try:
         data = datasets.load_dataset(repository, config or None, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError: the data set is a script
+    except Exception as error:  # of `datasets`, of the Hub's client and of all that reads files for them
         raise UserError(f"{name}: the Hub gave no split {split!r}: {_hub_advice(error)}") from error
-    return ((f"{name} row {index}", row) for index, row in enumerate(data))
+    return _guarded(name, _rows_of(name, data))
 
 
 def _hub_advice(error: Exception) -> str:
@@ -132,7 +238,7 @@ def _hub_advice(error: Exception) -> str:
     return message
 
 
-def _read_tfds(name: str, split: str) -> Iterator[tuple[str, object]]:
+def _read_tfds(name: str, split: str) -> Iterator[tuple[Place, object]]:
     try:
         import tensorflow_datasets
     except ImportError:
@@ -140,19 +246,16 @@ def _read_tfds(name: str, split: str) -> Iterator[tuple[str, object]]:
     try:
         data = tensorflow_datasets.data_source(name, split=split)
     # No network or disk; a server that refuses; no such data set, configuration or split; data that was prepared
-    # earlier in a format that cannot be read row by row. All else is a bug, and shown as one.
+    # earlier in a format that cannot be read row by row.
     except (OSError, tensorflow_datasets.download.DownloadError, ValueError, NotImplementedError) as error:
         advice = str(error).partition("\n")[0]  # the lines after it list every data set there is
         raise UserError(f"tfds:{name}: cannot load split {split!r}: {advice}") from error
-    rows = (data[index] for index in range(len(data)))
-    return (
-        (f"tfds:{name} row {index}", {column: _plain(value) for column, value in row.items()})
-        for index, row in enumerate(rows)
-    )
+    for index in range(len(data)):
+        yield Place(f"tfds:{name} row ", index), _plain(data[index])
 
 
 def _plain(value: object) -> object:
-    """A TFDS value as JSON would give it: text for bytes, a list of turns for TFDS's one dict of lists."""
+    """A TFDS value as JSON would give it: text for bytes, lists for arrays."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, np.ndarray | np.generic):
@@ -160,6 +263,5 @@ def _plain(value: object) -> object:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
-        columns = [_plain(column) for column in value.values()]
-        return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
+        return {key: _plain(item) for key, item in value.items()}
     return value

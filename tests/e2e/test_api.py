@@ -29,6 +29,14 @@ def test_greedy_answers_have_no_seed(model):
     assert greedy[0] == greedy[1] == model.sample(["abc"], max_new_tokens=6, top_k=1)
 
 
+def test_half_a_character_is_replaced_and_counted(model, caplog):
+    settings = {"max_new_tokens": 4, "temperature": 0}
+    assert model.sample(["a\ud83d", "b"], **settings) == model.sample(["a\ufffd", "b"], **settings)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "prompts: text that cannot be encoded (half an emoji, say) replaced by U+FFFD: 1 (rows 0)"
+    ]
+
+
 def test_nothing_asked_nothing_answered(model):
     assert model.sample([]) == []
 

@@ -219,9 +219,9 @@ def test_a_place_that_cannot_be_written_is_found_before_sampling(tiny_model, pro
             "1 of 2 prompts are longer than config.data.max_prompt_length=48, the first in row 1: raise it",
         ),
         (
-            [{"messages": [{"role": role, "content": "a"} for role in ("system", "user")]}],
+            [{"prompt": "a"}, *[{"messages": [{"role": role, "content": "a"} for role in ("system", "user")]}] * 2],
             {"data.template": "paper"},
-            "prompts.jsonl row 0: the paper's templates take one user turn",
+            "prompts.jsonl row 1, 2: the paper's templates take one user turn",
         ),
         ([{"prompt": "a"}], {"generate.batch_size": 9}, "config.generate.batch_size=9 does not split over"),
         ([{"prompt": "a"}], {"generate.tempature": 1}, "did you mean config.generate.temperature?"),
