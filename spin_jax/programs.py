@@ -320,8 +320,10 @@ def make_packing(settings: ConfigDict, mesh: Mesh, micro_batches: int = 1) -> Pa
 
 
 def _longest(config: ConfigDict) -> list[tuple[int, int, int]]:
-    """The lengths of a batch of the longest pairs: both responses fill their budgets."""
-    data, generated = config.data, config.generate.max_new_tokens
+    """The lengths of a batch of the longest pairs: both responses fill their budgets. Generated responses that the data
+    gives have the room of a human one."""
+    data = config.data
+    generated = data.max_length if data.layout == "pairs" else config.generate.max_new_tokens
     prompt = max(1, min(data.max_prompt_length, data.max_length - generated))
     return [(prompt, data.max_length - prompt, min(generated, data.max_length - prompt))] * config.train.batch_size
 
