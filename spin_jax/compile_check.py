@@ -95,13 +95,13 @@ def check(
         UserError: no such program, no compiler for the slice, or the config and the slice do not go together.
     """
     # Only now: this imports jax, and `main` has said on which platform.
-    from spin_jax import aot, programs
+    from spin_jax import aot, compile_programs
 
     devices = aot.devices_of(target)
     model = _model(config)
     if layers:
         model = dataclasses.replace(model, num_layers=layers)
-    made = programs.make_programs(config, model, devices, lengths)
+    made = compile_programs.make_programs(config, model, devices, lengths)
     if unknown := set(names) - {program.name for program in made}:
         raise UserError(f"--programs: {unknown.pop()!r} is not one of {', '.join(program.name for program in made)}")
     chosen = [program for program in made if not names or program.name in names]

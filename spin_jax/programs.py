@@ -1,13 +1,12 @@
-"""Every jitted program of a run: made here for the stages that run them, and listed for those who compile them ahead.
+"""Every jitted program of a run, made by one function each, which is cached: no program is compiled twice.
 
-One function a program, cached, so that the same program is not compiled twice; `make_programs` gives each with the
-shapes that a config's run calls it with.
+`spin_jax/compile_programs.py` lists them with the shapes that a run calls them with.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,30 +17,23 @@ from ml_collections import ConfigDict
 
 from spin_jax import sharding
 from spin_jax import slots as slots_lib
-from spin_jax.batches import Packing, Plan, empty_batch, forward_flops, plan_scoring, plan_training, spin_batch
+from spin_jax.batches import Packing
 from spin_jax.config import at_iteration
-from spin_jax.data.pairs import Pair
 from spin_jax.models import (
     Compute,
     ModelConfig,
     abstract_adapters,
     abstract_params,
     adapter_shardings,
-    flops_per_token,
     for_compute,
     init_adapters,
     merge,
     param_shardings,
     quantise,
     quantised_shardings,
-    unembed_flops,
 )
 from spin_jax.models.attention import choose_kernel
-from spin_jax.models.flash import heads_and_tile
-from spin_jax.models.tiles import share_of_causal
-from spin_jax.sampling import Decoding
 from spin_jax.step import (
-    Batch,
     Objective,
     TrainState,
     init_state,
@@ -220,7 +212,7 @@ class Training(NamedTuple):
 def make_training(spec: TrainingSpec) -> Training:
     """The programs of a training stage."""
     mesh = spec.compute.mesh
-    trained = _located(abstract_params(spec.model), param_shardings(mesh, spec.model))
+    trained = located(abstract_params(spec.model), param_shardings(mesh, spec.model))
     if spec.loss:
         objective = spin_objective(spec.model, spec.compute, spec.loss, spec.beta)
     else:
@@ -228,11 +220,11 @@ def make_training(spec: TrainingSpec) -> Training:
     if spec.rank:
         objective = on_adapters(objective, spec.alpha / spec.rank, spec.live)
         adapters = abstract_adapters(spec.model, spec.rank)
-        trained = _located(adapters, adapter_shardings(mesh, spec.model, spec.rank))
+        trained = located(adapters, adapter_shardings(mesh, spec.model, spec.rank))
     schedule = learning_rate_schedule(spec.peak, spec.steps, spec.warmup_ratio)
     optimizer = make_optimizer(spec.optimizer, schedule, spec.clip_norm, spec.weight_decay)
     init, step = jit_training(objective, optimizer, spec.micro_batches, trained, mesh)
-    state = _located(init.eval_shape(trained), state_shardings(optimizer, trained))
+    state = located(init.eval_shape(trained), state_shardings(optimizer, trained))
     return Training(init, step, schedule, state)
 
 
@@ -257,61 +249,6 @@ def _jit(mesh: Mesh, function: Callable, **options) -> Callable:
     return jax.jit(function, compiler_options=xla_options(mesh), **options)
 
 
-# ---- the same, for compiling ahead of time
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A jitted function with what a run calls it with.
-
-    Attributes:
-        name: such as "train step".
-        jitted: the result of `jax.jit`.
-        args: trees of jax.ShapeDtypeStruct with NamedShardings.
-        kinds: what they are, in a word each: "params", "optimizer", "batch", ...; a tree that is a prefix of `args`.
-        beside: by kind, trees of the same sort: what else the devices hold while it runs.
-        model_flops: that the algorithm asks for, of the whole batch; 0 for programs that compute nothing to speak of.
-        inside: by kind, what it makes for itself and is worth a line of its own among its temporaries.
-        kernel_share: tiles that its attention kernels visit, on average over the batch's rows, over those of rows that
-            hold one causal sequence each, which is what the compiler is told of.
-    """
-
-    name: str
-    jitted: Callable
-    args: tuple
-    kinds: tuple
-    beside: Mapping[str, Any]
-    model_flops: float
-    inside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    kernel_share: float = 1.0
-
-
-def make_programs(
-    config: ConfigDict,
-    model: ModelConfig,
-    devices: Sequence[jax.Device],
-    lengths: Sequence[tuple[int, int, int]] | None = None,
-) -> list[Program]:
-    """The programs of an iteration of a config's run, in order.
-
-    Args:
-        lengths: tokens of prompt, real and generated response of each pair of a batch; None: as long as the config's
-            budgets allow, which gives the largest shapes of a run.
-
-    Raises:
-        UserError: config, model and devices do not go together.
-    """
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    compute = make_compute(config.model, model, mesh)
-    decode = make_decode_compute(config, model, compute)
-    sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches)
-    sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
-    params = _located(abstract_params(model), param_shardings(mesh, model))
-    pairs = [_blank_pair(*of_pair) for of_pair in lengths or _longest(config)]
-    training = _training_programs(config, model, compute, params, pairs)
-    return _sampling_programs(config, model, decode, params) + training
-
-
 def make_packing(settings: ConfigDict, mesh: Mesh, micro_batches: int = 1) -> Packing:
     """How `config.train` says that pairs are packed into rows on a mesh. For training `micro_batches` are those of the
     config; scoring keeps nothing for a backward pass, and takes a micro-batch's pairs at a time."""
@@ -319,110 +256,7 @@ def make_packing(settings: ConfigDict, mesh: Mesh, micro_batches: int = 1) -> Pa
     return Packing(ways, settings.length_multiple, settings.row_length)
 
 
-def _longest(config: ConfigDict) -> list[tuple[int, int, int]]:
-    """The lengths of a batch of the longest pairs: both responses fill their budgets. Generated responses that the data
-    gives have the room of a human one."""
-    data = config.data
-    generated = data.max_length if data.layout == "pairs" else config.generate.max_new_tokens
-    prompt = max(1, min(data.max_prompt_length, data.max_length - generated))
-    return [(prompt, data.max_length - prompt, min(generated, data.max_length - prompt))] * config.train.batch_size
-
-
-def _blank_pair(*lengths: int) -> Pair:
-    return Pair(0, 0, *(np.zeros(tokens, np.int32) for tokens in lengths), False, False)
-
-
-def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute, params: dict) -> list[Program]:
-    settings = config.generate
-    shards, size, cap = sharding.ways(compute.mesh, "rows"), settings.batch_size, settings.max_new_tokens
-    places = slots_lib.queue_places(settings.prefill_batch_size, size, shards)
-    width = slots_lib.prefill_width(config.data.max_prompt_length, settings.prompt_bucket)
-    resharding = make_resharding(model, compute, settings.weight_dtype)
-    laid_out = quantised_shardings if settings.weight_dtype == "int8" else param_shardings
-    copy = _located(resharding.eval_shape(params), laid_out(compute.mesh, model))
-    sampler = make_sampler(model, settings, (model.vocab_size - 1,), compute)
-    rows = sampler.start.eval_shape(size, places, width)
-    slots, queue = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(compute.mesh, s)),
-        rows,
-        slots_lib.specs(rows),
-    )
-    prompts = _located(slots_lib.no_prompts(places, width), sharding.batch_sharding(compute.mesh))
-    decoding = jax.eval_shape(lambda: Decoding.of(settings, sampler.stop_ids))
-    more = jax.ShapeDtypeStruct((), jnp.bool_)
-    # How many steps a call makes is not known; the loop counts as one, in which slots are half way through on average.
-    prefill = places * width * flops_per_token(model, (width + 1) / 2)
-    drawn = size * (flops_per_token(model, width + (cap + 1) / 2) + unembed_flops(model))
-    beside = {"params": params}
-    return [
-        Program("resharding", resharding, (params,), ("params",), {}, 0.0),
-        Program(
-            "prefill",
-            sampler.prefill,
-            (copy, queue, prompts),
-            ("sampling params", "queue", "batch"),
-            beside | {"cache": slots},
-            prefill,
-        ),
-        Program(
-            "decode step",
-            sampler.decode,
-            (copy, slots, queue, decoding, more),
-            ("sampling params", "cache", "queue", "batch", "batch"),
-            beside,
-            drawn,
-        ),
-    ]
-
-
-def _training_programs(
-    config: ConfigDict, model: ModelConfig, compute: Compute, params: dict, pairs: Sequence[Pair]
-) -> list[Program]:
-    train, mesh = config.train, compute.mesh
-    spec = spin_spec(config, model, compute, 0, steps=1000)  # any number of steps is the same program but for constants
-    init, step, _, state = make_training(spec)
-    frozen = _located(_in_compute_dtype(params, compute), param_shardings(mesh, model))
-    kind, merging = "params", []
-    if spec.rank:
-        kind, arguments = "adapters", ((params, state.params), ("params", "adapters"))
-        merging = [Program("merging", make_merging(model, spec.alpha / spec.rank, mesh), *arguments, {}, 0.0)]
-    part = pairs[: len(pairs) // train.micro_batches]
-    scoring = plan_scoring(part, len(part), make_packing(train, mesh))
-    training = plan_training(pairs, np.arange(len(pairs))[None], make_packing(train, mesh, train.micro_batches))
-    scored, batch = _abstract_batch(mesh, scoring), _abstract_batch(mesh, training)
-    shares = [kernel_share(model, compute, pairs, plan) for plan in (scoring, training)]
-    kinds = (TrainState("optimizer", kind, "optimizer", "optimizer"), "opponent", "batch", "batch")
-    flops, part_flops = (sum(forward_flops(model, pair) for pair in some) for some in (pairs, part))
-    score, beside = make_scorer(model, compute), {"next batch": batch}
-    arguments = (state, frozen if spec.live or spec.rank else None, batch, jax.ShapeDtypeStruct((), jnp.bool_))
-    return [
-        Program("scoring", score, (params, scored), ("params", "batch"), {}, part_flops, kernel_share=shares[0]),
-        Program("optimizer init", init, (state.params,), (kind,), {}, 0.0),
-        Program("train step", step, arguments, kinds, beside, spec.passes * flops, kernel_share=shares[1]),
-        *merging,
-    ]
-
-
-def kernel_share(model: ModelConfig, compute: Compute, pairs: Sequence[Pair], plan: Plan) -> float:
-    """`Program.kernel_share` of a program that is called with a plan's first batch; 1 without a kernel that skips."""
-    if compute.kernel is None or compute.kernel.name != "flash":
-        return 1.0
-    ways = sharding.ways(compute.mesh, "heads")
-    _, tile = heads_and_tile(model.num_heads // ways, model.num_kv_heads // ways, model.head_dim, compute.dtype)
-    rows = spin_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays.rows
-    return share_of_causal(rows.ends_BT, rows.positions_BT, tile, model.sliding_window)
-
-
-def _in_compute_dtype(params: dict, compute: Compute) -> dict:
-    return jax.eval_shape(functools.partial(for_compute, dtype=compute.dtype), params)
-
-
-def _abstract_batch(mesh: Mesh, plan: Plan) -> Batch:
-    """Of the shape of a plan's first batch."""
-    return _located(jax.eval_shape(lambda: empty_batch(plan.shapes[0])), sharding.batch_sharding(mesh))
-
-
-def _located(shapes, shardings):
+def located(shapes, shardings):
     """ShapeDtypeStructs with shardings; one sharding serves all of a tree."""
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, shapes)

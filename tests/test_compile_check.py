@@ -14,11 +14,11 @@ import pytest
 import tpu
 
 from spin_jax import aot, compile_check
+from spin_jax.compile_programs import Program
 from spin_jax.config import base_config
 from spin_jax.errors import UserError
 from spin_jax.models import read_config
 from spin_jax.models.known import known
-from spin_jax.programs import Program
 from spin_jax.slices import CPU, SLICES, GiB, Slice
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -15,12 +15,12 @@ from jax.sharding import NamedSharding
 
 from spin_jax import aot, compile_check, sharding
 from spin_jax.batches import Packing, plan_training
+from spin_jax.compile_programs import kernel_share
 from spin_jax.compile_report import read_work
 from spin_jax.models import Compute, abstract_adapters, abstract_params, num_params
 from spin_jax.models.attention import Kernel
 from spin_jax.models.compute import project
 from spin_jax.models.known import known
-from spin_jax.programs import kernel_share
 from spin_jax.slices import SLICES
 
 MODEL = known("alignment-handbook/zephyr-7b-sft-full")
