@@ -38,6 +38,7 @@ setup(
         "eval": ["lm-eval[hf]>=0.4.10"],  # torch comes with it
         "tfds": ["tensorflow-datasets>=4.9.6"],
         "check": ["jax[tpu]"],  # compile_check: libtpu of the version that this jax runs with; no TPU is needed
+        "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],  # models with a tokenizer.model alone
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],
         "test": [
             "pytest>=8",

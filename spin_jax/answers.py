@@ -23,14 +23,14 @@ from ml_collections import ConfigDict
 from spin_jax import config as config_lib
 from spin_jax import hosts, models, programs, sharding
 from spin_jax.data.chat import ChatFormat
-from spin_jax.data.rows import Mistakes, Place
 from spin_jax.data.sources import Message, as_messages, load_prompts
 from spin_jax.errors import UserError
 from spin_jax.files import find
 from spin_jax.metrics import write_whole
-from spin_jax.responses import Prompt, Response, generate
+from spin_jax.responses import Prompt, Response, generate, warn_if_endless
 from spin_jax.run import Player, check_alike, check_shared, open_player
 from spin_jax.stop_strings import stop_table
+from spin_jax.tokens import ask
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
     asked = [Prompt(row, ids, n) for row, ids in enumerate(tokens) for n in range(config.generate.responses)]
     hosts.on_first(lambda: _begin(parts, _settings(config, player, tokens)))
     check_shared(parts)
-    stops_SV = stop_table(player.chat.tokenizer, config.generate.stop_strings, player.model.vocab_size)
+    codec = player.chat.codec
+    stops_SV = stop_table(codec.tokenizer, config.generate.stop_strings, player.model.vocab_size, codec.silent)
     responses = generate(
         programs.make_sampler(player.model, config.generate, player.chat.stop_ids, player.decode, stops_SV),
         hosts.on_each(lambda: _load_params(player, config.generate.weight_dtype)),
@@ -82,6 +83,7 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
     )
     of_each = [prompts[prompt.row] for prompt in asked]
     hosts.on_first(lambda: _finish(out, parts, player.chat, config.generate.stop_strings, of_each, responses))
+    hosts.on_first(lambda: warn_if_endless(responses, config.generate))
 
 
 def _check_free(out: epath.Path) -> None:
@@ -92,13 +94,7 @@ def _check_free(out: epath.Path) -> None:
 def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: ConfigDict) -> list[np.ndarray]:
     """What the model is asked with; a prompt over the budget keeps its end, unless `config.data.long_prompts` says that
     there shall be none."""
-    asked, longest, mistakes = [], data.max_prompt_length, Mistakes()
-    for row, prompt in enumerate(prompts):
-        try:
-            asked.append(chat.generation_prompt(as_messages(prompt)))
-        except UserError as error:
-            mistakes.add(Place(f"{data.train} row ", row), error)
-    mistakes.refuse()
+    asked, longest = ask(chat, list(map(as_messages, prompts)), f"{data.train} row "), data.max_prompt_length
     if too_long := [row for row, tokens in enumerate(asked) if len(tokens) > longest]:
         what = f"{len(too_long):,} of {len(asked):,} prompts are longer than config.data.max_prompt_length={longest}"
         if data.long_prompts == "skip":
@@ -168,7 +164,7 @@ def _finish(
     responses: Sequence[Response],
 ) -> None:
     """`out`, which takes the place of the parts; `prompts` has one for each response."""
-    texts = chat.tokenizer.batch_decode([response.tokens for response in responses], skip_special_tokens=True)
+    texts = [chat.codec.decode(response.tokens) for response in responses]
     before = [min((text.find(stop) for stop in stop_strings if stop in text), default=None) for text in texts]
     lines = [
         {

@@ -17,6 +17,7 @@ from spin_jax.metrics import write_whole
 from spin_jax.programs import make_compute, make_decode_compute, make_sampler
 from spin_jax.responses import Prompt, generate
 from spin_jax.self_play import self_play
+from spin_jax.tokens import ask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,28 +56,40 @@ class Model:
         responses = generate(
             make_sampler(self.config, settings, self.chat.stop_ids, compute),
             models.for_compute(self.params, compute.dtype),
-            [Prompt(i, self.chat.generation_prompt(prompt)) for i, prompt in enumerate(read_prompts(prompts))],
+            [Prompt(i, ids) for i, ids in enumerate(ask(self.chat, read_prompts(prompts), "prompt "))],
             settings,
             seed=seed,
             iteration=0,
             mesh=compute.mesh,
         )
-        return [self.chat.tokenizer.decode(response.tokens, skip_special_tokens=True) for response in responses]
+        return [self.chat.codec.decode(response.tokens) for response in responses]
 
     def save(self, directory: str | os.PathLike, dtype: jnp.dtype = jnp.float32) -> None:
         """Write a Hugging Face directory that `transformers` and `load` read."""
         models.save(directory, self.config, self.params, source=self.directory, dtype=dtype)
 
 
-def load(path_or_id: str | os.PathLike, revision: str | None = None) -> Model:
+def load(
+    path_or_id: str | os.PathLike,
+    revision: str | None = None,
+    template: str = "chat",
+    parse_special_tokens: bool = False,
+) -> Model:
     """A model from a Hugging Face directory or Hub id, with f32 params.
+
+    Args:
+        path_or_id: a directory, or a Hub repository's owner/name.
+        revision: of the repository.
+        template: "chat", the tokenizer's own, or "paper", as `config.data.template`.
+        parse_special_tokens: as `config.data.parse_special_tokens`.
 
     Raises:
         UserError: one line on what is missing or not supported.
     """
     directory = epath.Path(models.resolve(path_or_id, revision))
-    config, params = models.load(directory)
-    return Model(config, params, load_chat(directory, "chat"), directory)
+    vocab_size = models.read_config(directory).vocab_size
+    chat = load_chat(directory, template, parse_special_tokens=parse_special_tokens, vocab_size=vocab_size)
+    return Model(*models.load(directory), chat, directory)
 
 
 def spin(
@@ -103,13 +116,19 @@ def spin(
         raise UserError(f"{data} holds other examples: give another workdir, or the examples that it was begun with")
     start = workdir / "start"  # the model as it is in memory, which need not be what its directory holds
     config = base_config()
-    override(config, {"model.path": os.fspath(start), "data.train": os.fspath(data)} | dict(overrides or {}))
+    from_model = {
+        "model.path": os.fspath(start),
+        "data.template": model.chat.name,
+        "data.parse_special_tokens": not model.chat.codec.kept,
+    }
+    override(config, from_model | {"data.train": os.fspath(data)} | dict(overrides or {}))
     validate(config)
     write_whole(data, lines)
     if not (start / "config.json").exists():
         model.save(start)
     self_play(config, workdir)
-    return load(workdir / f"iteration_{config.iterations - 1}" / "model")
+    last = workdir / f"iteration_{config.iterations - 1}" / "model"
+    return load(last, template=config.data.template, parse_special_tokens=config.data.parse_special_tokens)
 
 
 def answer(

@@ -49,6 +49,9 @@ def base_config() -> ConfigDict:
     c.data.turn = "last"
     # "chat": the tokenizer's template for both; "paper": Alpaca-style generation prompt and Zephyr training template
     c.data.template = "chat"
+    # whether the name of a special token in a row's text, such as "</s>", is that token: for data that has a template's
+    # own tokens in its text. Else it is text like any other, and cannot end a response
+    c.data.parse_special_tokens = False
     # rows to train on, drawn with the seed (smaller sets nest in larger); 0 is all (the paper: 50,000)
     c.data.max_rows = 0
     c.data.eval_rows = 0  # rows held out of training for reward accuracy and margin

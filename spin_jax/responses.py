@@ -25,6 +25,7 @@ from spin_jax.sharding import batch_sharding, check_batch, ways
 from spin_jax.slots import Prompts, Report, Responses, Sampler, no_prompts, prefill_width, queue_places, slot_counts
 
 _LOG = logging.getLogger(__name__)
+_FEW_ENDED = 0.1  # of the responses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,18 @@ def generate(
         return []
     responses |= _read_parts(directory, others) if others else {}
     return [responses[prompt.row, prompt.number] for prompt in prompts]
+
+
+def warn_if_endless(responses: Sequence[Response], settings: ConfigDict) -> None:
+    """Say so if hardly a response ended, as human ones do; `settings` are `config.generate`."""
+    cap = settings.max_new_tokens
+    ended = sum(response.finished or len(response.tokens) < cap for response in responses)  # or at a stop string
+    if ended < _FEW_ENDED * len(responses):
+        _LOG.warning(
+            "%d of %d responses ended: --config.generate.max_new_tokens=%d is too low for this model, it does not "
+            "write the stop id that human responses end in, or it was never trained to end",
+            *(ended, len(responses), cap),
+        )
 
 
 def _draw(

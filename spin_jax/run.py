@@ -25,6 +25,7 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -220,7 +221,14 @@ def open_player(config: ConfigDict, path: str, mesh: jax.sharding.Mesh) -> Playe
     decode = programs.make_decode_compute(config, model, compute)
     sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
     models.param_shardings(decode.mesh, model)
-    chat = hosts.on_each(lambda: load_chat(source, config.data.template))
+    chat = hosts.on_each(
+        lambda: load_chat(
+            source,
+            config.data.template,
+            parse_special_tokens=config.data.parse_special_tokens,
+            vocab_size=model.vocab_size,
+        )
+    )
     return Player(source, model, chat, compute, decode)
 
 
@@ -300,7 +308,7 @@ def _load_data(
     for example, ids in zip(order, made, strict=False):
         if isinstance(ids, Skip):
             usable.skipped.append(ids)
-        elif not cut and len(ids.asked) > data.max_prompt_length:
+        elif not cut and ids.longest_prompt > data.max_prompt_length:
             usable.skipped.append(Skip(example.row, f"prompt longer than {data.max_prompt_length} tokens"))
         else:
             usable.examples.append(example)
@@ -313,7 +321,19 @@ def _load_data(
     examples, held_out = split_examples(found.examples, data.eval_rows, config.seed, data.max_rows, without)
     if len(examples) < data.max_rows:
         _LOG.warning("--config.data.max_rows=%d: there are %d rows to train on", data.max_rows, len(examples))
+    _tell_of_cut_prompts(train, tokens, data.max_prompt_length)
     return examples, held_out, tokens
+
+
+def _tell_of_cut_prompts(train: str, tokens: Mapping[int, Tokenised], longest: int) -> None:
+    cut = [row for row, ids in tokens.items() if ids.longest_prompt > longest]
+    if cut:
+        _LOG.warning(
+            "%s: %d of %d prompts lose their beginning (BOS, a system turn), being longer than "
+            "--config.data.max_prompt_length=%d, the first in row %d: raise it, or leave them out with "
+            "--config.data.long_prompts=skip",
+            *(train, len(cut), len(tokens), longest, min(cut)),
+        )
 
 
 def _agree_with_workdir(config: ConfigDict, workdir: epath.Path) -> None:

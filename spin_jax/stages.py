@@ -34,7 +34,7 @@ from spin_jax.files import find
 from spin_jax.losses import LOSSES
 from spin_jax.metrics import restore, to_json, write_whole
 from spin_jax.models import for_compute
-from spin_jax.responses import Prompt, Response, generate
+from spin_jax.responses import Prompt, Response, generate, warn_if_endless
 from spin_jax.run import Run
 from spin_jax.score import (
     Parts,
@@ -80,7 +80,8 @@ def generate_responses(run: Run, t: int) -> None:
         _LOG.info("iteration 0 takes the generated responses that %s holds", run.config.data.train)
         return
     settings = run.config.generate
-    stops_SV = stop_table(run.chat.tokenizer, settings.stop_strings, run.model.vocab_size)
+    codec = run.chat.codec
+    stops_SV = stop_table(codec.tokenizer, settings.stop_strings, run.model.vocab_size, codec.silent)
     responses = generate(
         programs.make_sampler(run.model, settings, run.chat.stop_ids, run.decode, stops_SV),
         programs.make_resharding(run.model, run.decode, settings.weight_dtype)(run.params(run.start_of(t))),
@@ -93,6 +94,8 @@ def generate_responses(run: Run, t: int) -> None:
         name=f"iteration {t}: generate",
     )
     hosts.on_first(lambda: _write_responses(run, directory, examples, responses))
+    if t == 0:
+        hosts.on_first(lambda: warn_if_endless(responses, settings))
 
 
 def score_pairs(run: Run, t: int) -> None:
@@ -292,7 +295,7 @@ def _write_responses(
     run: Run, directory: epath.Path, examples: Sequence[Example], responses: Sequence[Response]
 ) -> None:
     """`pairs.parquet`, which takes the place of the parts: a row a response, those to one prompt together."""
-    texts = run.chat.tokenizer.batch_decode([response.tokens for response in responses], skip_special_tokens=True)
+    texts = [run.chat.codec.decode(response.tokens) for response in responses]
     asked = [example for example in examples for _ in range(run.config.generate.responses)]
     answered = [
         dataclasses.replace(example, generated=text, truncated=not response.finished)

@@ -7,23 +7,28 @@ of the next state, by state and token.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from spin_jax.data.tokenizer import special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def stop_table(tokenizer: "PreTrainedTokenizerBase", strings: Sequence[str], vocab_size: int) -> np.ndarray | None:
+def stop_table(
+    tokenizer: "PreTrainedTokenizerBase", strings: Sequence[str], vocab_size: int, silent: Collection[int] = ()
+) -> np.ndarray | None:
     """The automaton that finds any of `strings`, int32 [states, vocab_size]: the state after a state and a token.
 
     State 0 is the beginning; the last one says that a string was found, and is never left. None without strings.
+    `silent` are ids that no text shows, besides special tokens.
     """
     if not strings:
         return None
-    pieces = [*token_bytes(tokenizer), *[b""] * vocab_size][:vocab_size]
+    pieces = [*token_bytes(tokenizer, silent), *[b""] * vocab_size][:vocab_size]
     return table_of([string.encode() for string in strings], pieces)
 
 
@@ -56,13 +61,16 @@ def _automaton(strings: Sequence[bytes]) -> np.ndarray:
     return table
 
 
-def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
-    """What each token adds to a text, by id; nothing for special tokens, which no text shows."""
+def token_bytes(tokenizer: "PreTrainedTokenizerBase", silent: Collection[int] = ()) -> list[bytes]:
+    """What each token adds to a text, by id; nothing for special tokens and those that are `silent`."""
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
     of = _byte_level if '"ByteLevel"' in decoder else _pieces
-    special = set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    return [b"" if i in special or token is None else of(token) for i, token in enumerate(tokens)]
+    unseen, added = special_ids(tokenizer).union(silent), tokenizer.added_tokens_decoder
+    pieces = [b""] * (1 + max(tokenizer.get_vocab().values()))
+    for token, i in tokenizer.get_vocab().items():
+        if i not in unseen:  # an added token is written as it reads
+            pieces[i] = token.encode() if i in added else of(token)
+    return pieces
 
 
 def _byte_level(token: str) -> bytes:

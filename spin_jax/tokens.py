@@ -13,8 +13,11 @@ from etils import epath
 
 from spin_jax import hosts, models
 from spin_jax.data import chat as chat_lib
+from spin_jax.data import codec, tokenizer
+from spin_jax.data import template as template_lib
 from spin_jax.data.chat import ChatFormat
-from spin_jax.data.sources import Example, Skip
+from spin_jax.data.rows import Mistakes, Place
+from spin_jax.data.sources import Example, Message, Skip
 from spin_jax.errors import UserError
 from spin_jax.metrics import write_whole
 
@@ -32,6 +35,11 @@ class Tokenised(NamedTuple):
     prompt: np.ndarray
     real: np.ndarray
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longer one of `asked` and `prompt`."""
+        return max(len(self.asked), len(self.prompt))
+
 
 def tokenise(chat: ChatFormat, example: Example) -> Tokenised:
     """The ids of an example.
@@ -45,6 +53,22 @@ def tokenise(chat: ChatFormat, example: Example) -> Tokenised:
     return tokens
 
 
+def ask(chat: ChatFormat, prompts: Sequence[Sequence[Message]], before: str) -> list[np.ndarray]:
+    """What a model is asked with to answer each of `prompts`, int32 ids [tokens], not yet cut to a budget.
+
+    Raises:
+        UserError: prompts that the template refuses; it names them by `before` and their positions.
+    """
+    asked, mistakes = [], Mistakes()
+    for position, prompt in enumerate(prompts):
+        try:
+            asked.append(chat.generation_prompt(prompt))
+        except UserError as error:
+            mistakes.add(Place(before, position), error)
+    mistakes.refuse()
+    return asked
+
+
 def _tokenise(chat: ChatFormat, example: Example) -> Tokenised | Skip:
     try:
         return Tokenised(
@@ -52,6 +76,8 @@ def _tokenise(chat: ChatFormat, example: Example) -> Tokenised | Skip:
             chat.training_prompt(example.prompt),
             chat.real_response(example.prompt, example.response),
         )
+    except codec.BeyondVocabulary as error:  # no fault of the row: others have it in store
+        raise UserError(f"row {example.row}: {error}") from None
     except UserError as error:
         return Skip(example.row, str(error))
 
@@ -67,10 +93,10 @@ def tokenise_once(
     """`tokenise` of each example, or why the template refuses it: read from the file at `path` where it was made of the
     same, else made and kept there. With `enough`, one after another until there are the tokens of so many.
 
-    The same are the texts, the files of the tokenizer in `directory`, `template` (`config.data.template`), and the code
-    that reads them. Of several processes each makes a share, and the first one writes.
+    The same are the texts, the files of the tokenizer in `directory`, `template` (`config.data.template`), what `chat`
+    found there, and the code that reads them. Of several processes each makes a share, and the first one writes.
     """
-    key = _key(directory, template, examples, enough)
+    key = _key(directory, template, chat, examples, enough)
     if hosts.on_first(lambda: path.exists() and _key_in(path) == key):
         return hosts.on_each(lambda: _read(path, examples))
     made: list[Tokenised | Skip] = []
@@ -82,12 +108,16 @@ def tokenise_once(
     return made
 
 
-def _key(directory: epath.Path, template: str, examples: Sequence[Example], enough: int | None) -> str:
+def _key(
+    directory: epath.Path, template: str, chat: ChatFormat, examples: Sequence[Example], enough: int | None
+) -> str:
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
     texts = [(e.prompt, e.response) for e in examples]
-    made_of = [models.fingerprint(directory, weights=False), template, versions, enough, texts]
+    found = [chat.stop_ids, sorted(chat.codec.kept), chat.codec.vocab_size]
+    made_of = [models.fingerprint(directory, weights=False), template, found, versions, enough, texts]
     digest = hashlib.sha256(json.dumps(made_of).encode())
-    digest.update(pathlib.Path(chat_lib.__file__).read_bytes())
+    for module in (chat_lib, codec, template_lib, tokenizer):
+        digest.update(pathlib.Path(module.__file__).read_bytes())
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """The automaton against plain search in the text, on real vocabularies."""
 
+import chat_models
 import numpy as np
 import pytest
 import tiny_files
@@ -57,6 +58,16 @@ def test_pieces(assets):
 
 def test_characters():
     check(tiny_files.character_tokenizer(), ("aab", "no a ab", "user x", "b"))
+
+
+def test_no_string_is_found_in_the_name_of_a_token_that_no_text_shows():
+    """Whether tokenizer.json alone marks it as special, or it is a stop id that nothing marks."""
+    tokenizer = chat_models.byte_level(special=("<|eot_id|>",), plain=("<|end|>", "<thé>"))
+    eot, end, shown = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end|>", "<thé>"])
+    pieces = token_bytes(tokenizer, silent=[end])
+    assert (pieces[eot], pieces[end], pieces[shown]) == (b"", b"", "<thé>".encode())
+    table_SV = stop_table(tokenizer, ["eot", "end", "thé"], len(tokenizer), silent=[end])
+    assert [found_at(table_SV, [token]) for token in (eot, end, shown)] == [None, None, 1]
 
 
 def test_no_strings_no_table():

@@ -13,24 +13,34 @@ The tokenizer never adds special tokens of its own: a template's text has them a
 """
 
 import dataclasses
-import functools
-import json
+import logging
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
+from spin_jax.data.codec import Codec
 from spin_jax.data.sources import Message
+from spin_jax.data.template import Template, probe
+from spin_jax.data.tokenizer import load_tokenizer, own_stop_ids, special_ids
 from spin_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LOG = logging.getLogger(__name__)
+
 
 class ChatFormat(Protocol):
-    """How messages become ids: int32 arrays of shape [tokens]. Prompts are messages as in `Example`."""
+    """How messages become ids: int32 arrays of shape [tokens]. Prompts are messages as in `Example`.
 
+    Each method raises UserError where the template does not take the messages or an id is beyond the vocabulary.
+    """
+
+    name: str  # "chat" or "paper"
+    codec: Codec
+    tokenizer: "PreTrainedTokenizerBase"  # the codec's
     stop_ids: tuple[int, ...]  # sampling stops at any of these, and keeps it as the response's last id
 
     def generation_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
@@ -52,54 +62,86 @@ class ChatFormat(Protocol):
         """
 
 
-def chat_format(
-    tokenizer: "PreTrainedTokenizerBase", template: str = "chat", eos_ids: Iterable[int] = ()
+def load_chat(
+    directory: pathlib.Path, template: str, *, parse_special_tokens: bool = False, vocab_size: int | None = None
 ) -> ChatFormat:
-    """The format called `template` ("chat" or "paper"); `eos_ids` are further stop ids, from generation_config.json.
+    """The chat format of the tokenizer in a model's directory; `chat_format` has the arguments.
 
     Raises:
-        UserError: the tokenizer has no EOS, or no usable chat template.
+        UserError: there is no tokenizer, it has no EOS or usable chat template, or ids are beyond the vocabulary.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos_token: set one in tokenizer_config.json, so that responses can end")
-    if template == "paper":
-        return PaperFormat(tokenizer, _unique([tokenizer.eos_token_id, *eos_ids]))
-    if template != "chat":
-        raise UserError(f"unknown data.template {template!r}: write 'chat' or 'paper'")
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template: put a chat_template in its tokenizer_config.json, or set"
-            " data.template=paper"
-        )
-    end = _end_of_turn(tokenizer)
-    specials = [i for i in _encode(tokenizer, end) if i in set(tokenizer.all_special_ids)]
-    return TemplateFormat(tokenizer, _unique([tokenizer.eos_token_id, *eos_ids, *specials[:1]]), end)
-
-
-def load_chat(directory: pathlib.Path, template: str) -> ChatFormat:
-    """The chat format of the tokenizer in a model's directory.
-
-    Raises:
-        UserError: there is no tokenizer, or it has no EOS or chat template.
-    """
-    from transformers import AutoTokenizer
-
+    own, tokenizer = own_stop_ids(directory), load_tokenizer(directory)
+    options = {"parse_special_tokens": parse_special_tokens, "vocab_size": vocab_size}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
-    return chat_format(tokenizer, template, _eos_ids(directory))
+        chat = chat_format(tokenizer, template, own, **options)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    for note in chat.habits.notes() if isinstance(chat, TemplateFormat) else ():
+        _LOG.warning("%s: %s", directory, note)
+    return chat
 
 
-def _eos_ids(directory: pathlib.Path) -> tuple[int, ...]:
-    """The model's own stop ids, from generation_config.json, where it has one."""
-    path = directory / "generation_config.json"
-    eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+def chat_format(
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str = "chat",
+    eos_ids: Iterable[int] = (),
+    *,
+    parse_special_tokens: bool = False,
+    vocab_size: int | None = None,
+) -> ChatFormat:
+    """The format called `template`, "chat" or "paper".
+
+    Args:
+        eos_ids: ids at which the model stops by its own files.
+        parse_special_tokens: whether the name of a special token in a message is that token; else it is text.
+        vocab_size: of the model; an id beyond it is refused.
+
+    Raises:
+        UserError: the tokenizer has no EOS or no usable chat template, or ids are beyond the vocabulary.
+    """
+    eos, eos_ids = tokenizer.eos_token_id, list(eos_ids)
+    stop_ids = _unique([*([] if eos is None else [eos]), *eos_ids])
+    if not stop_ids or (eos is None and template == "paper"):
+        raise UserError("the tokenizer has no eos_token: set one in tokenizer_config.json, so that responses can end")
+    if template not in ("chat", "paper"):
+        raise UserError(f"unknown data.template {template!r}: write 'chat' or 'paper'")
+    habits, written = probe(tokenizer, stop_ids) if template == "chat" else (None, [])
+    if habits and habits.end is not None:
+        stop_ids = _unique([*stop_ids, habits.end])
+    special, added = special_ids(tokenizer), tokenizer.added_tokens_decoder
+    kept = frozenset(i for i in {*special, *stop_ids, *written} & added.keys() if not added[i].content.isspace())
+    codec = Codec(tokenizer, frozenset() if parse_special_tokens else kept, special.union(stop_ids), vocab_size)
+    codec.check(stop_ids)
+    stops = eos if eos in eos_ids or not eos_ids else eos_ids[0]
+    chat = TemplateFormat(codec, stop_ids, habits, stops) if habits else PaperFormat(codec, stop_ids)
+    _try(chat)
+    return chat
+
+
+def _try(chat: ChatFormat) -> None:
+    """Refuse a format whose ids cannot be used, whatever the data."""
+    question = [{"role": "user", "content": "question"}]
+    chat.generation_prompt(question)
+    chat.training_prompt(question)
+    response = chat.real_response(question, "answer")
+    if response[-1] not in chat.stop_ids:
+        raise UserError("an answer does not end in any of the model's stop ids: mend the tokenizer's chat template")
+    if len(response) == 1:
+        raise UserError("the tokenizer makes no token of a word: its vocabulary is damaged; download it again")
 
 
 @dataclasses.dataclass(frozen=True)
-class TemplateFormat:
+class _Format:
+    codec: Codec
+    stop_ids: tuple[int, ...]
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        return self.codec.tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateFormat(_Format):
     """The tokenizer's chat template for generation and training alike.
 
     A response in text is tokenised as it stands after its prompt, which is how SFT saw it and how the model writes it.
@@ -107,12 +149,12 @@ class TemplateFormat:
     could be told apart by that.
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
-    stop_ids: tuple[int, ...]
-    end_of_turn: str  # what the template puts after a response, "<|im_end|>\n" for instance
+    name: ClassVar[str] = "chat"
+    habits: Template
+    eos: int  # ends a response where the template writes no end
 
     def generation_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
-        return _ids(_encode(self.tokenizer, _render(self.tokenizer, prompt, ask=True)))
+        return _ids(self.codec.encode(self.habits.prompt(self._hidden(prompt))))
 
     def training_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
         return self.generation_prompt(prompt)
@@ -129,24 +171,22 @@ class TemplateFormat:
         return _ids(response)
 
     def _text_response(self, prompt: Sequence[Message], text: str, finished: bool) -> np.ndarray:
-        asked = _render(self.tokenizer, prompt, ask=True)
-        answered = _render(self.tokenizer, [*prompt, {"role": "assistant", "content": text}], ask=False)
-        if not answered.startswith(asked):
-            raise UserError(
-                "the tokenizer's chat template rewrites the prompt once the answer is there, so it cannot be scored as"
-                " it was asked: give the tokenizer a template whose text only grows, or set data.template=paper"
-            )
-        answer = answered[len(asked) :]
+        messages = self._hidden([*prompt, {"role": "assistant", "content": text}])
+        asked = self.habits.prompt(messages[:-1])
+        answer = self.habits.answer(messages, asked)
         if not finished:
-            return _ids(_encode_after(self.tokenizer, asked, answer.removesuffix(self.end_of_turn)))
-        ids = _encode_after(self.tokenizer, asked, answer)
+            return _ids(self.codec.encode_after(asked, answer))
+        ids = self.codec.encode_after(asked, answer + self.habits.closing)
         # Sampling stops at the first stop id, so what a template writes after it ("\n") could never be generated.
         stops = [position for position, token in enumerate(ids) if token in self.stop_ids]
-        return _ids(ids[: stops[0] + 1] if stops else [*ids, self.tokenizer.eos_token_id])
+        return _ids(ids[: stops[0] + 1] if stops else [*ids, self.eos])
+
+    def _hidden(self, messages: Sequence[Message]) -> list[Message]:
+        return [message | {"content": self.codec.hide(message["content"])} for message in messages]
 
 
 @dataclasses.dataclass(frozen=True)
-class PaperFormat:
+class PaperFormat(_Format):
     r"""The released code's two templates (github.com/uclaml/SPIN); `</s>` stands for the tokenizer's EOS token.
 
     asked with   "### Instruction: {x}\n\n### Response: "
@@ -156,16 +196,15 @@ class PaperFormat:
     tokenised again, which gives both players' responses the same first token rules.
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
-    stop_ids: tuple[int, ...]
+    name: ClassVar[str] = "paper"
 
     def generation_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
-        return _ids(_encode(self.tokenizer, f"### Instruction: {_single_turn(prompt)}\n\n### Response: "))
+        question = self.codec.hide(_single_turn(prompt))
+        return _ids(self.codec.encode(f"### Instruction: {question}\n\n### Response: "))
 
     def training_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
-        eos = self.tokenizer.eos_token
-        text = f"<|system|>\n{eos}\n<|user|>\n{_single_turn(prompt)}{eos}\n<|assistant|>\n"
-        return _ids(_encode(self.tokenizer, text))
+        eos, question = self.tokenizer.eos_token, self.codec.hide(_single_turn(prompt))
+        return _ids(self.codec.encode(f"<|system|>\n{eos}\n<|user|>\n{question}{eos}\n<|assistant|>\n"))
 
     def real_response(self, prompt: Sequence[Message], text: str) -> np.ndarray:
         return self.generated_response(prompt, text, finished=True)
@@ -175,10 +214,11 @@ class PaperFormat:
     ) -> np.ndarray:
         if not isinstance(response, str):
             _check_end(response, finished, self.stop_ids)
-            response = self.tokenizer.decode(response, skip_special_tokens=True)
+            response = self.codec.decode(response)
+        text = self.codec.hide(response)
         if not finished:
-            return _ids(_encode(self.tokenizer, response))
-        return _ids([*_encode(self.tokenizer, f"{response}{self.tokenizer.eos_token}\n"), self.tokenizer.eos_token_id])
+            return _ids(self.codec.encode(text))
+        return _ids([*self.codec.encode(f"{text}{self.tokenizer.eos_token}\n"), self.tokenizer.eos_token_id])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,43 +245,14 @@ def fit(prompt: np.ndarray, *responses: np.ndarray, max_length: int, max_prompt_
     return Fitted(kept, tuple(response[:room] for response in responses), len(prompt) > max_prompt_length, cut)
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], ask: bool) -> str:
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-    except jinja2.TemplateError as error:  # templates refuse roles and orders through raise_exception
-        raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from None
-
-
-def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What the template writes after a response, found with a response that no template contains."""
-    probe = "spinprobe"
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": probe}]
-    text = _render(tokenizer, messages, ask=False)
-    if probe not in text:
-        raise UserError("the tokenizer's chat template leaves the assistant's message out: give it one that keeps it")
-    return text.rpartition(probe)[2]
-
-
-@functools.lru_cache(maxsize=1)  # a row's prompt is asked for three times in a row: to ask, to score, to stand before
-def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    # verbose=False: a text longer than the model's window is no news here, `fit` cuts it.
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-
-def _encode_after(tokenizer: "PreTrainedTokenizerBase", before: str, text: str) -> list[int]:
-    """Ids of `text` as it stands after `before`; if a token would straddle the two, which no model asked with `before`
-    could write, then of `text` alone."""
-    before_ids = _encode(tokenizer, before)
-    ids = _encode(tokenizer, before + text)
-    return ids[len(before_ids) :] if ids[: len(before_ids)] == before_ids else _encode(tokenizer, text)
-
-
 def _single_turn(prompt: Sequence[Message]) -> str:
-    if [message["role"] for message in prompt] != ["user"]:
+    roles = [message["role"] for message in prompt]
+    if roles != ["user"]:
+        one = "set --config.data.turn=first"
+        advice = "put the system's text into the user's turn" if "system" in roles else one
         raise UserError(
-            "the paper's templates take one user turn and no system turn: set data.turn=first, or data.template=chat"
+            f"the paper's templates take one user turn and no system turn: {advice}, or set "
+            "--config.data.template=chat (in Python: template='chat')"
         )
     return prompt[0]["content"]
 

@@ -40,7 +40,7 @@ def test_a_second_start_tokenises_no_row(tiny_model, tiny_data, tmp_path, asked)
     assert all(any(example.prompt[0]["content"] in text for text in asked) for example in examples)
     del asked[:]
     second = open_tiny(tiny_model, tiny_data, tmp_path)
-    assert asked == [first.chat.end_of_turn]  # what is looked up of the template itself
+    assert not any(example.prompt[0]["content"] in text for text in asked for example in examples)
     assert set(second.tokens) == {example.row for example in examples}
     for example in examples:
         np.testing.assert_equal(second.tokens[example.row], tokenise(first.chat, example))
