@@ -70,7 +70,10 @@ def test_where_nothing_is_odd_prompts_are_what_transformers_renders():
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "chat template fails: TypeError"),
         ("{{ messages[7].content }}", "refuses these messages: list object has no element 7"),
         ("{% for m in messages %}{{ m.content }", "chat template is not Jinja"),
-        ("{{ raise_exception('no\nturns') }}", "refuses these messages: no turns"),
+        (
+            "{{ raise_exception('no\nturns') }}",
+            "refuses these messages: no turns; mend it, or set --config.data.template=paper",
+        ),
         (7, "chat_template is 7: write a template in Jinja"),
         ({"tool_use": "x", "rag": "y"}, r"chat templates \(tool_use, rag\) none is named default"),
     ],
@@ -98,7 +101,7 @@ def test_a_template_of_one_exchange_is_used_as_it_is():
 @pytest.mark.parametrize(
     "template, message",
     [
-        (chat_models.GEMMA, r"refuses these messages: System role not supported \(turns of system, user\); take what"),
+        (chat_models.GEMMA, "refuses these messages: System role not supported$"),
         (
             "{% for m in messages if m.role != 'system' %}{{ m.role + m.content + eos_token }}{% endfor %}",
             "leaves out or rewrites the text of the system's turn",

@@ -114,16 +114,12 @@ class Template:
                 list(messages), chat_template=self.source, tokenize=False, add_generation_prompt=ask
             )
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"the tokenizer's chat template is not Jinja: {_line(error.message)}; mend it") from None
+            what = f"is not Jinja: {error.message}"
         except jinja2.TemplateError as error:  # templates refuse roles and orders through raise_exception
-            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-            raise UserError(
-                f"the tokenizer's chat template refuses these messages: {_line(error)} (turns of {roles}); take what "
-                "it refuses out of the data, or give the tokenizer a template that takes it"
-            ) from None
+            what = f"refuses these messages: {error}"
         except Exception as error:  # a template is a program
-            what = f"{type(error).__name__}: {_line(error)}"
-            raise UserError(f"the tokenizer's chat template fails: {what}; mend it") from None
+            what = f"fails: {type(error).__name__}: {error}"
+        raise UserError(" ".join(f"the tokenizer's chat template {what}".split()))
 
 
 def probe(tokenizer: "PreTrainedTokenizerBase", own: Collection[int]) -> tuple[Template, list[int]]:
@@ -136,7 +132,10 @@ def probe(tokenizer: "PreTrainedTokenizerBase", own: Collection[int]) -> tuple[T
         UserError: there is no template, or it cannot be used; one line.
     """
     bare = Template(tokenizer, _source(tokenizer))
-    found = _between(bare.render(_PROBE[:2]), *_WORDS[:2])
+    try:
+        found = _between(bare.render(_PROBE[:2]), *_WORDS[:2])
+    except UserError as error:
+        raise UserError(f"{error}; mend it, {_OTHER_TEMPLATE}") from None
     if found is None:
         raise UserError(
             "the tokenizer's chat template leaves the assistant's message out, or rewrites messages: give the "
@@ -227,10 +226,6 @@ def _between(text: str, *words: str) -> list[str] | None:
             return None
         parts.append(before)
     return [*parts, text]
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())
 
 
 def _rewrites(what: str) -> str:
