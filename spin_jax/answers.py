@@ -14,7 +14,6 @@ them it is.
 import hashlib
 import json
 import logging
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -112,13 +111,11 @@ def _settings(config: ConfigDict, player: Player, tokens: Sequence[np.ndarray]) 
     """What decides a response, by the name that a refusal gives it."""
     decoding = {f"config.generate.{field}": config.generate[field] for field in _DECIDING}
     decoding["config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
-    # Weights are told by their files' sizes and times: reading all of them would take longer than many an answer.
-    weights = [(file.name, file.stat()) for file in sorted(pathlib.Path(player.source).glob("*.safetensors"))]
-    model = [repr(player.model), player.chat.stop_ids, [(name, s.st_size, s.st_mtime_ns) for name, s in weights]]
+    model = models.fingerprint(player.source) | {"stop ids": list(player.chat.stop_ids)}
+    decoding |= {f"model ({part})": content for part, content in model.items()}
     return decoding | {
         "config.seed": config.seed,
         "config.model.compute_dtype": str(np.dtype(player.decode.dtype)),
-        "model": _digest(model),
         "list of prompts": _digest([ids.tolist() for ids in tokens]),
     }
 

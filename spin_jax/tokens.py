@@ -11,14 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from spin_jax import hosts
+from spin_jax import hosts, models
 from spin_jax.data import chat as chat_lib
 from spin_jax.data.chat import ChatFormat
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
 from spin_jax.metrics import write_whole
-
-_LARGEST_TOKENIZER = 64 * 2**20  # bytes; a larger file in a model's directory holds weights
 
 
 class Tokenised(NamedTuple):
@@ -68,12 +66,10 @@ def tokenise_once(
 
 
 def _key(directory: epath.Path, template: str, examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        if file.is_file() and file.stat().length <= _LARGEST_TOKENIZER:
-            digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
-    digest.update(json.dumps([template, versions, [(e.prompt, e.response) for e in examples]]).encode())
+    texts = [(e.prompt, e.response) for e in examples]
+    made_of = [models.fingerprint(directory, weights=False), template, versions, texts]
+    digest = hashlib.sha256(json.dumps(made_of).encode())
     digest.update(pathlib.Path(chat_lib.__file__).read_bytes())
     return digest.hexdigest()
 

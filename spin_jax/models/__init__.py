@@ -3,7 +3,9 @@
 from spin_jax.models.cache import NOWHERE, Columns, columns_axis, init_cache
 from spin_jax.models.compute import REMAT_POLICIES, Compute
 from spin_jax.models.config import ModelConfig
-from spin_jax.models.huggingface import load, read_config, resolve, save
+from spin_jax.models.directory import read_config, resolve
+from spin_jax.models.huggingface import load, save
+from spin_jax.models.identity import fingerprint
 from spin_jax.models.int8 import quantise, quantised_shardings
 from spin_jax.models.llama import (
     abstract_params,
@@ -30,6 +32,7 @@ __all__ = [
     "adapter_shardings",
     "attach",
     "columns_axis",
+    "fingerprint",
     "flops_per_token",
     "for_compute",
     "forward",

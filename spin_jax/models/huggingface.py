@@ -9,7 +9,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,8 +19,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax.errors import UserError
+from spin_jax.files import read_json_if_there
 from spin_jax.models import llama, safetensors
 from spin_jax.models.config import ModelConfig
+from spin_jax.models.directory import INDEX, WEIGHTS, read_config, resolve, stored_tensors, tokenizer_files
 
 # Our path -> (their name with `{}` for the layer, how many of our leading axes are a matmul's inputs). torch.nn.Linear
 # stores [outputs, inputs], each flattened to one axis; 0 inputs is a flattened bias; None is stored as it is here.
@@ -44,16 +45,6 @@ _LAYOUT: dict[tuple[str, ...], tuple[str, int | None]] = {
     ("final_norm",): ("model.norm.weight", None),
     ("lm_head",): ("lm_head.weight", 1),
 }
-
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-)
 
 
 class _Weight(NamedTuple):
@@ -80,33 +71,6 @@ class _Weight(NamedTuple):
         return ours.reshape(self.their_shape[::-1]).T if self.inputs else ours.reshape(self.their_shape)
 
 
-def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
-    """The local directory of a model: the one named, or a snapshot of a Hub repository (downloaded once, then cached).
-
-    Raises:
-        UserError: no such directory, or the Hub does not have it or cannot be reached.
-    """
-    name, path = os.fspath(path_or_id), pathlib.Path(path_or_id).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise UserError(f"{name}: a directory has no revision; leave {revision!r} out, or name a Hub repository")
-        return path
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise UserError(f"{name}: no such directory (a Hub repository is written owner/name)")
-
-    import huggingface_hub
-
-    patterns = ["config.json", "generation_config.json", "model*.safetensors", _INDEX, *_TOKENIZER_FILES]
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # every error of the Hub's client is one of the two
-        at = f" at revision {revision!r}" if revision else ""
-        raise UserError(
-            f"{name}{at}: no directory here, and the Hugging Face Hub did not give it ({type(error).__name__}); check "
-            "the name, run `hf auth login` if it is gated, or download it elsewhere and name the directory"
-        ) from error
-
-
 def load(
     path_or_id: str | os.PathLike,
     *,
@@ -124,11 +88,11 @@ def load(
             None: everything on this process's first device.
 
     Raises:
-        UserError: not found, not supported, or the tensors are not those that config.json describes.
+        UserError: not found, not supported, the tensors are not those that config.json describes, or one is not finite.
     """
     directory = resolve(path_or_id, revision)
     config = read_config(directory)
-    stored = _stored_tensors(directory)
+    stored = stored_tensors(directory)
     _check_tensors(directory, config, stored)
 
     abstract = jax.eval_shape(functools.partial(llama.for_compute, dtype=dtype), llama.abstract_params(config))
@@ -145,12 +109,6 @@ def load(
         return jax.block_until_ready(jax.make_array_from_callback(param.shape, sharding, read))
 
     return config, jax.tree.map_with_path(place, abstract, shardings)
-
-
-def read_config(directory: pathlib.Path) -> ModelConfig:
-    """The architecture of the model in a directory, from its config.json alone; raises UserError like `load`."""
-    file = directory / "config.json"
-    return ModelConfig.from_huggingface(_read_json(file), str(file))
 
 
 class _Reader:
@@ -171,14 +129,28 @@ class _Reader:
     def _read(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
         out = np.empty(shape, self._param.dtype)
         if self._weights[0].layer is None:
-            out[...] = self._map(self._weights[0])[index]
+            self._copy(self._weights[0], index, out)
         else:
             for out_of_layer, weight in zip(out, self._weights[index[0]], strict=True):
-                out_of_layer[...] = self._map(weight)[index[1:]]
+                self._copy(weight, index[1:], out_of_layer)
         return out
 
-    def _map(self, weight: _Weight) -> np.ndarray:
-        return weight.to_ours(self._stored[weight.name].map())
+    def _copy(self, weight: _Weight, index: tuple[slice, ...], out: np.ndarray) -> None:
+        stored = self._stored[weight.name]
+        out[...] = weight.to_ours(stored.map())[index]
+        if not _all_finite(out):
+            raise UserError(
+                f"{stored.file}: {weight.name} holds values that are not finite in {out.dtype}; download it again, or "
+                "name a checkpoint from before its training failed"
+            )
+
+
+def _all_finite(x: np.ndarray) -> bool:
+    """In one pass without a copy: of the numbers of each sign, infinity and NaN have the largest bits."""
+    bits = x.view(f"u{x.itemsize}")
+    infinity = np.array(np.inf, x.dtype).view(bits.dtype)
+    sign = np.array(-0.0, x.dtype).view(bits.dtype)
+    return bool(bits.max() < sign | infinity and bits.view(f"i{x.itemsize}").max() < infinity.astype(np.int64))
 
 
 def save(
@@ -213,11 +185,14 @@ def save(
     dtype = jnp.dtype(dtype)
     if dtype not in safetensors.DTYPES.values():
         raise UserError(f"weights cannot be saved as {dtype}; write float32, float16 or bfloat16")
-    if source is not None and source.resolve() == directory.resolve():
+    if source is not None and os.path.realpath(source) == os.path.realpath(directory):
         raise UserError(f"{directory}: would overwrite the model that it is saved from; name another directory")
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: a file is there; name another directory")
 
     writes = jax.process_index() == 0
     if writes:
+        configs = _configs(config, source, token_ids or {}, dtype)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").unlink(missing_ok=True)
     shards = _plan_shards(config, dtype, max_shard_bytes)
@@ -231,7 +206,10 @@ def save(
                 jax.block_until_ready(ours)
     if writes:
         _write_index(directory, shards, dtype)
-        _write_configs(directory, config, source, token_ids or {}, dtype)
+        if source is not None:
+            _copy_tokenizer(source, directory)
+        for name, content in configs.items():
+            _write_json(directory / name, content)
 
 
 def _names(path: tuple) -> tuple[str, ...]:
@@ -252,37 +230,6 @@ def _weights(config: ModelConfig) -> Iterator[_Weight]:
                 yield _Weight(path, layer, shapes[path][1:], name.format(layer), inputs)
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: not found; a model directory has config.json and {_WEIGHTS}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds a JSON {type(content).__name__}, not an object")
-    return content
-
-
-def _stored_tensors(directory: pathlib.Path) -> dict[str, safetensors.StoredTensor]:
-    """Every tensor of a model directory by name, from the files' headers alone."""
-    if (directory / _WEIGHTS).exists():
-        return safetensors.read_header(directory / _WEIGHTS)
-    if (directory / _INDEX).exists():
-        stored = {}
-        for file in sorted(set(_read_json(directory / _INDEX).get("weight_map", {}).values())):
-            if not (directory / file).exists():
-                raise UserError(f"{directory / file}: not found, but {_INDEX} names it; download it again")
-            stored |= safetensors.read_header(directory / file)
-        return stored
-    if list(directory.glob("*.bin")):
-        raise UserError(
-            f"{directory}: has only pickled weights (.bin), which can run code when they are read; load them with "
-            "transformers where you trust them, and write model.save_pretrained(directory, safe_serialization=True)"
-        )
-    raise UserError(f"{directory}: has neither {_WEIGHTS} nor {_INDEX}")
-
-
 def _check_tensors(directory: pathlib.Path, config: ModelConfig, stored: dict[str, safetensors.StoredTensor]) -> None:
     """The checkpoint holds the tensors that config.json describes, and nothing else that would be lost."""
     expected = {weight.name: weight.their_shape for weight in _weights(config)}
@@ -297,7 +244,8 @@ def _check_tensors(directory: pathlib.Path, config: ModelConfig, stored: dict[st
     # Old versions of transformers wrote the constant rotary frequencies.
     unexpected = [name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if config.tie_embeddings and "lm_head.weight" in unexpected:
-        if not np.array_equal(stored["lm_head.weight"].map(), stored["model.embed_tokens.weight"].map()):
+        tied = (stored[name].map() for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if not np.array_equal(*tied, equal_nan=True):
             raise UserError(
                 f"{directory}: lm_head.weight is not model.embed_tokens.weight, but config.json says that they are "
                 "tied; set tie_word_embeddings to false"
@@ -325,7 +273,7 @@ def _plan_shards(config: ModelConfig, dtype: np.dtype, max_shard_bytes: int) -> 
         shards[-1].append(weight)
         filled += size
     if len(shards) == 1:
-        return {_WEIGHTS: shards[0]}
+        return {WEIGHTS: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
@@ -340,30 +288,34 @@ def _fetch(weight: _Weight, params: dict, dtype: np.dtype) -> np.ndarray | jax.A
 
 def _write_index(directory: pathlib.Path, shards: dict[str, list[_Weight]], dtype: np.dtype) -> None:
     """The index of several shards. Files of an older model that were not replaced go, lest they be read instead."""
-    for old in (*directory.glob("model*.safetensors"), directory / _INDEX):
-        if old.name not in shards:
-            old.unlink(missing_ok=True)
+    for old in (*directory.glob("model*.safetensors"), *directory.glob(INDEX)):
+        if old.name not in shards and not old.is_dir():
+            old.unlink()
     if len(shards) > 1:
         total = sum(math.prod(weight.shape) for shard in shards.values() for weight in shard) * dtype.itemsize
         weight_map = {weight.name: file for file, shard in shards.items() for weight in shard}
-        _write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_configs(
-    directory: pathlib.Path, config: ModelConfig, source: pathlib.Path | None, token_ids: dict, dtype: np.dtype
-) -> None:
-    """Tokenizer, generation_config.json and, last, config.json."""
-    model, generation = None, {}
-    if source is not None:
-        for file in (file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)):
-            shutil.copyfile(file, directory / file.name)
-        model = _read_json(source / "config.json") if (source / "config.json").exists() else None
-        if (source / "generation_config.json").exists():
-            generation = _read_json(source / "generation_config.json")
-    model = config.to_huggingface(dtype.name, model) | token_ids
+def _configs(
+    config: ModelConfig, source: pathlib.Path | None, token_ids: dict, dtype: np.dtype
+) -> dict[str, dict[str, Any]]:
+    """generation_config.json and, last, config.json."""
+    model = read_json_if_there(source / "config.json") if source else {}
+    generation = read_json_if_there(source / "generation_config.json") if source else {}
+    model = config.to_huggingface(dtype.name, model or None) | token_ids
     ids = {key: model[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in model}
-    _write_json(directory / "generation_config.json", ids | generation | token_ids)
-    _write_json(directory / "config.json", model)
+    return {"generation_config.json": ids | generation | token_ids, "config.json": model}
+
+
+def _copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
+    """The source's tokenizer, and nothing of an older one: a template that is left over might be taken before its."""
+    for old in tokenizer_files(directory):
+        old.unlink()
+    for file in tokenizer_files(source):
+        copy = directory / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
