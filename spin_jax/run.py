@@ -18,17 +18,15 @@
 What exists under its final name is finished: starting again is resuming. Several processes share one workdir.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import math
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -117,7 +115,7 @@ class Run:
     def export(self, directory: epath.Path, params: dict) -> None:
         """Write params as a Hugging Face directory. From then on they are what the files hold."""
         dtype = jnp.dtype(self.config.model.export_dtype)
-        with _uploaded(directory) as local:
+        with models.uploaded(directory) as local:
             models.save(local, self.model, params, source=self.source, dtype=dtype)
         hosts.gather(None)  # nobody reads it before it is whole
         self._loaded = (directory, params) if dtype == jnp.float32 else None
@@ -280,33 +278,8 @@ def _check_steps(config: ConfigDict, rows: int) -> None:
 
 
 def _load_params(directory: epath.Path, shardings: dict) -> dict:
-    with _downloaded(directory) as local:
+    with models.downloaded(directory) as local:
         return models.load(local, shardings=shardings)[1]
-
-
-@contextlib.contextmanager
-def _downloaded(directory: epath.Path) -> Iterator[epath.Path]:
-    """The directory, or a local copy of a remote one: weights are mapped into memory, which an object store cannot."""
-    if not is_remote(directory):
-        yield directory
-        return
-    with tempfile.TemporaryDirectory() as local:
-        for file in directory.iterdir():
-            file.copy(epath.Path(local) / file.name)
-        yield epath.Path(local)
-
-
-@contextlib.contextmanager
-def _uploaded(directory: epath.Path) -> Iterator[epath.Path]:
-    """The directory, or a local one that is copied to the remote one when written; config.json, the sign of a whole
-    model, goes last."""
-    if not is_remote(directory):
-        yield directory
-        return
-    with tempfile.TemporaryDirectory() as local:
-        yield epath.Path(local)
-        for file in sorted(epath.Path(local).iterdir(), key=lambda file: file.name == "config.json"):
-            file.copy(directory / file.name, overwrite=True)
 
 
 def _load_data(

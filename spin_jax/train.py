@@ -177,8 +177,12 @@ def _refuse_to_go_on(log: _StepLog, state: TrainState, checkpoints: Checkpoints,
     hosts.on_first(lambda: write_whole(report, json.dumps(log.unhealthy, indent=1) + "\n"))
     good = int(state.step)
     checkpoints.save(good, state._replace(healthy=~state.healthy), wait=True)
+    if good:
+        anew = f"delete {directory / 'checkpoints'} and lower --config.train.learning_rate or --config.spin.beta"
+    else:  # of weights and scores that were found finite: no update is to blame, nor its learning rate
+        anew = "give another --workdir and --config.model.compute_dtype=float32, for the model overflows on these rows"
     raise UserError(
         f"step {log.unhealthy['step']}: loss {log.unhealthy['loss']}, gradient norm {log.unhealthy['grad_norm']}: "
         f"not finite; its rows are in {report} and the state after step {good} is saved. To train the iteration anew, "
-        f"delete {directory / 'checkpoints'} and lower config.train.learning_rate or config.spin.beta"
+        f"{anew}"
     )

@@ -195,6 +195,8 @@ def test_a_step_that_is_not_finite_names_its_rows_and_keeps_the_last_good_state(
         train(tmp_path, batches=batches)
     message, report = str(refused.value), tmp_path / "not_finite.json"
     assert message.startswith(f"step {bad + 1}: loss ") and str(report) in message and "\n" not in message
+    # A step is to blame only for what it has updated.
+    assert ("lower --config.train.learning_rate" in message) == (bad > 0) != ("compute_dtype=float32" in message)
     reported = json.loads(report.read_text())
     assert (reported["step"], reported["rows"]) == (bad + 1, list(range(bad * SIZE, (bad + 1) * SIZE)))
     assert steps_logged(tmp_path) == list(range(1, bad + 2))

@@ -1,6 +1,7 @@
 """What a model is: one frozen, hashable description, read from and written to Hugging Face `config.json`."""
 
 import dataclasses
+import sys
 from typing import Any
 
 from spin_jax.errors import UserError
@@ -73,7 +74,7 @@ class ModelConfig:
                 the wrong kind. Nothing that matters is ignored.
         """
         model_type = config.get("model_type")
-        if model_type not in _FAMILIES:
+        if not isinstance(model_type, str) or model_type not in _FAMILIES:
             raise UserError(f"{where}: model_type={model_type!r} is not supported; supported: {', '.join(_FAMILIES)}")
         family = _FAMILIES[model_type]
         _refuse_unsupported(config, family["architecture"], where)
@@ -114,7 +115,7 @@ class ModelConfig:
             max_position_embeddings=max_positions,
             rope_scaling=rope_scaling,
             sliding_window=_sliding_window(config, model_type, positive("num_hidden_layers"), where),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_embeddings=_flag(config, "tie_word_embeddings", where),
             qkv_bias=family["qkv_bias"],
             qk_norm=family["qk_norm"],
         )
@@ -215,33 +216,55 @@ _ONLY_SUPPORTED: dict[str, Any] = {
     "mlp_bias": False,
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
     "is_causal": True,
     "use_mrope": False,
 }
 
 
 def _refuse_unsupported(config: dict[str, Any], architecture: str, where: str) -> None:
+    quantised = config.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise UserError(
+            f"{where}: has a quantization_config ({method!r}), and quantised weights are not supported; name the model "
+            "that they were made from"
+        )
     for key, only in _ONLY_SUPPORTED.items():
         value = config.get(key)
         if value is not None and value != only:
             raise UserError(f"{where}: {key}={value!r} is not supported, only {only!r} is")
     architectures = config.get("architectures")
-    if architectures and list(architectures) != [architecture]:
+    if architectures and architectures != [architecture]:
         raise UserError(f"{where}: architectures={architectures!r} is not supported, only [{architecture!r}] is")
+
+
+_TOO_MANY_LAYERS = 10_000  # to be listed, as they are before the weights show how many there are
 
 
 def _positive(value: Any, key: str, kind: type, where: str) -> Any:
     accepted = (int, float) if kind is float else int
-    if isinstance(value, bool) or not isinstance(value, accepted) or value <= 0:
-        raise UserError(f"{where}: {key}={value!r} must be a positive {'number' if kind is float else 'integer'}")
+    most = sys.float_info.max if kind is float else _TOO_MANY_LAYERS if key == "num_hidden_layers" else 2**31
+    if isinstance(value, bool) or not isinstance(value, accepted) or not 0 < value < most:
+        what = "number" if kind is float else f"integer below {most}"
+        raise UserError(f"{where}: {key}={value!r} must be a positive {what}")
     return kind(value)
+
+
+def _flag(config: dict[str, Any], key: str, where: str) -> bool:
+    """An option that is off where it is absent or null. Text is refused: "false" would be true."""
+    value = config.get(key)
+    if value not in (None, True, False):
+        raise UserError(f"{where}: {key}={value!r} must be true or false")
+    return bool(value)
 
 
 def _rope(config: dict[str, Any], max_positions: int, where: str) -> tuple[float, RopeScaling]:
     """(theta, scaling) from transformers 4's `rope_theta` and `rope_scaling` or transformers 5's `rope_parameters`."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = {name: value for name, value in (config.get(key) or {}).items() if value is not None}
+    given = config.get(key) or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: {key}={given!r} must be null or an object with a rope_type")
+    rope = {name: value for name, value in given.items() if value is not None}
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{where}: {key} differs between kinds of layer ({', '.join(rope)}), which is not supported")
 
@@ -256,7 +279,7 @@ def _rope(config: dict[str, Any], max_positions: int, where: str) -> tuple[float
         raise UserError(f"{where}: {key}.partial_rotary_factor is not supported")
     old_name = rope.pop("type", "default")
     name = rope.pop("rope_type", old_name)
-    if name not in _ROPE_SCALINGS:
+    if not isinstance(name, str) or name not in _ROPE_SCALINGS:
         raise UserError(f"{where}: {key} of type {name!r} is not supported; supported: {', '.join(_ROPE_SCALINGS)}")
     scaling = _ROPE_SCALINGS[name]
     if scaling is Llama3RopeScaling:
@@ -274,11 +297,16 @@ def _sliding_window(config: dict[str, Any], model_type: str, num_layers: int, wh
     """The window of every layer. Mistral has one unless it is null, Qwen only if `use_sliding_window`, Llama never."""
     window = config.get("sliding_window", _FAMILIES[model_type]["sliding_window"])
     is_qwen = model_type in ("qwen2", "qwen3")
-    if model_type == "llama" or (is_qwen and not config.get("use_sliding_window")):
+    if model_type == "llama" or (is_qwen and not _flag(config, "use_sliding_window", where)):
         window = None
     first_layer = config.get("max_window_layers", 28) if is_qwen else 0
+    if not isinstance(first_layer, int):
+        raise UserError(f"{where}: max_window_layers={first_layer!r} must be an integer")
     sliding = [window is not None and layer >= first_layer for layer in range(num_layers)]
-    kinds = set(config.get("layer_types") or ["sliding_attention" if each else "full_attention" for each in sliding])
+    layer_types = config.get("layer_types") or ["sliding_attention" if each else "full_attention" for each in sliding]
+    if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
+        raise UserError(f"{where}: layer_types={layer_types!r} must be a list with the kind of each layer")
+    kinds = set(layer_types)
     if len(kinds) > 1:
         source = "layer_types" if config.get("layer_types") else f"max_window_layers={first_layer}"
         raise UserError(f"{where}: {source} mixes {' and '.join(sorted(kinds))}; only one for all layers is supported")

@@ -1,15 +1,19 @@
 """A model's directory: where it is, and which of the files in it are read. What else it holds is left alone."""
 
+import contextlib
 import logging
 import os
 import pathlib
 import re
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from spin_jax.errors import UserError
 from spin_jax.files import read_json
+from spin_jax.metrics import is_remote
 from spin_jax.models import safetensors
 from spin_jax.models.config import ModelConfig
 
@@ -163,3 +167,32 @@ def tokenizer_files(directory: epath.PathLike) -> list[epath.Path]:
     directory = epath.Path(directory)
     found = {file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)}
     return sorted(file for file in found if file.is_file())
+
+
+@contextlib.contextmanager
+def downloaded(directory: epath.Path) -> Iterator[epath.Path]:
+    """The directory, or a local copy of a remote one: weights are mapped into memory, which an object store cannot."""
+    if not is_remote(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as local:
+        for file in directory.iterdir():
+            if file.is_file():
+                file.copy(epath.Path(local) / file.name)
+        yield epath.Path(local)
+
+
+@contextlib.contextmanager
+def uploaded(directory: epath.Path) -> Iterator[epath.Path]:
+    """The directory, or a local one that is copied to the remote one when written; config.json, the sign of a whole
+    model, goes last."""
+    if not is_remote(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as local:
+        yield epath.Path(local)
+        files = [file for file in epath.Path(local).rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == "config.json"):
+            to = directory / file.relative_to(local)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            file.copy(to, overwrite=True)
