@@ -14,8 +14,8 @@ from spin_jax import hosts, stopping
 from spin_jax.batches import Plan, fetch, put, spin_batch
 from spin_jax.data.pairs import Pair
 from spin_jax.errors import UserError
+from spin_jax.files import write_whole
 from spin_jax.losses import rewards
-from spin_jax.metrics import write_whole
 from spin_jax.models import ModelConfig
 
 

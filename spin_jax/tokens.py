@@ -16,7 +16,7 @@ from spin_jax.data import chat as chat_lib
 from spin_jax.data.chat import ChatFormat
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
-from spin_jax.metrics import write_whole
+from spin_jax.files import write_whole
 
 
 class Tokenised(NamedTuple):

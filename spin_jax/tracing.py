@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from spin_jax import hosts
-from spin_jax.metrics import write_whole
+from spin_jax.files import write_whole
 
 FIRST, LAST = 3, 5  # steps since the start: by then, what is compiled is compiled, and batches come as they will
 
