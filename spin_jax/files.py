@@ -16,7 +16,12 @@ from spin_jax.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs"
 _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What to do about an error of the operating system's in writing.
+_REMEDIES = {
+    errno.ENOSPC: "make room, and start the same again: it goes on from here",
+    errno.EDQUOT: "make room within the quota, and start the same again: it goes on from here",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), and start the same again: it goes on from here",
+}
 
 
 def expand(path: epath.PathLike) -> epath.Path:
@@ -67,13 +72,12 @@ def writing(path: epath.PathLike) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        code = _os_error(error)
-        if code in _NO_ROOM:
-            room = f"{os.strerror(code)}{_free(path)}; make room, and start the same again: it goes on from here"
-            raise UserError(f"{path} cannot be written: {room}") from error
-        if code is not None:
-            where = getattr(error, "filename", None) or path
-            raise UserError(f"{where} cannot be written: {os.strerror(code)}") from error
+        if (code := _os_error(error)) is not None:
+            name = str(getattr(error, "filename", None) or path)
+            where = path if name.startswith(os.fspath(path)) else name  # else a temporary file, on another disk maybe
+            free = _free(where) if code in _REMEDIES else ""
+            remedy = _REMEDIES.get(code, "mend that, or write elsewhere")
+            raise UserError(f"{where} cannot be written: {os.strerror(code)}{free}; {remedy}") from error
         if isinstance(error, ImportError) and is_remote(path):
             raise UserError(f"{path}: gs:// needs a package that is not installed: pip install gcsfs") from error
         if is_remote(path):  # its client raises what it likes
@@ -90,11 +94,12 @@ def _os_error(error: Exception) -> int | None:
 
 
 def _free(path: epath.PathLike) -> str:
-    """", 1.2 MB are free there", of the disk that holds a path or will."""
+    """" (12.3 MB are free there)", of the disk that holds a path or will."""
     if is_remote(path):
         return ""
     there = next(parent for parent in (pathlib.Path(path), *pathlib.Path(path).absolute().parents) if parent.exists())
-    return f", {shutil.disk_usage(there).free / 1e6:,.1f} MB are free there"
+    free = shutil.disk_usage(there).free
+    return f" ({free / 1e6:,.1f} MB are free there)" if free < 1e9 else f" ({free / 1e9:,.1f} GB are free there)"
 
 
 def first_line(error: Exception) -> str:

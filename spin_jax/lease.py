@@ -5,13 +5,13 @@ another's lease looks whether its process is there, if it is one of this machine
 it is renewed: clocks of two machines are never compared.
 """
 
-import _thread
 import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pathlib
+import signal
 import socket
 import threading
 import time
@@ -22,7 +22,7 @@ from etils import epath
 
 from spin_jax import hosts
 from spin_jax.errors import UserError
-from spin_jax.files import is_remote, write_whole, writing
+from spin_jax.files import is_remote, writing
 
 FILE_NAME = "lease.json"
 RENEW_SECONDS = 15.0  # an object takes one write a second; nobody waits for this one
@@ -94,7 +94,7 @@ def held(directory: epath.Path, name: str) -> Iterator[None]:
 def _take(directory: epath.Path, name: str) -> Lease:
     path, process = directory / FILE_NAME, os.getpid()
     mine = Lease(socket.gethostname(), _machine(), process, _began(process), uuid.uuid4().hex, threading.get_ident())
-    with writing(directory):
+    with writing(directory):  # the first that is written there
         other = _read(path)
         if other and _is_alive(other, mine, path):
             raise UserError(_refusal(other, name))
@@ -135,7 +135,7 @@ def _renew(directory: epath.Path, lease: Lease, ended: threading.Event) -> None:
             found = _read(path)
             if found and found.holder != lease.holder:
                 _LOG.error("%s: process %d on %s has taken the run over", directory, found.process, found.host)
-                _thread.interrupt_main()
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
                 return
             if found:  # else the directory is being deleted
                 lease = dataclasses.replace(lease, renewed=lease.renewed + 1)
@@ -158,7 +158,11 @@ def _read(path: epath.Path) -> Lease | None:
 
 
 def _write(path: epath.Path, lease: Lease) -> None:
-    write_whole(path, json.dumps(dataclasses.asdict(lease)) + "\n")
+    """Whole or not at all; beside a name of its own, for another may be writing its lease at this moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{lease.holder}")
+    partial.write_text(json.dumps(dataclasses.asdict(lease)) + "\n")
+    partial.replace(path)
 
 
 def _machine() -> str:

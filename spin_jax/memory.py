@@ -48,7 +48,7 @@ def told(what: str, tries: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_exhausted(error):
+        if isinstance(error, UserError) or not is_exhausted(error):
             raise
         line = f"{what}: out of memory{_numbers(error)}; try, in this order: {', '.join(tries)}"
         raise UserError(line) from error.with_traceback(None)
