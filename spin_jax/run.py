@@ -174,6 +174,8 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
     train_examples, held_out, tokens = _load_data(config, train, workdir, source, chat)
     _check_steps(config, len(train_examples))
     workdirs.note_start(config, workdir, source, train_examples, held_out)
+    if not held_out:
+        _LOG.info("--config.data.eval_rows=0: the summary has the last training step's margin and accuracy instead")
     if config.data.max_length > model.max_position_embeddings:  # a cap: the rows may well be shorter
         _LOG.warning(
             "config.data.max_length=%d: %s was made for %d positions, longer rows are beyond it",
@@ -207,6 +209,13 @@ def open_player(config: ConfigDict, path: str, mesh: jax.sharding.Mesh) -> Playe
     sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
     models.param_shardings(decode.mesh, model)
     chat = hosts.on_each(lambda: load_chat(source, config.data.template))
+    settings = config.generate
+    if settings.responses > 1 and (settings.temperature == 0 or settings.top_k == 1):
+        _LOG.warning(
+            "--config.generate.responses=%d, but sampling is greedy: the responses to a prompt are all the same; set "
+            "--config.generate.temperature=1.0, or --config.generate.responses=1",
+            settings.responses,
+        )
     return Player(source, model, chat, compute, decode)
 
 

@@ -1,5 +1,6 @@
 """The token ids of a run's examples: made once, by all processes together, and kept in the workdir for later starts."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -58,8 +59,9 @@ def tokenise_once(
     that reads them. Of several processes each makes a share, and the first one writes.
     """
     key = _key(directory, template, examples)
-    if hosts.on_first(lambda: path.exists() and _key_in(path) == key):
-        return hosts.on_each(lambda: _read(path))
+    kept = _read(path, key)
+    if all(hosts.gather(kept is not None)):
+        return kept
     made = hosts.shared(lambda example: tokenise(chat, example), examples)
     hosts.on_first(lambda: _write(path, key, made))
     return made
@@ -74,15 +76,14 @@ def _key(directory: epath.Path, template: str, examples: Sequence[Example]) -> s
     return digest.hexdigest()
 
 
-def _key_in(path: epath.Path) -> str:
-    with path.open("rb") as file, np.load(file) as stored:
-        return str(stored["key"])
-
-
-def _read(path: epath.Path) -> list[Tokenised]:
-    with np.load(io.BytesIO(path.read_bytes())) as stored:
-        rows = np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])
-    return [Tokenised(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
+def _read(path: epath.Path, key: str) -> list[Tokenised] | None:
+    """What is kept, if it was made of the same; a damaged file is as good as none."""
+    with contextlib.suppress(Exception):  # zipfile, zlib, pickle and numpy raise what they like
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            if str(stored["key"]) == key:
+                rows = np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])
+                return [Tokenised(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
+    return None
 
 
 def _write(path: epath.Path, key: str, made: Sequence[Tokenised]) -> None:
