@@ -21,11 +21,12 @@
 What exists under its final name is finished: starting again is resuming. Several processes share one workdir.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -78,7 +79,8 @@ class Run:
 
     def identity_of(self, t: int) -> dict[str, str]:
         """What identifies theta_t, by `models.fingerprint`: kept with what it wrote and scored."""
-        return hosts.on_first(lambda: models.fingerprint(self.start_of(t)))
+        with self._reading(self.start_of(t)) as directory:
+            return hosts.on_first(lambda: models.fingerprint(directory))
 
     def params(self, directory: epath.Path) -> dict:
         """The f32 params in `directory`, sharded; the ones used last stay in memory.
@@ -91,8 +93,19 @@ class Run:
             if not hosts.on_first((directory / "config.json").exists):
                 raise UserError(f"{directory} holds no model: run the stages before this one first")
             shardings = models.param_shardings(self.compute.mesh, self.model)
-            self._loaded = (directory, hosts.on_each(lambda: _load_params(directory, shardings)))
+            with self._reading(directory):
+                self._loaded = (directory, hosts.on_each(lambda: _load_params(directory, shardings)))
         return self._loaded[1]
+
+    @contextlib.contextmanager
+    def _reading(self, directory: epath.Path) -> Iterator[epath.Path]:
+        """Says of a damaged model that this run has made what can be done about it."""
+        try:
+            yield directory
+        except UserError as error:
+            if directory == self.source:
+                raise
+            raise UserError(f"delete {directory}, and its stage makes it anew: {error}") from None
 
     def take_params(self, directory: epath.Path) -> dict:
         """Like `params`, for a caller that donates them."""

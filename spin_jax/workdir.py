@@ -199,8 +199,11 @@ def _read_note(workdir: epath.Path) -> dict:
     path = workdir / "config.json"
     if not path.exists():
         return {}
-    with reading(path, "put it back, or delete it, and settings, data and model are no longer compared"):
-        return dict(json.loads(path.read_text()))
+    with reading(path, "put a copy back; or delete it, and settings, data and model go unchecked"):
+        note = json.loads(path.read_text())
+        if not isinstance(note, dict):
+            raise TypeError("not an object")
+        return note
 
 
 def _as_json(config: ConfigDict) -> dict:
