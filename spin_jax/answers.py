@@ -2,6 +2,7 @@
 
     OUT                          a line a response, in the prompts' order, when all are there
     OUT.parts/settings.json      what decides a response; parts of other settings are refused, never mixed in
+    OUT.parts/lease.json         whose they are, while responses are drawn
     OUT.parts/part-*.jsonl       responses as they end, process by process, until OUT is there
 
 A line of OUT has `prompt` (text, or turns where the prompts file has turns), `response` (text, without a stop string),
@@ -21,16 +22,17 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax import hosts, models, programs, sharding
+from spin_jax import hosts, memory, models, programs, sharding
 from spin_jax.data.chat import ChatFormat
 from spin_jax.data.sources import Message, as_messages, load_prompts
 from spin_jax.errors import UserError
-from spin_jax.files import find
-from spin_jax.metrics import write_whole
-from spin_jax.responses import Prompt, Response, generate, warn_if_endless
-from spin_jax.run import Player, check_alike, check_shared, open_player
+from spin_jax.files import expand, is_remote, write_whole
+from spin_jax.lease import held
+from spin_jax.responses import Prompt, Response, generate, note_settings, warn_if_endless
+from spin_jax.run import Player, open_player
 from spin_jax.stop_strings import stop_table
 from spin_jax.tokens import ask
+from spin_jax.workdir import check_alike, check_shared
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ _DECIDING = (
 )
 
 
+@memory.tells("generate", memory.for_sampling)
 def answer(config: ConfigDict, out: epath.PathLike) -> None:
     """Sample a response to each prompt of `config.data.train` from the model at `config.model.path`, into `out`.
 
@@ -59,7 +62,8 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
     """
     config_lib.validate(config)
     check_alike(config)
-    data, out = config.data, epath.Path(out).expanduser()
+    data, out = config.data, expand(out)
+    out = out if is_remote(out) else out.absolute()
     parts = out.with_name(f"{out.name}.parts")
     hosts.on_first(lambda: _check_free(out))
     prompts = hosts.on_first(lambda: load_prompts(data.train, split=data.split, layout=data.layout, turn=data.turn))
@@ -67,23 +71,25 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
     player = open_player(config, config.model.path, mesh)
     tokens = hosts.on_first(lambda: _tokenise(player.chat, prompts, data))
     asked = [Prompt(row, ids, n) for row, ids in enumerate(tokens) for n in range(config.generate.responses)]
-    hosts.on_first(lambda: _begin(parts, _settings(config, player, tokens)))
-    check_shared(parts)
-    codec = player.chat.codec
-    stops_SV = stop_table(codec.tokenizer, config.generate.stop_strings, player.model.vocab_size, codec.silent)
-    responses = generate(
-        programs.make_sampler(player.model, config.generate, player.chat.stop_ids, player.decode, stops_SV),
-        hosts.on_each(lambda: _load_params(player, config.generate.weight_dtype)),
-        asked,
-        config.generate,
-        seed=config.seed,
-        iteration=0,
-        mesh=player.decode.mesh,
-        directory=parts,
-    )
-    of_each = [prompts[prompt.row] for prompt in asked]
-    hosts.on_first(lambda: _finish(out, parts, player.chat, config.generate.stop_strings, of_each, responses))
-    hosts.on_first(lambda: warn_if_endless(responses, config.generate))
+    with held(parts, f"--out={out}"):
+        check_shared(parts)
+        hosts.on_first(lambda: _check_free(out))  # another call may have ended in the meantime
+        hosts.on_first(lambda: note_settings(parts, _settings(config, player, tokens)))
+        codec = player.chat.codec
+        stops_SV = stop_table(codec.tokenizer, config.generate.stop_strings, player.model.vocab_size, codec.silent)
+        responses = generate(
+            programs.make_sampler(player.model, config.generate, player.chat.stop_ids, player.decode, stops_SV),
+            hosts.on_each(lambda: _load_params(player, config.generate.weight_dtype)),
+            asked,
+            config.generate,
+            seed=config.seed,
+            iteration=0,
+            mesh=player.decode.mesh,
+            directory=parts,
+        )
+        of_each = [prompts[prompt.row] for prompt in asked]
+        hosts.on_first(lambda: _finish(out, parts, player.chat, config.generate.stop_strings, of_each, responses))
+        hosts.on_first(lambda: warn_if_endless(responses, config.generate))
 
 
 def _check_free(out: epath.Path) -> None:
@@ -121,29 +127,6 @@ def _settings(config: ConfigDict, player: Player, tokens: Sequence[np.ndarray]) 
 
 def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _begin(parts: epath.Path, settings: dict[str, object]) -> None:
-    """Note the settings beside the parts to come, and so find out whether anything can be written there.
-
-    Raises:
-        UserError: it cannot, or there are parts of other settings.
-    """
-    noted = parts / "settings.json"
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-        before = json.loads(noted.read_text()) if noted.exists() else {}
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed and find(parts, "part-*.jsonl"):
-            raise UserError(
-                f"{parts} holds responses of another {', '.join(changed)}: delete it, give another --out, or go on as "
-                f"{noted.name} in it says"
-            )
-        write_whole(noted, json.dumps(settings, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{parts}, where responses are kept until all are there, cannot be written: {error.strerror}"
-        ) from None
 
 
 def _load_params(player: Player, weight_dtype: str) -> dict:

@@ -8,16 +8,20 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from etils import epath
 
-from spin_jax import answers, models, sharding
+from spin_jax import answers, memory, models, sharding
 from spin_jax.config import base_config, check_bound, override, validate
 from spin_jax.data.chat import ChatFormat, load_chat
 from spin_jax.data.sources import Message, read_prompts
 from spin_jax.errors import UserError
-from spin_jax.metrics import write_whole
+from spin_jax.files import expand, is_remote, write_whole, writing
+from spin_jax.lease import held
 from spin_jax.programs import make_compute, make_decode_compute, make_sampler
 from spin_jax.responses import Prompt, generate
 from spin_jax.self_play import self_play
 from spin_jax.tokens import ask
+from spin_jax.workdir import make
+
+_FOR_SAMPLE = ("fewer prompts at a time", "a smaller max_new_tokens", 'spin_jax.answer with {"generate.batch_size": 8}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +57,29 @@ class Model:
         settings.batch_size = min(settings.batch_size, 1 << (len(prompts) - 1).bit_length())
         training = make_compute(base_config().model, self.config, sharding.one_device_mesh())
         compute = make_decode_compute(base_config(), self.config, training)
-        responses = generate(
-            make_sampler(self.config, settings, self.chat.stop_ids, compute),
-            models.for_compute(self.params, compute.dtype),
-            [Prompt(i, ids) for i, ids in enumerate(ask(self.chat, read_prompts(prompts), "prompt "))],
-            settings,
-            seed=seed,
-            iteration=0,
-            mesh=compute.mesh,
-        )
+        with memory.told("sample", _FOR_SAMPLE):
+            responses = generate(
+                make_sampler(self.config, settings, self.chat.stop_ids, compute),
+                models.for_compute(self.params, compute.dtype),
+                [Prompt(i, ids) for i, ids in enumerate(ask(self.chat, read_prompts(prompts), "prompt "))],
+                settings,
+                seed=seed,
+                iteration=0,
+                mesh=compute.mesh,
+            )
         return [self.chat.codec.decode(response.tokens) for response in responses]
 
     def save(self, directory: str | os.PathLike, dtype: jnp.dtype = jnp.float32) -> None:
         """Write a Hugging Face directory that `transformers` and `load` read."""
-        models.save(directory, self.config, self.params, source=self.directory, dtype=dtype)
+        directory = _local(directory)
+        with writing(directory):
+            models.save(directory, self.config, self.params, source=self.directory, dtype=dtype)
+
+
+def _local(directory: str | os.PathLike) -> epath.Path:
+    if is_remote(directory):
+        raise UserError(f"{directory}: weights are written to this machine's disk; give a directory, and copy it then")
+    return expand(directory)
 
 
 def load(
@@ -86,10 +99,11 @@ def load(
     Raises:
         UserError: one line on what is missing or not supported.
     """
-    directory = epath.Path(models.resolve(path_or_id, revision))
-    vocab_size = models.read_config(directory).vocab_size
-    chat = load_chat(directory, template, parse_special_tokens=parse_special_tokens, vocab_size=vocab_size)
-    return Model(*models.load(directory), chat, directory)
+    with memory.told("load", memory.for_loading()):
+        directory = epath.Path(models.resolve(path_or_id, revision))
+        vocab_size = models.read_config(directory).vocab_size
+        chat = load_chat(directory, template, parse_special_tokens=parse_special_tokens, vocab_size=vocab_size)
+        return Model(*models.load(directory), chat, directory)
 
 
 def spin(
@@ -108,12 +122,10 @@ def spin(
 
     Raises:
         UserError: one line on what is wrong with the config or an example, or that `workdir` was begun with other
-            examples.
+            examples or another model, or is in use.
     """
-    workdir = epath.Path(workdir)
+    workdir = make(_local(workdir))
     data, lines = workdir / "examples.jsonl", "".join(json.dumps(dict(example)) + "\n" for example in examples)
-    if (workdir / "config.json").exists() and data.exists() and data.read_text() != lines:
-        raise UserError(f"{data} holds other examples: give another workdir, or the examples that it was begun with")
     start = workdir / "start"  # the model as it is in memory, which need not be what its directory holds
     config = base_config()
     from_model = {
@@ -123,10 +135,17 @@ def spin(
     }
     override(config, from_model | {"data.train": os.fspath(data)} | dict(overrides or {}))
     validate(config)
-    write_whole(data, lines)
-    if not (start / "config.json").exists():
-        model.save(start)
-    self_play(config, workdir)
+    with held(workdir, f"workdir={workdir}"):
+        if (workdir / "config.json").exists() and data.exists() and data.read_text() != lines:
+            raise UserError(
+                f"{data} holds other examples: give another workdir, or the examples that it was begun with"
+            )
+        write_whole(data, lines)
+        if not (start / "config.json").exists():
+            model.save(start)
+        elif not models.holds(start, model.config, model.params):
+            raise UserError(f"{start} holds another model: give another workdir, or the model that it was begun with")
+        self_play(config, workdir)
     last = workdir / f"iteration_{config.iterations - 1}" / "model"
     return load(last, template=config.data.template, parse_special_tokens=config.data.parse_special_tokens)
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from absl import app, flags
@@ -45,6 +46,7 @@ def log_plainly() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of every save at INFO
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("spin_jax").setLevel(logging.INFO)
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # without the line of code that warns
     # It advises to install torch, which nobody needs here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

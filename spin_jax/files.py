@@ -1,8 +1,14 @@
-"""Files of a user's making: read, or refused in one line that names the file and what to do about it."""
+"""Files as a user names them and as they are read and written: what fails, fails in one line that names the file."""
 
+import contextlib
+import errno
 import glob
 import json
 import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -11,6 +17,113 @@ from spin_jax.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs"
 _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+# What to do about an error of the operating system's in writing.
+_REMEDIES = {
+    errno.ENOSPC: "make room, and start the same again: it goes on from here",
+    errno.EDQUOT: "make room within the quota, and start the same again: it goes on from here",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), and start the same again: it goes on from here",
+}
+
+
+def expand(path: epath.PathLike) -> epath.Path:
+    """A path as the user means it: a leading `~` or `~USER` is a home directory, wherever no shell has seen it.
+
+    Raises:
+        UserError: there is no such user, or the path is an object store's that cannot be used.
+    """
+    name = os.path.expanduser(os.fspath(path))
+    if name.startswith("~"):
+        raise UserError(f"{name}: there is no user {name.split('/')[0][1:]} whose home it could be in; write ./{name}")
+    if is_remote(name) and not name.startswith("gs://"):
+        raise UserError(f"{name}: of object stores, gs:// alone is supported; give a directory or gs://BUCKET/PATH")
+    return epath.Path(name)
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is an object store's (gs://...), not this machine's."""
+    return "://" in os.fspath(path)
+
+
+# ---- written
+
+
+def write_whole(path: epath.PathLike, content: str | bytes) -> None:
+    """Writes a file beside its name and renames it, so that whoever sees the name sees all of it.
+
+    Raises:
+        UserError: it cannot be written; see `writing`.
+    """
+    path = epath.Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[None]:
+    """Whatever goes wrong while something is written at or under `path` becomes one line: why, and how much is free.
+
+    Raises:
+        UserError: the disk is full, the directory read-only, the object store cannot be reached.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (code := _os_error(error)) is not None:
+            name = str(getattr(error, "filename", None) or path)
+            where = path if name.startswith(os.fspath(path)) else name  # else a temporary file, on another disk maybe
+            free = _free(where) if code in _REMEDIES else ""
+            remedy = _REMEDIES.get(code, "mend that, or write elsewhere")
+            raise UserError(f"{where} cannot be written: {os.strerror(code)}{free}; {remedy}") from error
+        if isinstance(error, ImportError) and is_remote(path):
+            raise UserError(f"{path}: gs:// needs a package that is not installed: pip install gcsfs") from error
+        if is_remote(path):  # its client raises what it likes
+            raise UserError(f"{path} cannot be written: {type(error).__name__}: {first_line(error)}") from error
+        raise
+
+
+def _os_error(error: Exception) -> int | None:
+    """The operating system's number of an error, in the words of tensorstore too, which writes the checkpoints."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None
+
+
+def _free(path: epath.PathLike) -> str:
+    """" (12.3 MB are free there)", of the disk that holds a path or will."""
+    if is_remote(path):
+        return ""
+    there = next(parent for parent in (pathlib.Path(path), *pathlib.Path(path).absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    return f" ({free / 1e6:,.1f} MB are free there)" if free < 1e9 else f" ({free / 1e9:,.1f} GB are free there)"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+# ---- read
+
+
+@contextlib.contextmanager
+def reading(path: epath.PathLike, remedy: str) -> Iterator[None]:
+    """Whatever a library raises over a file that is not what it should be becomes one line that ends in `remedy`.
+
+    Raises:
+        UserError: always, in the place of any other exception.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): {remedy}") from error
 
 
 def read_bytes(file: epath.PathLike) -> bytes:

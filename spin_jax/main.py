@@ -8,12 +8,14 @@ On several hosts the command is started on each, with a workdir that all of them
 other; elsewhere --coordinator says where process 0 is.
 """
 
+import os
+
 from absl import flags
 
 from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
-from spin_jax.metrics import is_remote
+from spin_jax.files import expand, is_remote
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written: a directory or gs://BUCKET/PATH.")
 _STAGES = flags.DEFINE_list(
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> int:
     if _PROFILE.value and "train" not in _STAGES.value:
         raise UserError("--profile traces training steps: add train to --stages")
     config_lib.validate(command.config())
+    workdir = os.fspath(expand(_WORKDIR.value))
     _check_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
     # Only now: what follows imports jax and finds the devices, which a wrong flag should not wait for.
@@ -53,12 +56,12 @@ def main(argv: list[str]) -> int:
     from spin_jax.self_play import self_play
 
     def play() -> None:
-        rows = self_play(command.config(), _WORKDIR.value, _STAGES.value, profile=_PROFILE.value)
+        rows = self_play(command.config(), workdir, _STAGES.value, profile=_PROFILE.value)
         if hosts.is_first():
-            _tell(rows)
+            _tell(rows, workdir)
 
     hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    _keep_compiled(_WORKDIR.value)
+    _keep_compiled(workdir)
     return stopping.exit_status(play)
 
 
@@ -87,13 +90,13 @@ def _keep_compiled(workdir: str) -> None:
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
-def _tell(rows: list[dict]) -> None:
+def _tell(rows: list[dict], workdir: str) -> None:
     """Where the results are."""
     trained = [row["iteration"] for row in rows if row["iteration"] is not None]
     if trained:
-        print(f"the last policy: {_WORKDIR.value}/iteration_{trained[-1]}/model; curves: {_WORKDIR.value}/plots")
+        print(f"the last policy: {workdir}/iteration_{trained[-1]}/model; curves: {workdir}/plots")
     else:
-        print(f"done: {', '.join(_STAGES.value)}; results are in {_WORKDIR.value}/iteration_0")
+        print(f"done: {', '.join(_STAGES.value)}; results are in {workdir}/iteration_0")
 
 
 def run() -> None:

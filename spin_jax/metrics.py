@@ -10,19 +10,11 @@ from collections.abc import Mapping
 from etils import epath
 
 from spin_jax.errors import UserError
+from spin_jax.files import is_remote, write_whole, writing
 
 FILE_NAME = "metrics.jsonl"
 # An object store cannot append, and an object takes one write a second: there the whole file is written this often.
 REMOTE_SECONDS = 30.0
-
-
-def write_whole(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes a file beside its name and renames it, so that whoever sees the name sees all of it."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
 
 
 def to_json(values: Mapping[str, object]) -> str:
@@ -58,8 +50,8 @@ def read_metrics(path: epath.PathLike) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line, object_hook=restore)
-            row["step"]
-        except (ValueError, KeyError, TypeError):
+            int(row["step"])
+        except (ValueError, KeyError, TypeError, AttributeError):
             if number == len(lines):
                 break
             raise UserError(
@@ -82,48 +74,47 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: epath.PathLike, resume_step: int | None = None):
-        from tensorboardX import SummaryWriter
-
         directory = epath.Path(directory)
         self._path = directory / FILE_NAME
         keeps = resume_step is not None and self._path.exists()
         rows = [row for row in read_metrics(self._path) if row["step"] <= resume_step] if keeps else []
         self._lines = [to_json(row) + "\n" for row in rows]
         self._write_all()
-        self._file = None if is_remote(directory) else self._path.open("a")
-        # TensorBoard's own way to forget: it hides events of this step and later in the older event files.
-        first = 0 if resume_step is None else resume_step + 1
-        # Event files are named by the second: without a suffix, a quick restart would overwrite the one before.
-        self._tensorboard = SummaryWriter(
-            os.fspath(directory / "tensorboard"), purge_step=first, filename_suffix=f".{first}"
-        )
+        with writing(directory):
+            self._file = None if is_remote(directory) else self._path.open("a")
+            self._tensorboard = _EventFile(directory / "tensorboard", 0 if resume_step is None else resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """Adds one step's numbers. None (not measured) is null in the file and absent in TensorBoard."""
+        """Adds one step's numbers. None (not measured) is null in the file and absent in TensorBoard.
+
+        Raises:
+            UserError: the disk is full.
+        """
         line = to_json({"step": step} | dict(values)) + "\n"
-        if self._file:
-            self._file.write(line)
-            self._file.flush()
-        else:
+        with writing(self._path.parent):
+            self._tensorboard.write(step, {name: float(value) for name, value in values.items() if value is not None})
+            if self._file:
+                self._file.write(line)
+                self._file.flush()
+        if not self._file:
             self._lines.append(line)
             if time.monotonic() - self._written_at >= REMOTE_SECONDS:
-                self._write_all()
-        for name, value in values.items():
-            if value is not None:
-                self._tensorboard.add_scalar(name, float(value), step)
+                self.flush()
 
     def flush(self) -> None:
         """Makes every step written so far outlive this process. Call it before a checkpoint of that step is saved."""
         if not self._file:
             self._write_all()
-        self._tensorboard.flush()
+        with writing(self._path.parent):
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Flushes, and gives the files back. Harmless when repeated."""
         self.flush()
-        self._tensorboard.close()
-        if self._file:
-            self._file.close()
+        with writing(self._path.parent):
+            self._tensorboard.close()
+            if self._file:
+                self._file.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -136,6 +127,34 @@ class MetricsWriter:
         self._written_at = time.monotonic()
 
 
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is an object store's (gs://...), not this machine's."""
-    return "://" in os.fspath(path)
+class _EventFile:
+    """An event file of TensorBoard's. It is written by the thread that calls: tensorboardX's own writer has a thread of
+    its own, which a full disk ends, and the run then waits for it for ever."""
+
+    def __init__(self, directory: epath.Path, first: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import directory_check
+
+        directory_check(os.fspath(directory))  # made where it is missing
+        # Event files are named by the second: without a suffix, a quick restart would overwrite the one before.
+        self._file = EventsWriter(os.fspath(directory / "events"), f".{first}")
+        # TensorBoard's own way to forget: it hides events of this step and later in the older event files.
+        self._file.write_event(Event(step=first, file_version="brain.Event:2"))
+        self._file.write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        if self._file:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None

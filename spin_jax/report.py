@@ -1,7 +1,10 @@
 """What a run shows for itself: curves over all iterations (PNG), and one table with a row for each model."""
 
+import contextlib
 import io
+import itertools
 import json
+import logging
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -10,8 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from spin_jax import metrics
-from spin_jax.files import find
+from spin_jax import files, metrics
+
+RESULT = "result.json"
+
+_LOG = logging.getLogger(__name__)
 
 
 class Plot(NamedTuple):
@@ -63,7 +69,7 @@ def plot_iterations(workdir: epath.PathLike) -> list[epath.Path]:
     held_out = {row["iteration"]: row for row in read_summary(workdir) if row.get("iteration") is not None}
     paths = [workdir / "plots" / f"{plot.name}.png" for plot in PLOTS]
     for plot, path in zip(PLOTS, paths, strict=True):
-        metrics.write_whole(path, _draw(plot, iterations, held_out))
+        files.write_whole(path, _draw(plot, iterations, held_out))
     return paths
 
 
@@ -87,17 +93,53 @@ def summary_table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
+def write_result(directory: epath.Path, row: Mapping[str, object]) -> None:
+    """Keeps the summary's row of the model that was measured for `directory`."""
+    files.write_whole(directory / RESULT, metrics.to_json(row) + "\n")
+
+
+def read_result(directory: epath.Path) -> dict | None:
+    """The row that `write_result` kept; None where there is none, or a damaged one: it can be measured again."""
+    path = directory / RESULT
+    if not path.exists():
+        return None
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        row = json.loads(path.read_text(), object_hook=metrics.restore)
+        if "model" in row and "iteration" in row:
+            return row
+    _LOG.warning("%s is damaged: measured again", path)
+    return None
+
+
+def read_results(workdir: epath.Path) -> list[dict]:
+    """The rows of all models that a run has measured, in the order in which they were made."""
+    rows = [read_result(workdir)]
+    for t in itertools.count():
+        iteration = workdir / f"iteration_{t}"
+        if not iteration.exists():
+            return [row for row in rows if row]
+        rows += [read_result(iteration), read_result(iteration / "control")]
+
+
+def last_step(iteration: epath.Path) -> dict[str, float]:
+    """Margin and accuracy of an iteration's last training step, for a summary without held-out rows."""
+    row = metrics.read_metrics(iteration / metrics.FILE_NAME)[-1]
+    return {f"last_step/{name}": row[name] for name in ("rewards/accuracy", "rewards/margin")}
+
+
 def write_summary(workdir: epath.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
     """Writes `workdir/summary.json` (a list of objects) and `summary.txt` (the table), each whole or not at all."""
     workdir = epath.Path(workdir)
-    metrics.write_whole(workdir / "summary.json", "[\n" + ",\n".join(map(metrics.to_json, rows)) + "\n]\n")
-    metrics.write_whole(workdir / "summary.txt", summary_table(rows) + "\n")
+    files.write_whole(workdir / "summary.json", "[\n" + ",\n".join(map(metrics.to_json, rows)) + "\n]\n")
+    files.write_whole(workdir / "summary.txt", summary_table(rows) + "\n")
 
 
 def read_summary(workdir: epath.PathLike) -> list[dict]:
-    """The rows that `write_summary` wrote; empty where it has not."""
-    path = epath.Path(workdir) / "summary.json"
-    return json.loads(path.read_text(), object_hook=metrics.restore) if path.exists() else []
+    """The rows that `write_summary` wrote; empty where it has not, or the file is damaged: it is written again."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        summary = (epath.Path(workdir) / "summary.json").read_text()
+        return [dict(row) for row in json.loads(summary, object_hook=metrics.restore)]
+    return []
 
 
 def _cells(values: Sequence[object]) -> list[str]:
@@ -119,7 +161,7 @@ def _cells(values: Sequence[object]) -> list[str]:
 def _iterations(workdir: epath.Path) -> dict[int, list[dict]]:
     """Iteration number -> its rows of metrics, in order."""
     found = {}
-    for path in find(workdir, f"iteration_*/{metrics.FILE_NAME}"):
+    for path in files.find(workdir, f"iteration_*/{metrics.FILE_NAME}"):
         number = path.parent.name.removeprefix("iteration_")
         if number.isdigit() and (rows := metrics.read_metrics(path)):
             found[int(number)] = rows

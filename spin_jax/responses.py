@@ -7,7 +7,8 @@ that its own devices made, as `part-NUMBER.pPROCESS.jsonl`, and the first proces
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -18,11 +19,12 @@ from tqdm import tqdm
 from spin_jax import hosts, stopping
 from spin_jax.batches import put
 from spin_jax.errors import UserError
-from spin_jax.files import find
-from spin_jax.metrics import write_whole
+from spin_jax.files import find, reading, write_whole
 from spin_jax.sampling import MAX_RESPONSES, MAX_ROWS, Decoding, response_keys
 from spin_jax.sharding import batch_sharding, check_batch, ways
 from spin_jax.slots import Prompts, Report, Responses, Sampler, no_prompts, prefill_width, queue_places, slot_counts
+
+SETTINGS = "settings.json"  # beside the parts: what decides them
 
 _LOG = logging.getLogger(__name__)
 _FEW_ENDED = 0.1  # of the responses
@@ -248,6 +250,30 @@ def _own_responses(ended: Responses, asked: Sequence[Prompt]) -> list[Response]:
 # ---- parts on disk
 
 
+def note_settings(directory: epath.Path, settings: Mapping[str, object]) -> None:
+    """Note beside the parts to come what decides them, by the name that a refusal gives it.
+
+    Raises:
+        UserError: there are parts of other settings, or nothing can be written.
+    """
+    noted, before = directory / SETTINGS, {}
+    if noted.exists():
+        with reading(noted, f"delete {directory}, whose responses could be of other settings"):
+            before = dict(json.loads(noted.read_text()))
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    if before and changed and _part_files(directory):
+        raise UserError(
+            f"{directory} holds responses of another {', '.join(changed)}: delete it, or go on as {SETTINGS} in it says"
+        )
+    write_whole(noted, json.dumps(settings, indent=1) + "\n")
+
+
+def delete_parts(directory: epath.Path) -> None:
+    """When all responses are in a file of their own."""
+    for file in (*_part_files(directory), directory / SETTINGS):
+        file.unlink(missing_ok=True)
+
+
 class _Parts:
     """The part files that this process writes, numbered on from those that are there.
 
@@ -269,11 +295,11 @@ class _Parts:
 
 
 def _part_files(directory: epath.Path | None) -> list[epath.Path]:
-    return find(directory, "part-*.jsonl") if directory else []
+    return find(directory, "part-[0-9]*.jsonl") if directory else []
 
 
 def _part_number(part: epath.Path) -> int:
-    return int(part.name.split(".")[0].removeprefix("part-"))
+    return int(re.match(r"part-(\d+)", part.name)[1])
 
 
 def _read_parts(directory: epath.Path, names: Sequence[str] | None = None) -> dict[tuple[int, int], Response]:

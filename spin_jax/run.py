@@ -1,7 +1,8 @@
 """What the stages of a run share: the data, the model's description, the mesh, and where things lie in the workdir.
 
     workdir/
-      config.json                    what the run was started with; a resumed run must agree
+      config.json                    settings, data and model that the run was started with; a resumed run must agree
+      lease.json                     whose the workdir is, while a run goes on in it
       tokens.npz                     the examples' token ids, for the next start
       compiled/                      programs, for the next start of the command
       sft/                           the SFT stage, where the config asks for one
@@ -13,19 +14,18 @@
         metrics.jsonl, tensorboard/, profile/
         model/                       the policy, a Hugging Face directory: the next opponent
         result.json                  the iteration's line in the summary
+        control/                     plain SFT for as much compute, where the config asks for it
+      result.json                    the starting model's line in the summary
       summary.json, summary.txt, plots/
 
 What exists under its final name is finished: starting again is resuming. Several processes share one workdir.
 """
 
+import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
-import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -36,29 +36,14 @@ from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
 from spin_jax import hosts, models, programs, sharding
+from spin_jax import workdir as workdirs
 from spin_jax.batches import check_warmup, num_steps
 from spin_jax.data.chat import ChatFormat, fit, load_chat
 from spin_jax.data.pairs import Pair
 from spin_jax.data.sources import Example, Examples, Skip, drawn, load_examples, split_examples
 from spin_jax.errors import UserError
-from spin_jax.metrics import is_remote, write_whole
+from spin_jax.files import writing
 from spin_jax.tokens import Tokenised, tokenise_once
-
-# Fields that may differ when a run is resumed: they change speed, memory or the length of the run, and no finished
-# artefact.
-MAY_CHANGE = (
-    "iterations",
-    "mesh.",
-    "model.attention",
-    "model.remat",
-    "model.logits_chunk",
-    "train.checkpoint_every",
-    "train.length_multiple",
-    "train.micro_batches",
-    "train.row_length",
-)
-# One value an iteration: only those of iterations that have begun to train are fixed.
-PER_ITERATION = ("spin.beta", "train.learning_rate")
 
 _LOG = logging.getLogger(__name__)
 
@@ -91,6 +76,11 @@ class Run:
             return self.iteration(t - 1) / "model"
         return self.workdir / "sft" / "model" if self.config.sft.epochs else self.source
 
+    def identity_of(self, t: int) -> dict[str, str]:
+        """What identifies theta_t, by `models.fingerprint`: kept with what it wrote and scored."""
+        with self._reading(self.start_of(t)) as directory:
+            return hosts.on_first(lambda: models.fingerprint(directory))
+
     def params(self, directory: epath.Path) -> dict:
         """The f32 params in `directory`, sharded; the ones used last stay in memory.
 
@@ -102,8 +92,19 @@ class Run:
             if not hosts.on_first((directory / "config.json").exists):
                 raise UserError(f"{directory} holds no model: run the stages before this one first")
             shardings = models.param_shardings(self.compute.mesh, self.model)
-            self._loaded = (directory, hosts.on_each(lambda: _load_params(directory, shardings)))
+            with self._reading(directory):
+                self._loaded = (directory, hosts.on_each(lambda: _load_params(directory, shardings)))
         return self._loaded[1]
+
+    @contextlib.contextmanager
+    def _reading(self, directory: epath.Path) -> Iterator[epath.Path]:
+        """Says of a damaged model that this run has made what can be done about it."""
+        try:
+            yield directory
+        except UserError as error:
+            if directory == self.source:
+                raise
+            raise UserError(f"delete {directory}, and its stage makes it anew: {error}") from None
 
     def take_params(self, directory: epath.Path) -> dict:
         """Like `params`, for a caller that donates them."""
@@ -118,7 +119,7 @@ class Run:
     def export(self, directory: epath.Path, params: dict) -> None:
         """Write params as a Hugging Face directory. From then on they are what the files hold."""
         dtype = jnp.dtype(self.config.model.export_dtype)
-        with models.uploaded(directory) as local:
+        with writing(directory), models.uploaded(directory) as local:
             models.save(local, self.model, params, source=self.source, dtype=dtype)
         hosts.gather(None)  # nobody reads it before it is whole
         self._loaded = (directory, params) if dtype == jnp.float32 else None
@@ -173,10 +174,10 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
         UserError: one line for whatever is wrong.
     """
     config_lib.validate(config)
-    check_alike(config)
-    workdir = hosts.on_each(lambda: _make_workdir(workdir))
-    check_shared(workdir)
-    hosts.on_first(lambda: _agree_with_workdir(config, workdir))
+    workdirs.check_alike(config)
+    workdir = hosts.on_each(lambda: workdirs.make(workdir))
+    workdirs.check_shared(workdir)
+    hosts.on_first(lambda: workdirs.check_settings(config, workdir))
     path, train = config.model.path, config.data.train
     if path == "toy:":
         from spin_jax import toy
@@ -188,7 +189,9 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
     models.param_shardings(mesh, model)
     train_examples, held_out, tokens = _load_data(config, train, workdir, source, chat)
     _check_steps(config, len(train_examples))
-    _note_start(config, workdir, train_examples, held_out)
+    workdirs.note_start(config, workdir, source, train_examples, held_out)
+    if not held_out:
+        _LOG.info("--config.data.eval_rows=0: the summary has the last training step's margin and accuracy instead")
     if config.data.max_length > model.max_position_embeddings:  # a cap: the rows may well be shorter
         _LOG.warning(
             "config.data.max_length=%d: %s was made for %d positions, longer rows are beyond it",
@@ -229,52 +232,14 @@ def open_player(config: ConfigDict, path: str, mesh: jax.sharding.Mesh) -> Playe
             vocab_size=model.vocab_size,
         )
     )
-    return Player(source, model, chat, compute, decode)
-
-
-def _make_workdir(workdir: epath.PathLike) -> epath.Path:
-    if is_remote(workdir):
-        return epath.Path(workdir)
-    workdir = epath.Path(workdir).resolve()  # Orbax wants it absolute
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
-    return workdir
-
-
-def check_alike(config: ConfigDict) -> None:
-    """Refuse processes that were started with different settings: they would wait for each other."""
-    first, *others = hosts.gather(_as_json(config))
-    for process, other in enumerate(others, start=1):
-        if changed := [field for field in first if first[field] != other[field]]:
-            raise UserError(
-                f"config.{changed[0]} is {first[changed[0]]!r} for process 0 and {other[changed[0]]!r} for process "
-                f"{process}: start all with the same settings"
-            )
-
-
-def check_shared(directory: epath.Path) -> None:
-    """Refuse a directory that the hosts do not share, in which each would wait for the others' files."""
-    if not hosts.are_several():
-        return
-    note = directory / f"seen_by_all_hosts_{hosts.gather(uuid.uuid4().hex)[0]}"
-    hosts.on_first(lambda: note.write_text(""))
-    seen = hosts.gather(_appears(note))
-    hosts.on_first(note.unlink)
-    if not all(seen):
-        raise UserError(
-            f"{directory} is not one directory for all hosts (process {seen.index(False)} does not see what "
-            "process 0 writes): give a gs:// path, or a file system that all of them mount"
+    settings = config.generate
+    if settings.responses > 1 and (settings.temperature == 0 or settings.top_k == 1):
+        _LOG.warning(
+            "--config.generate.responses=%d, but sampling is greedy: the responses to a prompt are all the same; set "
+            "--config.generate.temperature=1.0, or --config.generate.responses=1",
+            settings.responses,
         )
-
-
-def _appears(path: epath.Path, seconds: int = 5) -> bool:
-    for _ in range(seconds):
-        if path.exists():
-            return True
-        time.sleep(1)
-    return False
+    return Player(source, model, chat, compute, decode)
 
 
 def _check_steps(config: ConfigDict, rows: int) -> None:
@@ -334,58 +299,3 @@ def _tell_of_cut_prompts(train: str, tokens: Mapping[int, Tokenised], longest: i
             "--config.data.long_prompts=skip",
             *(train, len(cut), len(tokens), longest, min(cut)),
         )
-
-
-def _agree_with_workdir(config: ConfigDict, workdir: epath.Path) -> None:
-    """Refuse to go on in a workdir that was started with other settings."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    now = _as_json(config)
-    # A field that the schema has got since then had its default.
-    before = _as_json(config_lib.base_config()) | json.loads(path.read_text())
-    begun = 0
-    while any((workdir / f"iteration_{begun}" / name).exists() for name in ("checkpoints", "model")):
-        begun += 1
-
-    def differs(field: str) -> bool:
-        if field in PER_ITERATION:  # values of iterations that have not begun to train are free
-            return any(
-                config_lib.at_iteration(now[field], t) != config_lib.at_iteration(before[field], t)
-                for t in range(begun)
-            )
-        return now[field] != before[field] and not field.startswith(MAY_CHANGE)
-
-    if changed := [field for field in now if differs(field)]:
-        what = ", ".join(f"config.{field} was {before[field]!r} and is now {now[field]!r}" for field in changed)
-        raise UserError(
-            f"{workdir} holds a run with other settings ({what}): give another --workdir, or the settings it had"
-        )
-
-
-def _note_start(config: ConfigDict, workdir: epath.Path, train: list[Example], held_out: list[Example]) -> None:
-    """Note the settings and the data in the workdir, once all has been found to work.
-
-    Raises:
-        UserError: the data is not what the run was started with, whatever its path, or not the same on all hosts:
-            pairs would be mismatched.
-    """
-    path = workdir / "config.json"
-    rows = [(e.row, e.prompt, e.response, e.generated) for e in train + held_out]
-    fingerprint = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    if len(set(hosts.gather(fingerprint))) > 1:
-        raise UserError(f"config.data.train={config.data.train} is not the same data on all hosts: copy it anew")
-
-    def note() -> None:
-        if path.exists() and json.loads(path.read_text()).get("fingerprint", fingerprint) != fingerprint:
-            raise UserError(
-                f"{config.data.train} is not the data that {workdir} was started with: give another --workdir"
-            )
-        write_whole(path, json.dumps(_as_json(config) | {"fingerprint": fingerprint}, indent=1) + "\n")
-
-    hosts.on_first(note)
-
-
-def _as_json(config: ConfigDict) -> dict:
-    """Flat, with tuples as JSON has them."""
-    return json.loads(json.dumps(config_lib.flatten(config)))

@@ -22,8 +22,8 @@ from spin_jax import hosts, stopping
 from spin_jax.batches import HostBatch, Plan, everywhere, fetch, of_pairs, put, spin_batch
 from spin_jax.data.pairs import Pair
 from spin_jax.errors import UserError
+from spin_jax.files import find, write_whole
 from spin_jax.losses import rewards
-from spin_jax.metrics import write_whole
 from spin_jax.models import Compute, ModelConfig
 from spin_jax.step import TrainState
 
@@ -138,7 +138,7 @@ def write_scores(path: epath.Path, key: str, logps: np.ndarray, pairs: Sequence[
     They take the place of the parts."""
     of_pairs = np.reshape([(pair.row, pair.iteration) for pair in pairs], logps.shape)
     write_whole(path, _npz(key=key, logps=logps, rows=of_pairs[..., 0], iterations=of_pairs[..., 1]))
-    for part in path.parent.glob("part-*.npz"):
+    for part in find(path.parent, "part-*.npz"):
         part.unlink()
 
 

@@ -4,7 +4,6 @@ if that exists."""
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from spin_jax import hosts, programs, sharding, tracing
+from spin_jax import hosts, memory, programs, report, sharding, tracing
 from spin_jax.batches import (
     HostBatch,
     Plan,
@@ -26,15 +25,14 @@ from spin_jax.batches import (
     sft_batch,
     spin_batch,
 )
+from spin_jax.checkpoint import damaged_of
 from spin_jax.config import at_iteration
-from spin_jax.data.pairs import Pair, read_sampled, write_pairs_parquet
+from spin_jax.data.pairs import Pair, read_model, read_sampled, write_pairs_parquet
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
-from spin_jax.files import find
 from spin_jax.losses import LOSSES
-from spin_jax.metrics import restore, to_json, write_whole
 from spin_jax.models import for_compute
-from spin_jax.responses import Prompt, Response, generate, warn_if_endless
+from spin_jax.responses import Prompt, Response, delete_parts, generate, note_settings, warn_if_endless
 from spin_jax.run import Run
 from spin_jax.score import (
     Parts,
@@ -50,6 +48,7 @@ from spin_jax.step import TrainState
 from spin_jax.stop_strings import stop_table
 from spin_jax.tokens import Tokenised, tokenise
 from spin_jax.train import fit
+from spin_jax.workdir import check_model
 
 # How far from l(0) an iteration's first loss may be. A stored opponent's log-probs are the step's own, and nothing but
 # the order of the sum over pairs is left. A live one is another part of the program, which a compiler may round
@@ -60,6 +59,7 @@ _LOG = logging.getLogger(__name__)
 _NOTHING = np.zeros(0, np.int32)  # no response
 
 
+@memory.tells("SFT", memory.for_training)
 def fine_tune(run: Run) -> None:
     """Supervised fine-tuning of the source model, where the config asks for it: theta_0 in `sft/model`."""
     directory = run.workdir / "sft"
@@ -70,6 +70,7 @@ def fine_tune(run: Run) -> None:
     _export(run, directory, _fit_sft(run, run.source, pairs, steps, run.config.sft.learning_rate, directory, "SFT"))
 
 
+@memory.tells("generate", memory.for_sampling)
 def generate_responses(run: Run, t: int) -> None:
     """y' ~ p_t(.|x) for every prompt, train and held-out: `generated/pairs.parquet`, in the authors' layout."""
     directory = run.iteration(t) / "generated"
@@ -79,8 +80,8 @@ def generate_responses(run: Run, t: int) -> None:
     if t == 0 and all(example.generated is not None for example in examples):
         _LOG.info("iteration 0 takes the generated responses that %s holds", run.config.data.train)
         return
-    settings = run.config.generate
-    codec = run.chat.codec
+    settings, model, codec = run.config.generate, run.identity_of(t), run.chat.codec
+    hosts.on_first(lambda: note_settings(directory, {f"model ({part})": content for part, content in model.items()}))
     stops_SV = stop_table(codec.tokenizer, settings.stop_strings, run.model.vocab_size, codec.silent)
     responses = generate(
         programs.make_sampler(run.model, settings, run.chat.stop_ids, run.decode, stops_SV),
@@ -93,11 +94,12 @@ def generate_responses(run: Run, t: int) -> None:
         directory=directory,
         name=f"iteration {t}: generate",
     )
-    hosts.on_first(lambda: _write_responses(run, directory, examples, responses))
+    hosts.on_first(lambda: _write_responses(run, directory, examples, responses, model))
     if t == 0:
         hosts.on_first(lambda: warn_if_endless(responses, settings))
 
 
+@memory.tells("score", memory.for_training)
 def score_pairs(run: Run, t: int) -> None:
     """The opponent's log-probs of the pairs of every training step, `scores/steps.npz`, and of the held-out ones,
     `scores/held_out.npz`.
@@ -110,6 +112,7 @@ def score_pairs(run: Run, t: int) -> None:
         _step_scores(run, t)
 
 
+@memory.tells("train", memory.for_training)
 def train_policy(run: Run, t: int) -> None:
     """theta_{t+1}: minimise equation 4.7 from theta_t on the newest and earlier iterations' pairs; export it to
     `model/`."""
@@ -126,38 +129,42 @@ def train_policy(run: Run, t: int) -> None:
     _export(run, directory, _fit(run, stage, make_batch, directory, f"iteration {t}: train", start_loss))
 
 
-def describe_start(run: Run) -> dict:
+@memory.tells("evaluate", memory.for_training)
+def describe_start(run: Run) -> None:
     """The summary's first row: theta_0, the opponent of iteration 0, which has scored the held-out pairs."""
-    row = {"model": "SFT", "iteration": None}
-    if held_out := _pairs_of(run, 0)[1]:
-        row["held_out/nats_per_token"] = nats_per_token(held_out, _held_out_scores(run, 0))
-    return row | _exact_measures(run, run.start_of(0))
+
+    def measure() -> dict:
+        row = {"model": "SFT", "iteration": None}
+        if held_out := _pairs_of(run, 0)[1]:
+            row["held_out/nats_per_token"] = nats_per_token(held_out, _held_out_scores(run, 0))
+        return row | _exact_measures(run, run.start_of(0))
+
+    _measure_once(run.workdir, measure)
 
 
-def evaluate_policy(run: Run, t: int) -> dict:
+@memory.tells("evaluate", memory.for_training)
+def evaluate_policy(run: Run, t: int) -> None:
     """The summary's row of theta_{t+1}: rewards of held-out pairs against the opponent of iteration t, which wrote
-    their y'."""
-    path = run.iteration(t) / "result.json"
-    if hosts.on_first(path.exists):
-        return json.loads(path.read_text(), object_hook=restore)
-    row = {"model": f"iteration {t}", "iteration": t}
-    train, held_out = _pairs_of(run, t)
-    lengths = [len(pair.generated) for pair in train]
-    row |= {
-        "generated/tokens": float(np.mean(lengths)),
-        "generated/cut": float(np.mean([p.generated_cut for p in train])),
-    }
-    if held_out:
+    their y'. Without held-out pairs, what the last training step had."""
+
+    def measure() -> dict:
+        train, held_out = _pairs_of(run, t)
+        row = {"model": f"iteration {t}", "iteration": t}
+        row["generated/tokens"] = float(np.mean([len(pair.generated) for pair in train]))
+        row["generated/cut"] = float(np.mean([pair.generated_cut for pair in train]))
+        if not held_out:
+            return row | report.last_step(run.iteration(t)) | _exact_measures(run, run.start_of(t + 1))
         by_policy = _score(run, run.start_of(t + 1), held_out, f"iteration {t}: evaluate")
         row["held_out/nats_per_token"] = nats_per_token(held_out, by_policy)
         row |= held_out_rewards(by_policy, _held_out_scores(run, t), at_iteration(run.config.spin.beta, t))
-    row |= _exact_measures(run, run.start_of(t + 1))
-    hosts.on_first(lambda: write_whole(path, to_json(row) + "\n"))
-    return row
+        return row | _exact_measures(run, run.start_of(t + 1))
+
+    _measure_once(run.iteration(t), measure)
 
 
-def continue_sft(run: Run, t: int) -> dict:
-    """The baseline: plain SFT of the same start, on the same examples, for the FLOPs that iteration t spent; its
+@memory.tells("SFT control", memory.for_training)
+def continue_sft(run: Run, t: int) -> None:
+    """The baseline: plain SFT of the same start, on the same examples, for the FLOPs that iteration t spent, and its
     summary row."""
     directory = run.iteration(t) / "control"
     start = run.iteration(t - 1) / "control" / "model" if t else run.start_of(0)
@@ -166,11 +173,22 @@ def continue_sft(run: Run, t: int) -> dict:
         steps = max(1, round(_iteration_flops(run, t) / _sft_step_flops(run, pairs)))
         peak = run.config.sft.control_learning_rate
         _export(run, directory, _fit_sft(run, start, pairs, steps, peak, directory, f"iteration {t}: SFT control"))
-    row = {"model": f"SFT control {t}", "iteration": None}
-    if held_out := _pairs_of(run, t)[1]:
-        logps = _score(run, directory / "model", held_out, f"iteration {t}: evaluate SFT control")
-        row["held_out/nats_per_token"] = nats_per_token(held_out, logps)
-    return row | _exact_measures(run, directory / "model")
+
+    def measure() -> dict:
+        row = {"model": f"SFT control {t}", "iteration": None}
+        if held_out := _pairs_of(run, t)[1]:
+            logps = _score(run, directory / "model", held_out, f"iteration {t}: evaluate SFT control")
+            row["held_out/nats_per_token"] = nats_per_token(held_out, logps)
+        return row | _exact_measures(run, directory / "model")
+
+    _measure_once(directory, measure)
+
+
+def _measure_once(directory: epath.Path, measure: Callable[[], dict]) -> None:
+    """`result.json` in a directory: a row of the summary, measured where there is none that can be read."""
+    if not hosts.on_first(lambda: report.read_result(directory)):
+        row = measure()
+        hosts.on_first(lambda: report.write_result(directory, row))
 
 
 # ---- training
@@ -282,7 +300,9 @@ def _is_trained(directory: epath.Path) -> bool:
     def is_whole() -> bool:
         whole = (directory / "model" / "config.json").exists()
         if whole:
-            (directory / "checkpoints").rmtree(missing_ok=True)
+            checkpoints = directory / "checkpoints"
+            checkpoints.rmtree(missing_ok=True)
+            damaged_of(checkpoints).rmtree(missing_ok=True)
         return whole
 
     return hosts.on_first(is_whole)
@@ -292,9 +312,14 @@ def _is_trained(directory: epath.Path) -> bool:
 
 
 def _write_responses(
-    run: Run, directory: epath.Path, examples: Sequence[Example], responses: Sequence[Response]
+    run: Run,
+    directory: epath.Path,
+    examples: Sequence[Example],
+    responses: Sequence[Response],
+    model: dict[str, str],
 ) -> None:
-    """`pairs.parquet`, which takes the place of the parts: a row a response, those to one prompt together."""
+    """`pairs.parquet`, which takes the place of the parts: a row a response, those to one prompt together. `model`
+    identifies who wrote them."""
     texts = [run.chat.codec.decode(response.tokens) for response in responses]
     asked = [example for example in examples for _ in range(run.config.generate.responses)]
     answered = [
@@ -306,9 +331,8 @@ def _write_responses(
         "generated_logprobs": [response.logprobs.tolist() for response in responses],
         "held_out": [run.is_held_out(response.row) for response in responses],
     }
-    write_pairs_parquet(directory / "pairs.parquet", answered, columns)
-    for part in find(directory, "part-*.jsonl"):
-        part.unlink()
+    write_pairs_parquet(directory / "pairs.parquet", answered, columns, model)
+    delete_parts(directory)
 
 
 def _pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
@@ -316,6 +340,8 @@ def _pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
     if t not in run.pairs:
         path = run.iteration(t) / "generated" / "pairs.parquet"
         if hosts.on_first(path.exists):
+            complaint = f"{path} was written by another model than that in {run.start_of(t)}"
+            check_model(read_model(path), run.identity_of(t), complaint, f"delete {path.parent}, and go on")
             sampled = read_sampled(path)
         elif t == 0 and run.train_examples[0].generated is not None:
             sampled = {e.row: [(e.generated, not e.truncated)] for e in run.train_examples + run.held_out_examples}

@@ -1,5 +1,6 @@
 """The token ids of a run's examples: made once, by all processes together, and kept in the workdir for later starts."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -19,7 +20,7 @@ from spin_jax.data.chat import ChatFormat
 from spin_jax.data.rows import Mistakes, Place
 from spin_jax.data.sources import Example, Message, Skip
 from spin_jax.errors import UserError
-from spin_jax.metrics import write_whole
+from spin_jax.files import write_whole
 
 
 class Tokenised(NamedTuple):
@@ -97,8 +98,9 @@ def tokenise_once(
     found there, and the code that reads them. Of several processes each makes a share, and the first one writes.
     """
     key = _key(directory, template, chat, examples, enough)
-    if hosts.on_first(lambda: path.exists() and _key_in(path) == key):
-        return hosts.on_each(lambda: _read(path, examples))
+    kept = _read(path, key, examples)
+    if all(hosts.gather(kept is not None)):
+        return kept
     made: list[Tokenised | Skip] = []
     wanted = missing = len(examples) if enough is None else enough
     while missing and (next_ones := examples[len(made) :][:missing]):
@@ -121,19 +123,18 @@ def _key(
     return digest.hexdigest()
 
 
-def _key_in(path: epath.Path) -> str:
-    with path.open("rb") as file, np.load(file) as stored:
-        return str(stored["key"])
-
-
-def _read(path: epath.Path, examples: Sequence[Example]) -> list[Tokenised | Skip]:
-    with np.load(io.BytesIO(path.read_bytes())) as stored:
-        rows = np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])
-        refused = json.loads(str(stored["refused"]))
-    made: list[Tokenised | Skip] = [Tokenised(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
-    for position, reason in refused.items():
-        made[int(position)] = Skip(examples[int(position)].row, reason)
-    return made
+def _read(path: epath.Path, key: str, examples: Sequence[Example]) -> list[Tokenised | Skip] | None:
+    """What is kept, if it was made of the same; a damaged file is as good as none."""
+    with contextlib.suppress(Exception):  # zipfile, zlib, pickle and numpy raise what they like
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            if str(stored["key"]) == key:
+                rows = np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])
+                refused = json.loads(str(stored["refused"]))
+                made: list[Tokenised | Skip] = [Tokenised(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
+                for position, reason in refused.items():
+                    made[int(position)] = Skip(examples[int(position)].row, reason)
+                return made
+    return None
 
 
 def _write(path: epath.Path, key: str, made: Sequence[Tokenised | Skip]) -> None:

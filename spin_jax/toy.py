@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
-from spin_jax.metrics import write_whole
+from spin_jax.files import write_whole
 
 if TYPE_CHECKING:
     from spin_jax.models import ModelConfig

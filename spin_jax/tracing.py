@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from spin_jax import hosts
-from spin_jax.metrics import write_whole
+from spin_jax.files import write_whole, writing
 
 FIRST, LAST = 3, 5  # steps since the start: by then, what is compiled is compiled, and batches come as they will
 
@@ -53,7 +53,7 @@ def traced(step_fn: Callable, directory: epath.Path) -> Iterator[Callable]:
 def _trace(directory: epath.Path) -> Iterator[None]:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # every Python call would be more than the trace is for, and slow the host down
-    with tempfile.TemporaryDirectory() as local:  # the profiler cannot write to an object store
+    with writing(directory), tempfile.TemporaryDirectory() as local:  # the profiler cannot write to an object store
         with jax.profiler.trace(local, create_perfetto_trace=True, profiler_options=options):
             yield
         for file in pathlib.Path(local).rglob("*.*"):

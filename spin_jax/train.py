@@ -1,5 +1,6 @@
 """The training loop of one stage: batches in a fixed order, metrics a step late, checkpoints, a clean stop."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,10 @@ from tqdm import tqdm
 
 from spin_jax import hosts, stopping
 from spin_jax.batches import HostBatch, everywhere, put
-from spin_jax.checkpoint import Checkpoints, abstract_like
+from spin_jax.checkpoint import Checkpoints
 from spin_jax.errors import UserError
-from spin_jax.metrics import MetricsWriter, write_whole
+from spin_jax.files import write_whole
+from spin_jax.metrics import MetricsWriter
 from spin_jax.step import TrainState
 from spin_jax.stopping import Stopped
 
@@ -64,20 +66,11 @@ def fit(
     """
     several, scoring = hosts.are_several(), everywhere(False, sharding.mesh)
     with (
-        Checkpoints(directory / "checkpoints") as checkpoints,
-        _StepLog(directory, checkpoints.latest_step() or 0, steps, name, schedule, passes, start_loss) as log,
         stopping.deferred(),
+        Checkpoints(directory / "checkpoints") as checkpoints,
+        contextlib.nullcontext(checkpoints.restore_newest(state)) as (state, start),
+        _StepLog(directory, start, steps, name, schedule, passes, start_loss) as log,
     ):
-        start = checkpoints.latest_step() or 0
-        if start:
-            try:
-                state = checkpoints.restore(start, abstract_like(state))
-            except (OSError, ValueError, KeyError) as error:
-                damaged = directory / "checkpoints" / str(start)
-                why = str(error).splitlines()[0]
-                raise UserError(
-                    f"{damaged} cannot be read ({why}): delete it, and the run goes on from the one before"
-                ) from error
         for step, batch, arrays in _prefetched(make_batch, sharding, start, steps):
             state, metrics, _ = step_fn(state, opponent, arrays, scoring)
             if several:

@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spin_jax.checkpoint import KEEP, Checkpoints, abstract_like
+from spin_jax.checkpoint import KEEP, Checkpoints, checksum
 from spin_jax.step import TrainState, init_state
 
 
@@ -20,6 +20,10 @@ def state_of(params: dict) -> TrainState:
 def advance(state: TrainState) -> TrainState:
     """A step that changes every array and is given the memory of the old ones."""
     return jax.tree.map(lambda x: x if x.dtype == jnp.bool_ else x + 1, state)
+
+
+def zeros_like(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: jax.device_put(jnp.zeros_like(x), x.sharding), state)
 
 
 def assert_equal(actual, expected):
@@ -35,7 +39,8 @@ def test_what_is_saved_is_restored_with_its_types(tmp_path):
 
     again = Checkpoints(tmp_path / "checkpoints")
     assert again.latest_step() == 7
-    restored = again.restore(7, abstract_like(state))
+    restored, step = again.restore_newest(zeros_like(state))
+    assert step == 7
     assert_equal(restored, state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
@@ -64,8 +69,8 @@ def test_restoring_onto_another_mesh(tmp_path, before, after):
     checkpoints = Checkpoints(tmp_path)
     state = sharded_like(before)
     checkpoints.save(3, state, wait=True)
-    wanted = abstract_like(sharded_like(after))
-    restored = checkpoints.restore(3, wanted)
+    wanted = sharded_like(after)
+    restored, _ = checkpoints.restore_newest(zeros_like(wanted))
     assert_equal(restored, state)
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, wanted)
     checkpoints.close()
@@ -85,7 +90,7 @@ def test_an_unfinished_checkpoint_is_not_listed(tmp_path):
     assert again.latest_step() == 2
     again.save(5, state, wait=True)
     assert again.latest_step() == 5
-    assert_equal(again.restore(5, abstract_like(state)), state)
+    assert_equal(again.restore_newest(zeros_like(state))[0], state)
     again.close()
     assert not unfinished.exists()
 
@@ -106,7 +111,7 @@ def test_a_step_saved_already_is_left_as_it_is(tmp_path):
     first = state_of({"w": jnp.zeros(3)})
     checkpoints.save(1, first, wait=True)
     checkpoints.save(1, state_of({"w": jnp.ones(3)}), wait=True)
-    assert_equal(checkpoints.restore(1, abstract_like(first)), first)
+    assert_equal(checkpoints.restore_newest(first)[0], first)
     checkpoints.close()
 
 
@@ -129,7 +134,33 @@ def test_steps_that_reuse_the_memory_do_not_reach_a_checkpoint_on_its_way(tmp_pa
 
     checkpoints = Checkpoints(tmp_path)
     for step in (8, 12):
-        restored = checkpoints.restore(step, abstract_like(state))
+        restored, _ = checkpoints.read(step, state)
         assert int(restored.step) == step
         assert all(np.all(np.asarray(array) == step) for array in restored.params.values())
     checkpoints.close()
+
+
+def test_a_bit_that_was_flipped_is_noticed(tmp_path):
+    """Orbax has no checksum of the arrays' numbers, and reads back whatever is there."""
+    rng = np.random.default_rng(0)
+    states = [state_of({"w": jnp.asarray(rng.normal(size=(128, 128)), jnp.float32)}) for _ in range(2)]
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, state in enumerate(states, start=1):
+            checkpoints.save(step, state, wait=True)
+    largest = max((tmp_path / "2").glob("state/**/d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 2
+        restored, step = checkpoints.restore_newest(states[1])
+    assert step == 1
+    assert_equal(restored, states[0])
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_checksum_sees_each_bit_and_no_layout(devices):
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:devices]), "x"), PartitionSpec("x"))
+    arrays = [np.linspace(-1, 1, 64, dtype=np.float32), np.arange(16, dtype=jnp.bfloat16), np.ones(8, bool)]
+    plain = sum(int(np.sum(array.view(f"u{array.dtype.itemsize}"), dtype=np.uint32)) for array in arrays) % 2**32
+    assert int(checksum([jax.device_put(array, sharding) for array in arrays])) == plain

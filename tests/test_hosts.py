@@ -13,7 +13,7 @@ import tiny_files
 from jax.sharding import Mesh
 from processes import ROOT, free_port, run_command, run_together
 
-from spin_jax import hosts, models, run
+from spin_jax import hosts, models, workdir
 from spin_jax.batches import fetch, put
 from spin_jax.errors import UserError
 from spin_jax.models import safetensors
@@ -81,13 +81,13 @@ def exchange(arguments: tuple):
     assert refusal(hosts.shared, mistaken, range(6)) == "row 3 is wrong"
     assert refusal(hosts.on_first, lambda: mistaken(3)) == "row 3 is wrong"
     config = tiny_files.make_config("model", "data", {"seed": 7 * process})
-    assert refusal(run.check_alike, config) == (
+    assert refusal(workdir.check_alike, config) == (
         "config.seed is 0 for process 0 and 7 for process 1: start all with the same settings"
     )
-    run.check_shared(pathlib.Path(directory))
+    workdir.check_shared(pathlib.Path(directory))
     own = pathlib.Path(directory) / str(process)
     own.mkdir()
-    assert "process 1 does not see what process 0 writes" in refusal(run.check_shared, own)
+    assert "process 1 does not see what process 0 writes" in refusal(workdir.check_shared, own)
 
     _rows_of_each()
     _rows_that_two_hold()

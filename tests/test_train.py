@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -15,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax import train as train_lib
 from spin_jax.batches import HostBatch
-from spin_jax.checkpoint import Checkpoints, abstract_like
+from spin_jax.checkpoint import Checkpoints
 from spin_jax.errors import UserError
 from spin_jax.metrics import read_metrics
 from spin_jax.sharding import batch_sharding, make_mesh
@@ -69,7 +72,7 @@ def steps_logged(directory) -> list[int]:
 
 def saved_state(directory, like: TrainState) -> TrainState:
     checkpoints = Checkpoints(directory / "checkpoints")
-    state = checkpoints.restore(checkpoints.latest_step(), abstract_like(like))
+    state, _ = checkpoints.restore_newest(like)
     checkpoints.close()
     return state
 
@@ -220,11 +223,37 @@ def test_how_often_is_saved_changes_no_result(whole, tmp_path):
     assert_equal(train(tmp_path, checkpoint_every=1), whole[1])
 
 
-def test_an_older_checkpoint_serves_as_well(whole, tmp_path):
-    """The newest may be damaged: without it, the run goes on from the one before."""
-    directory = tmp_path / "copy"
-    shutil.copytree(whole[0], directory)
-    newest = max((path for path in (directory / "checkpoints").iterdir() if path.is_dir()), key=lambda p: int(p.name))
-    shutil.rmtree(newest)
-    assert_equal(train(directory), whole[1])
-    assert steps_logged(directory) == list(range(1, STEPS + 1))
+def truncate_arrays(checkpoint: pathlib.Path) -> None:
+    for file in checkpoint.glob("state/**/d/*"):
+        os.truncate(file, 20)
+
+
+DAMAGE = {
+    "truncated": truncate_arrays,
+    "emptied": lambda checkpoint: (checkpoint / "state" / "_METADATA").write_bytes(b""),
+    "garbage": lambda checkpoint: (checkpoint / "state" / "_METADATA").write_text("{}"),
+    "gone": lambda checkpoint: shutil.rmtree(checkpoint / "state"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_serves(whole, tmp_path, damage, caplog):
+    directory, asked = shutil.copytree(whole[0], tmp_path / "copy"), []
+    damage(directory / "checkpoints" / "9")
+    assert_equal(train(directory, batches=lambda step: asked.append(step) or make_batch(step)), whole[1])
+    assert asked == [6, 7, 8] and steps_logged(directory) == list(range(1, STEPS + 1))
+    assert [path.name for path in (directory / "checkpoints_damaged").iterdir()] == ["9"]
+    [told] = [record.getMessage() for record in caplog.records]  # of Orbax's own, none
+    assert re.fullmatch(r".*/checkpoints/9 is damaged \(.+\): set aside as .*_damaged/9; .* goes on from step 6", told)
+    assert int(saved_state(directory, whole[1]).step) == 9
+
+
+def test_with_all_checkpoints_damaged_the_stage_begins_anew(whole, tmp_path, caplog):
+    directory, asked = shutil.copytree(whole[0], tmp_path / "copy"), []
+    for step, damage in zip(("6", "9"), DAMAGE.values(), strict=False):
+        damage(directory / "checkpoints" / step)
+    (directory / "checkpoints_damaged" / "9").mkdir(parents=True)  # one of an earlier time
+    assert_equal(train(directory, batches=lambda step: asked.append(step) or make_batch(step)), whole[1])
+    assert asked == list(range(STEPS)) and steps_logged(directory) == list(range(1, STEPS + 1))
+    assert {path.name for path in (directory / "checkpoints_damaged").iterdir()} == {"6", "9"}
+    assert caplog.messages[-1].endswith("the stage goes on from its start")

@@ -1,14 +1,19 @@
 """Pairs of a real and a generated response: as token ids, and on disk in the authors' Parquet layout."""
 
+import contextlib
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import BinaryIO
 
 import numpy as np
 from etils import epath
 
 from spin_jax.data.sources import Example
-from spin_jax.metrics import write_whole
+from spin_jax.files import reading, write_whole
+
+_MODEL = b"spin_jax_model"  # in a pairs file's metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +38,17 @@ class Pair:
 
 
 def write_pairs_parquet(
-    path: epath.PathLike, examples: Sequence[Example], columns: Mapping[str, Sequence] | None = None
+    path: epath.PathLike,
+    examples: Sequence[Example],
+    columns: Mapping[str, Sequence] | None = None,
+    model: Mapping[str, str] | None = None,
 ) -> None:
     """Write examples with generated responses in the authors' layout (data sets UCLA-AGI/SPIN_iter0 to 3).
 
     Columns `real` and `generated` are lists of {"role", "content"} turns, the prompt's and then the response. Beside
     them are our own: `row`, `generated_truncated` and `columns` (name -> one value an example; sampled ids, for
-    instance). The file appears under its name only when it is whole. `load_examples` reads it back.
+    instance). The file's metadata has `model`: what identifies the model that wrote the responses. The file appears
+    under its name only when it is whole. `load_examples` reads it back.
     """
     import pyarrow
     import pyarrow.parquet
@@ -59,18 +68,39 @@ def write_pairs_parquet(
             **(columns or {}),
         }
     )
+    if model:
+        table = table.replace_schema_metadata({_MODEL: json.dumps(dict(model))})
     file = io.BytesIO()
     pyarrow.parquet.write_table(table, file)
     write_whole(path, file.getvalue())
 
 
 def read_sampled(path: epath.PathLike) -> dict[int, list[tuple[np.ndarray, bool]]]:
-    """{row: [(sampled token ids, finished), ...]} of a pairs file that a run wrote: the very ids, not their text."""
+    """{row: [(sampled token ids, finished), ...]} of a pairs file that a run wrote: the very ids, not their text.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     import pyarrow.parquet
 
-    with epath.Path(path).open("rb") as file:
-        table = pyarrow.parquet.read_table(file, columns=["row", "generated_tokens", "generated_truncated"]).to_pydict()
-    sampled = {}
-    for row, tokens, cut in zip(table["row"], table["generated_tokens"], table["generated_truncated"], strict=True):
-        sampled.setdefault(row, []).append((np.array(tokens, np.int32), not cut))
+    columns = ["row", "generated_tokens", "generated_truncated"]
+    with _reading(path) as file:
+        table = pyarrow.parquet.read_table(file, columns=columns).to_pydict()
+        sampled: dict[int, list[tuple[np.ndarray, bool]]] = {}
+        for row, tokens, cut in zip(*(table[column] for column in columns), strict=True):
+            sampled.setdefault(row, []).append((np.array(tokens, np.int32), not cut))
     return sampled
+
+
+def read_model(path: epath.PathLike) -> dict[str, str]:
+    """What identifies the model that wrote the responses of a pairs file; empty where the file does not say."""
+    import pyarrow.parquet
+
+    with _reading(path) as file:
+        return json.loads((pyarrow.parquet.read_schema(file).metadata or {}).get(_MODEL, "{}"))
+
+
+@contextlib.contextmanager
+def _reading(path: epath.PathLike) -> Iterator[BinaryIO]:
+    with reading(path, "delete it, and the generate stage makes it anew"), epath.Path(path).open("rb") as file:
+        yield file

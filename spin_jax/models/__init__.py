@@ -4,7 +4,7 @@ from spin_jax.models.cache import NOWHERE, Columns, columns_axis, init_cache
 from spin_jax.models.compute import REMAT_POLICIES, Compute
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.directory import downloaded, read_config, resolve, uploaded
-from spin_jax.models.huggingface import load, save
+from spin_jax.models.huggingface import holds, load, save
 from spin_jax.models.identity import fingerprint
 from spin_jax.models.int8 import quantise, quantised_shardings
 from spin_jax.models.llama import (
@@ -37,6 +37,7 @@ __all__ = [
     "flops_per_token",
     "for_compute",
     "forward",
+    "holds",
     "init_adapters",
     "init_cache",
     "init_params",

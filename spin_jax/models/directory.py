@@ -12,8 +12,7 @@ from typing import Any
 from etils import epath
 
 from spin_jax.errors import UserError
-from spin_jax.files import find, read_json
-from spin_jax.metrics import is_remote
+from spin_jax.files import find, is_remote, read_json
 from spin_jax.models import safetensors
 from spin_jax.models.config import ModelConfig
 

@@ -215,6 +215,17 @@ def save(
             _write_json(directory / name, content)
 
 
+def holds(directory: str | os.PathLike, config: ModelConfig, params: dict) -> bool:
+    """Whether a directory holds these very weights, a tensor at a time; f32, as `save` writes them with that dtype."""
+    stored = stored_tensors(directory)
+
+    def is_same(weight: _Weight) -> bool:
+        ours = weight.to_theirs(np.asarray(_fetch(weight, params, jnp.float32)))
+        return weight.name in stored and np.array_equal(stored[weight.name].map(), ours, equal_nan=True)
+
+    return all(map(is_same, _weights(config)))
+
+
 def _names(path: tuple) -> tuple[str, ...]:
     return tuple(key.key for key in path)
 

@@ -139,16 +139,16 @@ def test_killed_between_two_batches_it_goes_on_and_mixes_nothing(tiny_model, pro
     killed = run(*flags(model, prompts, out), python=("-c", KILLED + COMMAND))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     parts = out.with_name("out.jsonl.parts")
-    names = {"settings.json", "part-00000.p000.jsonl", "part-00001.p000.jsonl"}
+    names = {"settings.json", "part-00000.p000.jsonl", "part-00001.p000.jsonl", "lease.json"}
     assert set(os.listdir(parts)) == names and not out.exists()
-    before = {path.name: (path.read_text(), path.stat().st_mtime_ns) for path in parts.iterdir()}
+    before = {path.name: (path.read_text(), path.stat().st_mtime_ns) for path in parts.glob("[ps]*")}
 
     def refusal(prompts=prompts, **changes):
         with pytest.raises(spin_jax.UserError, match="out.jsonl.parts holds responses of another") as refused:
             spin_jax.answer(model, prompts, out, SETTINGS | changes)
         return str(refused.value)
 
-    assert "another config.seed: delete it, give another --out" in refusal(seed=7)
+    assert "another config.seed: delete it, or go on as" in refusal(seed=7)
     assert "another config.generate.temperature:" in refusal(**{"generate.temperature": 0.5})
     fewer = tiny_files.write_jsonl(tmp_path / "fewer.jsonl", tiny_files.make_rows()[1:])
     assert "another list of prompts:" in refusal(fewer)
@@ -157,7 +157,7 @@ def test_killed_between_two_batches_it_goes_on_and_mixes_nothing(tiny_model, pro
     weights.write_bytes(whole_weights[:-1] + bytes([whole_weights[-1] ^ 1]))  # as large as before
     assert "another model (weights):" in refusal()
     weights.write_bytes(whole_weights)  # at another time than before, which matters to nobody
-    after = {path.name: (path.read_text(), path.stat().st_mtime_ns) for path in parts.iterdir()}
+    after = {path.name: (path.read_text(), path.stat().st_mtime_ns) for path in parts.glob("[ps]*")}
     assert after == before
 
     resumed = run(*flags(model, prompts, out))

@@ -112,13 +112,14 @@ def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(command, tmp_path)
     result = command(killed, IN_GENERATION_WITH_A_TORN_FILE)
     assert result.returncode == -signal.SIGKILL, result.stderr
     generated = killed / "iteration_0" / "generated"
-    assert {path.name for path in generated.iterdir()} == {"part-00000.p000.jsonl", "part-00001.p000.jsonl.partial"}
+    noted, parts = "settings.json", ["part-00000.p000.jsonl", "part-00001.p000.jsonl"]
+    assert {path.name for path in generated.iterdir()} == {noted, parts[0], f"{parts[1]}.partial"}
     first_part = (generated / "part-00000.p000.jsonl").stat().st_mtime_ns
 
     result = command(killed, ASKED_IN_GENERATION)
     assert result.returncode == 75, result.stderr
     assert "start the same command again" in result.stderr and "Traceback" not in result.stderr
-    assert {path.name for path in generated.iterdir()} == {"part-00000.p000.jsonl", "part-00001.p000.jsonl"}
+    assert {path.name for path in generated.iterdir()} == {noted, *parts}
     assert (generated / "part-00000.p000.jsonl").stat().st_mtime_ns == first_part  # not drawn again
 
     result = command(killed, IN_TRAINING.format(t=0, step=2, signal="SIGTERM"))

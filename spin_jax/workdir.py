@@ -1,0 +1,211 @@
+"""A run's directory: made, seen by all hosts, and begun with settings, data and a model that go on being the same."""
+
+import hashlib
+import itertools
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from spin_jax import config as config_lib
+from spin_jax import hosts, models
+from spin_jax.data.sources import Example
+from spin_jax.errors import UserError
+from spin_jax.files import expand, find, is_remote, reading, write_whole
+
+# Fields that may differ when a run is resumed: they change speed, memory or the length of the run, and no finished
+# artefact. A name that ends in a dot is a section.
+MAY_CHANGE = (
+    "iterations",
+    "mesh.",
+    "model.attention",
+    "model.remat",
+    "model.logits_chunk",
+    "generate.batch_size",
+    "generate.prefill_batch_size",
+    "generate.tail_batch_size",
+    "generate.prompt_bucket",
+    "sft.control",
+    "train.checkpoint_every",
+    "train.length_multiple",
+    "train.micro_batches",
+    "train.row_length",
+)
+# These say where the model and the data are; what is there is compared itself.
+PATHS = ("model.path", "model.revision", "data.train", "data.split", "data.layout")
+# One value an iteration: only those of iterations that have begun to train are fixed.
+PER_ITERATION = ("spin.beta", "train.learning_rate")
+
+# What a stage has made by which it has begun; a training stage begins with its first checkpoint.
+_TRAINED = ("checkpoints/[0-9]*", "model/config.json")
+_SFT = tuple(f"sft/{made}" for made in _TRAINED)
+_SPIN = tuple(f"iteration_*/{made}" for made in _TRAINED)
+_CONTROL = tuple(f"iteration_*/control/{made}" for made in _TRAINED)
+_GENERATED = ("iteration_*/generated/pa*",)
+_ANYTHING = (*_SFT, *_GENERATED, "iteration_*/scores/*", *_SPIN)
+# Fields of stages of their own: fixed when that stage has begun, the others as soon as there is anything.
+_STAGES = (
+    ("generate.", _GENERATED),
+    ("spin.", _SPIN),
+    ("train.", (*_SFT, *_SPIN)),
+    ("lora.", (*_SFT, *_SPIN)),
+    ("sft.learning_rate", _SFT),
+    ("sft.optimizer", (*_SFT, *_CONTROL)),
+    ("sft.control_learning_rate", _CONTROL),
+)
+
+
+def make(path: epath.PathLike) -> epath.Path:
+    """The directory at --workdir, made where it is missing, as an absolute path: Orbax wants one.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    workdir = expand(path)
+    if is_remote(workdir):
+        return workdir
+    workdir = workdir.resolve()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
+    return workdir
+
+
+def check_alike(config: ConfigDict) -> None:
+    """Refuse processes that were started with different settings: they would wait for each other."""
+    first, *others = hosts.gather(_as_json(config))
+    for process, other in enumerate(others, start=1):
+        if changed := [field for field in first if first[field] != other[field]]:
+            raise UserError(
+                f"config.{changed[0]} is {first[changed[0]]!r} for process 0 and {other[changed[0]]!r} for process "
+                f"{process}: start all with the same settings"
+            )
+
+
+def check_shared(directory: epath.Path) -> None:
+    """Refuse a directory that the hosts do not share, in which each would wait for the others' files."""
+    if not hosts.are_several():
+        return
+    note = directory / f"seen_by_all_hosts_{hosts.gather(uuid.uuid4().hex)[0]}"
+    hosts.on_first(lambda: write_whole(note, ""))
+    seen = hosts.gather(_appears(note))
+    hosts.on_first(note.unlink)
+    if not all(seen):
+        raise UserError(
+            f"{directory} is not one directory for all hosts (process {seen.index(False)} does not see what "
+            "process 0 writes): give a gs:// path, or a file system that all of them mount"
+        )
+
+
+def _appears(path: epath.Path, seconds: int = 5) -> bool:
+    for _ in range(seconds):
+        if path.exists():
+            return True
+        time.sleep(1)
+    return False
+
+
+# ---- what a run was begun with
+
+
+def check_settings(config: ConfigDict, workdir: epath.Path) -> None:
+    """Refuse to go on in a workdir that holds what was made with other settings.
+
+    Raises:
+        UserError: with the fields, what they were and what they are now; or the workdir's note of them is damaged.
+    """
+    noted, now = _read_note(workdir), _as_json(config)
+    if not noted:
+        return
+    # A field that the schema has got since then had its default.
+    before = _as_json(config_lib.base_config()) | noted
+    if changed := [field for field in now if now[field] != before[field] and _is_fixed(field, now, before, workdir)]:
+        what = ", ".join(f"config.{field} was {before[field]!r} and is now {now[field]!r}" for field in changed)
+        raise UserError(
+            f"{workdir} holds a run with other settings ({what}): give another --workdir, or the settings it had"
+        )
+
+
+def _is_fixed(field: str, now: dict, before: dict, workdir: epath.Path) -> bool:
+    """Whether something in the workdir was made with a field's old value."""
+    if _is_one_of(field, MAY_CHANGE) or (field in PATHS and "start" in before):
+        return False
+    if field in PER_ITERATION:
+        begun = itertools.takewhile(lambda t: _has(workdir / f"iteration_{t}", _TRAINED), itertools.count())
+        return any(config_lib.at_iteration(now[field], t) != config_lib.at_iteration(before[field], t) for t in begun)
+    return _has(workdir, next((made for name, made in _STAGES if _is_one_of(field, [name])), _ANYTHING))
+
+
+def _is_one_of(field: str, names: Sequence[str]) -> bool:
+    return any(field == name or (name.endswith(".") and field.startswith(name)) for name in names)
+
+
+def _has(directory: epath.Path, patterns: Sequence[str]) -> bool:
+    return any(find(directory, pattern) for pattern in patterns)
+
+
+def note_start(
+    config: ConfigDict, workdir: epath.Path, source: epath.Path, train: list[Example], held_out: list[Example]
+) -> None:
+    """Note the settings, the data and the model at `source` in the workdir, once all has been found to work.
+
+    Raises:
+        UserError: data or model are not what the run was begun with, whatever their paths, or not the same on all
+            hosts.
+    """
+    rows = [(e.row, e.prompt, e.response, e.generated) for e in train + held_out]
+    data = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    start = hosts.on_each(lambda: models.fingerprint(source))
+    others = hosts.gather((data, start))
+    if any(other_data != data for other_data, _ in others):
+        raise UserError(f"config.data.train={config.data.train} is not the same data on all hosts: copy it anew")
+    if changed := next(filter(None, (_changes(start, other) for _, other in others)), ""):
+        raise UserError(f"{source} is not the same model on all hosts (its {changed} differ): copy it anew")
+    hosts.on_first(lambda: _note(config, workdir, source, data, start))
+
+
+def _note(config: ConfigDict, workdir: epath.Path, source: epath.Path, data: str, start: dict[str, str]) -> None:
+    before = _read_note(workdir) if _has(workdir, _ANYTHING) else {}
+    was = f"that {workdir} was started with"
+    if before.get("fingerprint", data) != data:
+        raise UserError(f"{config.data.train} is not the data {was}: give another --workdir")
+    remedy = "put it back, or give another --workdir"
+    check_model(before.get("start"), start, f"{source} is not the model {was}", remedy)
+    note = _as_json(config) | {"fingerprint": data, "start": start}
+    write_whole(workdir / "config.json", json.dumps(note, indent=1) + "\n")
+
+
+def check_model(before: Mapping[str, str] | None, now: Mapping[str, str], complaint: str, remedy: str) -> None:
+    """Refuse what was made with another model than today's, both as `models.fingerprint` identifies them; an empty
+    `before` is of a time when it was not kept.
+
+    Raises:
+        UserError: complaint, what of the model changed, and remedy.
+    """
+    if before and (changed := _changes(before, now)):
+        raise UserError(f"{complaint} (changed: {changed}): {remedy}")
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The parts of a model that differ, as "weights, stop ids"."""
+    return ", ".join(part for part in now if now[part] != before.get(part))
+
+
+def _read_note(workdir: epath.Path) -> dict:
+    path = workdir / "config.json"
+    if not path.exists():
+        return {}
+    with reading(path, "put a copy back; or delete it, and settings, data and model go unchecked"):
+        note = json.loads(path.read_text())
+        if not isinstance(note, dict):
+            raise TypeError("not an object")
+        return note
+
+
+def _as_json(config: ConfigDict) -> dict:
+    """Flat, with tuples as JSON has them."""
+    return json.loads(json.dumps(config_lib.flatten(config)))
