@@ -128,8 +128,8 @@ def test_stopped_killed_and_gone_on_by_other_processes_a_run_ends_with_the_same_
     ended = by_two(first={1: IN_GENERATION}, expected=75)
     assert all("start the same command again" in process.output for process in ended)
     generated = tmp_path / "iteration_0" / "generated"
-    assert {path.suffixes[0] for path in generated.iterdir()} <= {".p000", ".p001"}
-    ended_before = [json.loads(line) for part in generated.iterdir() for line in part.read_text().splitlines()]
+    assert {path.suffixes[0] for path in generated.glob("part-*")} <= {".p000", ".p001"}
+    ended_before = [json.loads(line) for part in generated.glob("part-*") for line in part.read_text().splitlines()]
     assert 0 < len(ended_before) < tiny_files.TRAIN_ROWS + tiny_files.EVAL_ROWS
 
     # One process takes over what two began. Batches are sent one ahead: the 7th when step 6 is to come.
