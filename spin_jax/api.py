@@ -1,22 +1,60 @@
 """The Python surface: load a model, sample from it, run SPIN on a list of examples, save, answer a file of prompts."""
 
+import ast
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 from etils import epath
 
 from spin_jax import answers, models, sharding
-from spin_jax.config import base_config, check_bound, override, validate
+from spin_jax.config import base_config, flatten, override, validate
 from spin_jax.data.chat import ChatFormat, load_chat
 from spin_jax.data.sources import Message, as_messages
 from spin_jax.errors import UserError
+from spin_jax.fields import check_field
 from spin_jax.metrics import write_whole
 from spin_jax.programs import make_compute, make_decode_compute, make_sampler
 from spin_jax.responses import Prompt, generate
 from spin_jax.self_play import self_play
+
+
+_FLAG = re.compile(r"""--(config\.)?([a-z_.]*[a-z_])(?:=("[^"]*"|'[^']*'|[^\s"']*[^\s"'.,:;)]))?""")
+
+
+def _in_python(call: Callable) -> Callable:
+    """Messages name what to change as flags; raised from `call` they name it as it is written here: an entry of
+    `overrides`, such as "data.template": "paper", where it takes them, and else an argument, such as top_p=0.9."""
+    takes_overrides = "overrides" in call.__annotations__
+
+    def rewritten(flag: re.Match) -> str:
+        is_field, name, value = flag.groups()
+        name, is_ = (f'"{name}"', ": ") if is_field and takes_overrides else (name.rpartition(".")[2], "=")
+        return name if value is None else name + is_ + _literal(value)
+
+    @functools.wraps(call)
+    def called(*args, **kwargs):
+        try:
+            return call(*args, **kwargs)
+        except UserError as error:
+            error.args = (_FLAG.sub(rewritten, str(error)),)
+            raise
+
+    return called
+
+
+def _literal(value: str) -> str:
+    """A flag's value as Python writes it."""
+    value = value[1:-1] if value[0] in "\"'" else value
+    try:
+        ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return json.dumps(value, ensure_ascii=False)
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +66,7 @@ class Model:
     chat: ChatFormat
     directory: epath.Path
 
+    @_in_python
     def sample(
         self,
         prompts: Sequence[str | Sequence[Message]],
@@ -45,8 +84,9 @@ class Model:
         if isinstance(prompts, str):
             raise UserError("prompts must be a list: write [prompt] for one")
         chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        for name, value in chosen.items():
-            check_bound(f"generate.{name}", value)
+        schema = flatten(base_config())
+        for field, value in {"seed": seed, **{f"generate.{name}": value for name, value in chosen.items()}}.items():
+            check_field(field, value, schema[field])
         settings = base_config().generate.unlock()
         settings.update(chosen)
         settings.batch_size = min(settings.batch_size, 1 << (len(prompts) - 1).bit_length())
@@ -63,11 +103,13 @@ class Model:
         )
         return [self.chat.tokenizer.decode(response.tokens, skip_special_tokens=True) for response in responses]
 
+    @_in_python
     def save(self, directory: str | os.PathLike, dtype: jnp.dtype = jnp.float32) -> None:
         """Write a Hugging Face directory that `transformers` and `load` read."""
         models.save(directory, self.config, self.params, source=self.directory, dtype=dtype)
 
 
+@_in_python
 def load(path_or_id: str | os.PathLike, revision: str | None = None) -> Model:
     """A model from a Hugging Face directory or Hub id, with f32 params.
 
@@ -79,6 +121,7 @@ def load(path_or_id: str | os.PathLike, revision: str | None = None) -> Model:
     return Model(config, params, load_chat(directory, "chat"), directory)
 
 
+@_in_python
 def spin(
     model: Model,
     examples: Sequence[Mapping],
@@ -112,6 +155,7 @@ def spin(
     return load(workdir / f"iteration_{config.iterations - 1}" / "model")
 
 
+@_in_python
 def answer(
     model: str | os.PathLike,
     prompts: str | os.PathLike,
