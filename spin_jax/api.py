@@ -22,7 +22,6 @@ from spin_jax.programs import make_compute, make_decode_compute, make_sampler
 from spin_jax.responses import Prompt, generate
 from spin_jax.self_play import self_play
 
-
 _FLAG = re.compile(r"""--(config\.)?([a-z_.]*[a-z_])(?:=("[^"]*"|'[^']*'|[^\s"']*[^\s"'.,:;)]))?""")
 
 

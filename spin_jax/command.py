@@ -201,6 +201,7 @@ def _where(error: BaseException, file: str) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:
         lines = [error.lineno]
-    text = (str(error).strip().splitlines() or [""])[-1].strip("'")  # ml_collections' advice comes last
+    text = (str(error).strip().splitlines() or [""])[-1]  # ml_collections' advice comes last, with half of its quotes
+    text = text.removesuffix("'") if text.count("'") == 1 else text
     at = f"its line {lines[-1]} raises " if lines else ""
     return f"{at}{type(error).__name__}" + (f" ({text})" if text else "")

@@ -200,22 +200,22 @@ def advice(config: ConfigDict, name: str, report) -> str:
     tries = []
     if "optimizer" in report.bytes:
         if config.spin.opponent == "live":
-            tries.append("config.spin.opponent=stored")
+            tries.append("--config.spin.opponent=stored")
         if config.model.remat != "full":
-            tries.append("config.model.remat=full")
+            tries.append("--config.model.remat=full")
         micro_batches = train.micro_batches * parts
         if parts and micro_batches * data * fsdp <= train.batch_size:  # a pair for each device
-            tries.append(f"config.train.micro_batches={micro_batches}")
+            tries.append(f"--config.train.micro_batches={micro_batches}")
         if not config.lora.rank:
-            tries.append("config.lora.rank=64")
+            tries.append("--config.lora.rank=64")
     elif parts and generate.batch_size >= parts:
-        tries.append(f"config.generate.batch_size={generate.batch_size // parts}")
+        tries.append(f"--config.generate.batch_size={generate.batch_size // parts}")
     wanted = report.total_bytes * target.devices
     larger = [other for other, s in SLICES.items() if s.topology and s.devices * s.chip.hbm_bytes > wanted]
     if larger:
         tries.append(f"a slice with more memory ({', '.join(larger)})")
     if fsdp % 2 == 0:
-        tries.append(f"config.mesh.fsdp={fsdp // 2} with config.mesh.tensor={2 * tensor}")
+        tries.append(f"--config.mesh.fsdp={fsdp // 2} with --config.mesh.tensor={2 * tensor}")
     return f"Try {', or '.join(tries)}."
 
 

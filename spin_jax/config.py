@@ -159,17 +159,19 @@ def flatten(config: ConfigDict) -> dict[str, object]:
 
 
 def override(config: ConfigDict, changes: Mapping[str, object]) -> None:
-    """Set fields by their dotted names, such as {"train.batch_size": 8}; `validate` judges the values.
+    """Set fields by their dotted names, such as {"train.batch_size": 8}.
 
     Where a field has one value an iteration, a list or a number alone will do.
 
     Raises:
-        UserError: no such field.
+        UserError: no such field, or no such value of it; `validate` judges what goes together.
     """
-    schema = flatten(config)
+    schema = flatten(base_config())
     check_names(changes, schema)
-    with config.ignore_type():
-        config.update_from_flattened_dict({field: _like(schema[field], value) for field, value in changes.items()})
+    values = {field: _like(schema[field], value) for field, value in changes.items()}
+    for field, value in values.items():
+        check_field(field, value, schema[field])
+    config.update_from_flattened_dict(values)
 
 
 def _like(default: object, value: object) -> object:
@@ -191,7 +193,7 @@ def validate(config: ConfigDict) -> None:
     for field, value in given.items():
         check_field(field, value, schema[field])
     _check_data(config)
-    _check_sampling(config)
+    _check_sampling(config.generate, config.data.max_prompt_length)
     _check_training(config)
     _check_mesh(config.mesh)
 
@@ -220,8 +222,7 @@ def _check_data(config: ConfigDict) -> None:
         )
 
 
-def _check_sampling(config: ConfigDict) -> None:
-    generate = config.generate
+def _check_sampling(generate: ConfigDict, max_prompt_length: int) -> None:
     if not all(generate.stop_strings):
         raise UserError(
             f"{as_flag('generate.stop_strings', generate.stop_strings)} has an empty text, which would end every "
@@ -231,6 +232,11 @@ def _check_sampling(config: ConfigDict) -> None:
         raise UserError(
             f"--config.generate.min_new_tokens={generate.min_new_tokens} is more than "
             f"--config.generate.max_new_tokens={generate.max_new_tokens}: lower it"
+        )
+    if generate.prompt_bucket > max(64, 2 * max_prompt_length):
+        raise UserError(
+            f"--config.generate.prompt_bucket={generate.prompt_bucket} pads every prompt to so many tokens, where "
+            f"--config.data.max_prompt_length={max_prompt_length}: lower it"
         )
 
 

@@ -95,7 +95,8 @@ def check_field(field: str, value: object, default: object) -> None:
     """
     given = as_flag(field, value)
     if not _is_like(value, default):
-        raise UserError(f"{given} must be {_kind(default)}: write it as {as_flag(field, _example(value, default))}")
+        what = _kind(default) + (", not text" if isinstance(value, str) else "")
+        raise UserError(f"{given} must be {what}: write it as {as_flag(field, _example(value, default))}")
     if field in CHOICES and value not in CHOICES[field]:
         raise UserError(f"{given} is not one of {', '.join(CHOICES[field])}{did_you_mean(value, CHOICES[field])}")
     if field in BOUNDS:

@@ -95,7 +95,7 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, total: int) -> list[int]:
         )
         raise UserError(
             f"--config.mesh.data={data} --config.mesh.fsdp={fsdp} --config.mesh.tensor={tensor} do not make {total} "
-            f"devices: name the slice behind the config's file, or write, with --config.mesh.data=1, {possible}"
+            f"devices: write {possible}, with --config.mesh.data=1, or name the slice behind the config's file"
         )
     return sizes
 
@@ -168,8 +168,8 @@ def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
         for size, axis in zip(leaf.shape, names, strict=True):
             if size % ways(mesh, axis):
                 raise UserError(
-                    f"--config.mesh.{RULES[axis]}={ways(mesh, axis)} does not divide the model's {axis} axis of {size}: "
-                    "choose a divisor"
+                    f"--config.mesh.{RULES[axis]}={ways(mesh, axis)} does not divide the model's {axis} axis of "
+                    f"{size}: choose a divisor"
                 )
         return NamedSharding(mesh, spec(*names))
 
