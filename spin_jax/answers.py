@@ -98,11 +98,11 @@ def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: Co
         except UserError as error:
             raise UserError(f"{data.train} row {row}: {error}") from None
     if too_long := [row for row, tokens in enumerate(asked) if len(tokens) > longest]:
-        what = f"{len(too_long):,} of {len(asked):,} prompts are longer than config.data.max_prompt_length={longest}"
+        what = f"{len(too_long):,} of {len(asked):,} prompts are longer than --config.data.max_prompt_length={longest}"
         if data.long_prompts == "skip":
             raise UserError(
                 f"{data.train}: {what}, the first in row {too_long[0]}: raise it, or cut their beginnings with "
-                "config.data.long_prompts=keep_end"
+                "--config.data.long_prompts=keep_end"
             )
         _LOG.warning("%s: %s and asked without their beginning", data.train, what)
     return [tokens[-longest:] for tokens in asked]
@@ -110,14 +110,14 @@ def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: Co
 
 def _settings(config: ConfigDict, player: Player, tokens: Sequence[np.ndarray]) -> dict[str, object]:
     """What decides a response, by the name that a refusal gives it."""
-    decoding = {f"config.generate.{field}": config.generate[field] for field in _DECIDING}
-    decoding["config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
+    decoding = {f"--config.generate.{field}": config.generate[field] for field in _DECIDING}
+    decoding["--config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
     # Weights are told by their files' sizes and times: reading all of them would take longer than many an answer.
     weights = [(file.name, file.stat()) for file in sorted(pathlib.Path(player.source).glob("*.safetensors"))]
     model = [repr(player.model), player.chat.stop_ids, [(name, s.st_size, s.st_mtime_ns) for name, s in weights]]
     return decoding | {
-        "config.seed": config.seed,
-        "config.model.compute_dtype": str(np.dtype(player.decode.dtype)),
+        "--config.seed": config.seed,
+        "--config.model.compute_dtype": str(np.dtype(player.decode.dtype)),
         "model": _digest(model),
         "list of prompts": _digest([ids.tolist() for ids in tokens]),
     }

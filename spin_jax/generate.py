@@ -21,7 +21,7 @@ from spin_jax import config as config_lib
 from spin_jax.errors import UserError
 
 flags.adopt_module_key_flags(command)
-_PROMPTS = flags.DEFINE_string("prompts", None, "The prompts: a JSONL file, or what else config.data.train may be.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "The prompts: a JSONL file, or what else --config.data.train may be.")
 _OUT = flags.DEFINE_string("out", None, "The JSONL file to write; OUT.parts is beside it until it is whole.")
 
 

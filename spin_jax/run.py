@@ -218,7 +218,7 @@ def open_player(config: ConfigDict, path: str, mesh: jax.sharding.Mesh) -> Playe
     model = hosts.on_each(lambda: models.read_config(source))
     compute = programs.make_compute(config.model, model, mesh)
     decode = programs.make_decode_compute(config, model, compute)
-    sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
+    sharding.check_batch(decode.mesh, "--config.generate.batch_size", config.generate.batch_size)
     models.param_shardings(decode.mesh, model)
     chat = hosts.on_each(lambda: load_chat(source, config.data.template))
     return Player(source, model, chat, compute, decode)

@@ -95,7 +95,7 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, total: int) -> list[int]:
         )
         raise UserError(
             f"--config.mesh.data={data} --config.mesh.fsdp={fsdp} --config.mesh.tensor={tensor} do not make {total} "
-            f"devices: write {possible}, with --config.mesh.data=1, or name the slice behind the config's file"
+            f"devices: write {possible}, with --config.mesh.data=1, or take a config that is made for them"
         )
     return sizes
 
@@ -205,6 +205,6 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
     devices = ways(mesh, "rows")
     if size % devices:
         raise UserError(
-            f"--{field}={size} does not split over {devices} devices (data x fsdp): write a multiple, as "
-            f"--{field}={-(-size // devices) * devices}"
+            f"{field}={size} does not split over {devices} devices (data x fsdp): write a multiple, as "
+            f"{field}={-(-size // devices) * devices}"
         )
