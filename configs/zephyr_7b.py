@@ -45,7 +45,7 @@ SLOTS = {
 def get_config(arg: str = "h100-8"):
     slice_name, _, variant = arg.partition(",")
     if variant not in ("", "code"):
-        raise UserError(f"configs/zephyr_7b.py:{arg}: {variant!r} is not a variant: write SLICE or SLICE,code")
+        raise UserError(f"{variant!r} is not a variant: write SLICE or SLICE,code")
     config = base_config()
     use_slice(config, slice_name)
     config.iterations = 4

@@ -2,6 +2,8 @@
 # Cloud TPUs from your own machine; docs/tpu.md tells the whole story. Written for bash 3.2, which macOS has, and later.
 set -euo pipefail
 
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
 usage() {
     cat <<'USAGE'
 usage: launch/tpu.sh COMMAND --name=NAME --zone=ZONE --project=PROJECT [OPTIONS] [-- FLAGS OF spin_jax.main]
@@ -22,7 +24,7 @@ usage: launch/tpu.sh COMMAND --name=NAME --zone=ZONE --project=PROJECT [OPTIONS]
   --service-account=EMAIL  create: whom the machines act as (default: the project's Compute Engine account)
   --create-flag=FLAG       create: one more flag for gcloud, as --create-flag=--network=NET; may be repeated
   --repo=URL --ref=REF     setup: the git repository, and its branch, tag or commit (default main)
-  --config=FILE:SLICE      start
+  --config=FILE:SLICE      start: a file of this checkout, which is checked here first
   --workdir=gs://...       start
   --hf-secret=NAME         start: the secret of Secret Manager that holds the Hugging Face token
   --node=N --worker=N      logs: of which slice and which of its machines (default 0 and 0, where the run's log is)
@@ -75,15 +77,18 @@ on_workers() { # COMMAND: in the home directory of every worker of every slice
 # --- the machines
 
 # Types and images: https://cloud.google.com/tpu/docs/runtimes and the pages of v4, v5e, v5p and v6e beside it.
-describe_slice() { # sets accelerator and, unless it is given, runtime
+describe_slice() { # sets accelerator, devices of a slice and, unless it is given, runtime
     local image
+    devices=${slice##*-}
+    case $devices in '' | *[!0-9]*) devices=0 ;; esac
     case $slice in
-        v4-*) accelerator=$slice image=tpu-ubuntu2204-base ;;
+        v4-*) accelerator=$slice image=tpu-ubuntu2204-base devices=$((devices / 2)) ;; # it counts cores
         v5e-*) accelerator=v5litepod-${slice#v5e-} image=v2-alpha-tpuv5-lite ;;
-        v5p-*) accelerator=$slice image=v2-alpha-tpuv5 ;;
+        v5p-*) accelerator=$slice image=v2-alpha-tpuv5 devices=$((devices / 2)) ;;
         v6e-*) accelerator=$slice image=v2-alpha-tpuv6e ;;
-        *) die "--slice=$slice is not a TPU slice: write v4-N, v5e-N, v5p-N or v6e-N" ;;
+        *) devices=0 ;;
     esac
+    if [ "$devices" = 0 ]; then die "--slice=$slice is not a TPU slice: write v4-N, v5e-N, v5p-N or v6e-N"; fi
     runtime=${runtime:-$image}
 }
 
@@ -117,6 +122,37 @@ list_nodes() { # NAME STATE of each slice
 }
 
 # --- the run on them
+
+# Before anything costs money: config and slice go together, and the program does not refuse its flags.
+check() {
+    local named='' python status=0
+    case $config in *:*) named=${config#*:} named=${named%%,*} ;; esac
+    case $named in
+        "$slice" | '') ;;
+        v4-* | v5e-* | v5p-* | v6e-* | h100-* | cpu)
+            if [ -n "$slice" ]; then
+                die "--slice=$slice is not the slice of --config=$config: write --config=${config%%:*}:$slice"
+            fi
+            ;;
+    esac
+    if ! python=$(find_python); then
+        echo "launch/tpu.sh: no Python with spin_jax here, so the flags are checked on the machines only" >&2
+        return
+    fi
+    (cd "$checkout" && "$python" -m spin_jax.main "${program[@]}" --check_for=$((devices * slices))) || status=$?
+    if [ "$status" = 2 ]; then exit 2; fi
+}
+
+find_python() {
+    local python
+    for python in "$checkout/.venv/bin/python" python3 python; do
+        if (cd "$checkout" && "$python" -c 'import spin_jax.main') >/dev/null 2>&1; then
+            echo "$python"
+            return
+        fi
+    done
+    return 1
+}
 
 setup() {
     local commands
@@ -246,7 +282,7 @@ case $command in
 esac
 
 name='' zone='' project='' slice='' slices=1 spot='' runtime='' service_account='' create_flags=()
-repo='' ref=main config='' workdir='' hf_secret='' node=0 worker=0 every=60 keep='' dry_run=''
+devices=0 repo='' ref=main config='' workdir='' hf_secret='' node=0 worker=0 every=60 keep='' dry_run=''
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
         --spot) spot=yes ;;
@@ -283,5 +319,6 @@ esac
 whose=(--name="$name" --zone="$zone" --project="$project")
 program=(--config="$config" --workdir="$workdir" "$@")
 
+case $command in start | supervise) check ;; esac
 if [ "$command" = supervise ] && [ -n "$dry_run" ]; then command=rehearse; fi
 "$command"

@@ -102,11 +102,11 @@ def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: Co
     there shall be none."""
     asked, longest = ask(chat, list(map(as_messages, prompts)), f"{data.train} row "), data.max_prompt_length
     if too_long := [row for row, tokens in enumerate(asked) if len(tokens) > longest]:
-        what = f"{len(too_long):,} of {len(asked):,} prompts are longer than config.data.max_prompt_length={longest}"
+        what = f"{len(too_long):,} of {len(asked):,} prompts are longer than --config.data.max_prompt_length={longest}"
         if data.long_prompts == "skip":
             raise UserError(
                 f"{data.train}: {what}, the first in row {too_long[0]}: raise it, or cut their beginnings with "
-                "config.data.long_prompts=keep_end"
+                "--config.data.long_prompts=keep_end"
             )
         _LOG.warning("%s: %s and asked without their beginning", data.train, what)
     return [tokens[-longest:] for tokens in asked]
@@ -114,13 +114,13 @@ def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: Co
 
 def _settings(config: ConfigDict, player: Player, tokens: Sequence[np.ndarray]) -> dict[str, object]:
     """What decides a response, by the name that a refusal gives it."""
-    decoding = {f"config.generate.{field}": config.generate[field] for field in _DECIDING}
-    decoding["config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
+    decoding = {f"--config.generate.{field}": config.generate[field] for field in _DECIDING}
+    decoding["--config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
     model = models.fingerprint(player.source) | {"stop ids": list(player.chat.stop_ids)}
     decoding |= {f"model ({part})": content for part, content in model.items()}
     return decoding | {
-        "config.seed": config.seed,
-        "config.model.compute_dtype": str(np.dtype(player.decode.dtype)),
+        "--config.seed": config.seed,
+        "--config.model.compute_dtype": str(np.dtype(player.decode.dtype)),
         "list of prompts": _digest([ids.tolist() for ids in tokens]),
     }
 

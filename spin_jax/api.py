@@ -1,18 +1,22 @@
 """The Python surface: load a model, sample from it, run SPIN on a list of examples, save, answer a file of prompts."""
 
+import ast
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 from etils import epath
 
 from spin_jax import answers, memory, models, sharding
-from spin_jax.config import base_config, check_bound, override, validate
+from spin_jax.config import base_config, flatten, override, validate
 from spin_jax.data.chat import ChatFormat, load_chat
 from spin_jax.data.sources import Message, read_prompts
 from spin_jax.errors import UserError
+from spin_jax.fields import check_field
 from spin_jax.files import expand, is_remote, write_whole, writing
 from spin_jax.lease import held
 from spin_jax.programs import make_compute, make_decode_compute, make_sampler
@@ -22,6 +26,39 @@ from spin_jax.tokens import ask
 from spin_jax.workdir import make
 
 _FOR_SAMPLE = ("fewer prompts at a time", "a smaller max_new_tokens", 'spin_jax.answer with {"generate.batch_size": 8}')
+
+_FLAG = re.compile(r"""--(config\.)?([a-z_.]*[a-z_])(?:=("[^"]*"|'[^']*'|[^\s"']*[^\s"'.,:;)]))?""")
+
+
+def _in_python(call: Callable) -> Callable:
+    """Messages name what to change as flags; raised from `call` they name it as it is written here: an entry of
+    `overrides`, such as "data.template": "paper", where it takes them, and else an argument, such as top_p=0.9."""
+    takes_overrides = "overrides" in call.__annotations__
+
+    def rewritten(flag: re.Match) -> str:
+        is_field, name, value = flag.groups()
+        name, is_ = (f'"{name}"', ": ") if is_field and takes_overrides else (name.rpartition(".")[2], "=")
+        return name if value is None else name + is_ + _literal(value)
+
+    @functools.wraps(call)
+    def called(*args, **kwargs):
+        try:
+            return call(*args, **kwargs)
+        except UserError as error:
+            error.args = (_FLAG.sub(rewritten, str(error)),)
+            raise
+
+    return called
+
+
+def _literal(value: str) -> str:
+    """A flag's value as Python writes it."""
+    value = value[1:-1] if value[0] in "\"'" else value
+    try:
+        ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return json.dumps(value, ensure_ascii=False)
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +70,7 @@ class Model:
     chat: ChatFormat
     directory: epath.Path
 
+    @_in_python
     def sample(
         self,
         prompts: Sequence[str | Sequence[Message]],
@@ -50,8 +88,9 @@ class Model:
         if isinstance(prompts, str):
             raise UserError("prompts must be a list: write [prompt] for one")
         chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        for name, value in chosen.items():
-            check_bound(f"generate.{name}", value)
+        schema = flatten(base_config())
+        for field, value in {"seed": seed, **{f"generate.{name}": value for name, value in chosen.items()}}.items():
+            check_field(field, value, schema[field])
         settings = base_config().generate.unlock()
         settings.update(chosen)
         settings.batch_size = min(settings.batch_size, 1 << (len(prompts) - 1).bit_length())
@@ -69,6 +108,7 @@ class Model:
             )
         return [self.chat.codec.decode(response.tokens) for response in responses]
 
+    @_in_python
     def save(self, directory: str | os.PathLike, dtype: jnp.dtype = jnp.float32) -> None:
         """Write a Hugging Face directory that `transformers` and `load` read."""
         directory = _local(directory)
@@ -82,6 +122,7 @@ def _local(directory: str | os.PathLike) -> epath.Path:
     return expand(directory)
 
 
+@_in_python
 def load(
     path_or_id: str | os.PathLike,
     revision: str | None = None,
@@ -106,6 +147,7 @@ def load(
         return Model(*models.load(directory), chat, directory)
 
 
+@_in_python
 def spin(
     model: Model,
     examples: Sequence[Mapping],
@@ -150,6 +192,7 @@ def spin(
     return load(last, template=config.data.template, parse_special_tokens=config.data.parse_special_tokens)
 
 
+@_in_python
 def answer(
     model: str | os.PathLike,
     prompts: str | os.PathLike,

@@ -56,7 +56,7 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def num_steps(rows: int, epochs: float, batch_size: int, what: str = "config.train.epochs") -> int:
+def num_steps(rows: int, epochs: float, batch_size: int, what: str = "--config.train.epochs") -> int:
     """Optimizer steps in `epochs` passes over `rows`; only what fills no batch at the very end is left out.
 
     Args:
@@ -69,12 +69,12 @@ def num_steps(rows: int, epochs: float, batch_size: int, what: str = "config.tra
     if not steps:
         raise UserError(
             f"{rows} rows x {epochs:g} epochs do not fill one batch of {batch_size}: lower --config.train.batch_size, "
-            f"or raise --{what}"
+            f"or raise {what}"
         )
     return steps
 
 
-def check_warmup(steps: int, warmup_ratio: float, what: str = "config.train.epochs") -> None:
+def check_warmup(steps: int, warmup_ratio: float, what: str = "--config.train.epochs") -> None:
     """Refuse a schedule that ends before its warm-up does: next to nothing would be trained.
 
     Raises:
@@ -82,7 +82,7 @@ def check_warmup(steps: int, warmup_ratio: float, what: str = "config.train.epoc
     """
     if steps <= warmup_steps(steps, warmup_ratio):
         raise UserError(
-            f"{steps} step(s) of training are all warm-up: raise --{what}, or lower --config.train.batch_size or "
+            f"{steps} step(s) of training are all warm-up: raise {what}, or lower --config.train.batch_size or "
             "--config.train.warmup_ratio"
         )
 

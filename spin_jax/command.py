@@ -1,44 +1,47 @@
-"""What the commands share: the --config flag, errors of one line, exit statuses."""
+"""What the commands share: their flags, the config with what flags change in it, errors of one line, exit statuses."""
 
+import ast
+import difflib
+import inspect
 import logging
 import os
+import pathlib
+import re
 import sys
+import traceback
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax.errors import UserError
+from spin_jax.errors import UserError, as_flag, quoted
+from spin_jax.fields import check_names, did_you_mean
+from spin_jax.slices import SLICES
 
 EXIT_MISTAKE = 2
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "A file of configs/, with its argument after a colon where it takes one; --config.a.b=v changes a field.",
-    lock_config=True,
+_CONFIG = flags.DEFINE_string("config", None, "A file of configs/, with its argument after a colon where it takes one.")
+_CHANGES = flags.DEFINE_multi_string(
+    "config.section.field",
+    [],
+    "Changes a field, as --config.train.batch_size=8. All fields are in spin_jax/config.py; of one, the last counts.",
 )
 
 
-def config() -> ConfigDict:
-    """The config as the flags changed it.
+# ---- the command line
 
-    Raises:
-        UserError: its file could not be read, which ml_collections tells only now.
-    """
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Parses the flags and runs `main`: a user's mistake is one line on stderr, anything else a traceback."""
     try:
-        _CONFIG.value.to_dict()
-    except OSError as error:
-        raise UserError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from None
-    return _CONFIG.value
-
-
-def config_file() -> str:
-    """The config's file and argument as they were given, such as "configs/zephyr_7b.py:v5e-16"."""
-    return config_flags.get_config_filename(flags.FLAGS["config"])
+        app.run(main, flags_parser=parse_flags)
+    except UserError as error:
+        print("spin_jax:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(EXIT_MISTAKE)
 
 
 def log_plainly() -> None:
@@ -51,26 +54,156 @@ def log_plainly() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Parses the flags and runs `main`: a user's mistake is one line on stderr, anything else a traceback."""
-    try:
-        app.run(main, flags_parser=parse_flags)
-    except UserError as error:
-        print(f"spin_jax: {error}", file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
-
-
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing, with each error as one line."""
-    schema = config_lib.flatten(config_lib.base_config())
-    for argument in argv:
-        field = argument.partition("=")[0].removeprefix("--").removeprefix("config.")
-        if argument.startswith("--config.") and field not in schema:
-            raise UserError(f"config.{field} is not a field{config_lib.did_you_mean(field, schema)}")
+    """absl's parsing, with each error as one line; what is no flag is an error, too."""
+    if {"--help", "-help", "-h", "-?"} & set(argv):
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # A config file's own error arrives as the text of its traceback.
-        text = str(error).strip().splitlines()
-        message = text[-1] if "Traceback" in str(error) else " ".join(text)
-        raise UserError(message.strip().removeprefix(f"{UserError.__module__}.UserError: ")) from None
+        words = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+        rest = flags.FLAGS([argv[0], *_gathered(words)])
+    except flags.UnrecognizedFlagError as error:
+        known = [*flags.FLAGS, *(f"config.{field}" for field in _schema())]
+        advice = did_you_mean(error.flagname, known, "--")
+        raise UserError(f"--{error.flagname} is not a flag{advice}") from None
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if rest[1:]:
+        raise UserError(
+            f"{rest[1]!r} is not a flag: flags begin with -- and have no spaces, as --workdir=DIR and "
+            "--config.train.batch_size=8"
+        )
+    return rest
+
+
+def _gathered(words: Sequence[str]) -> Iterator[str]:
+    """Flags that change a field as values of one flag. They are written --config.seed=1 or --config.seed 1; and
+    --config.sft.control or --noconfig.sft.control."""
+    words = iter(words)
+    for word in words:
+        change = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", word, re.DOTALL)
+        if not change:
+            yield word
+            continue
+        off, field, value = change.groups()
+        default = _default(field)
+        if isinstance(default, bool) and value is None:
+            value = str(not off)
+        elif off:
+            raise UserError(f"{word} switches nothing off: write {as_flag(field, default)}, or another value")
+        value = next(words, None) if value is None else value
+        if value is None or value.startswith("--"):
+            raise UserError(f"--config.{field} has no value: write one, as {as_flag(field, default)}")
+        yield f"--config.section.field={field}={value}"
+
+
+def require(**examples: str) -> None:
+    """Refuse a command that lacks one of these flags, and show the command as it was typed, with them.
+
+    Raises:
+        UserError: as said.
+    """
+    if missing := [name for name in examples if not flags.FLAGS[name].value]:
+        words = [word for word in sys.argv[1:] if word.partition("=")[0].lstrip("-") not in missing]
+        words += [f"--{name}={examples[name]}" for name in missing]
+        mended = " ".join(map(quoted, words))
+        raise UserError(f"--{missing[0]} is missing: python -m spin_jax.{pathlib.Path(sys.argv[0]).stem} {mended}")
+
+
+# ---- the config
+
+
+def config() -> ConfigDict:
+    """The config of the file, as the flags changed it.
+
+    Raises:
+        UserError: the file is no config, or a value is not of its field's kind.
+    """
+    loaded = _load(_CONFIG.value)
+    changes = [change.partition("=") for change in _CHANGES.value]
+    config_lib.override(loaded, {field: _read(value, _default(field)) for field, _, value in changes})
+    return loaded
+
+
+def config_file() -> str:
+    """The config's file and argument as they were given, such as "configs/zephyr_7b.py:v5e-16"."""
+    return _CONFIG.value or ""
+
+
+def _schema() -> dict[str, object]:
+    return config_lib.flatten(config_lib.base_config())
+
+
+def _default(field: str) -> object:
+    schema = _schema()
+    check_names([field], schema)
+    return schema[field]
+
+
+def _read(text: str, default: object) -> object:
+    """A value as it is typed; what cannot be read stays text, which `config.validate` refuses."""
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool):
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _load(name: str) -> ConfigDict:
+    """What the config file returns for its argument."""
+    file, colon, argument = name.partition(":")
+    if not os.path.exists(file) or os.path.isdir(file):
+        what = "is a directory" if os.path.isdir(file) else "no such file"
+        is_field = name.partition("=")[0] in _schema()
+        advice = f"did you mean --config.{name}?" if is_field else f"write a file, as --config={_like(file)}"
+        raise UserError(f"--config={quoted(name)}: {what}; {advice}")
+    try:
+        module = sys.modules["spin_jax_config"] = types.ModuleType("spin_jax_config")
+        module.__file__ = file
+        exec(compile(pathlib.Path(file).read_bytes(), file, "exec"), vars(module))
+        get_config = getattr(module, "get_config", None)
+        _check_argument(file, argument if colon else None, get_config)
+        loaded = get_config(argument) if colon else get_config()
+    except UserError as error:
+        raise UserError(f"--config={quoted(name)}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever a user's file may raise
+        raise UserError(f"--config={quoted(name)}: {_where(error, file)}; mend the file") from None
+    if type(loaded) is not ConfigDict:
+        what = "None" if loaded is None else f"a {type(loaded).__name__}"
+        raise UserError(
+            f"--config={quoted(name)}: get_config() returns {what}: let it return the config of "
+            "spin_jax.config.base_config(), changed"
+        )
+    return loaded
+
+
+def _like(file: str) -> str:
+    """A config file whose name is near to that of one that is not there."""
+    there = [str(path) for path in [*pathlib.Path("configs").glob("*.py"), *pathlib.Path(file).parent.glob("*.py")]]
+    return (difflib.get_close_matches(file, there, n=1, cutoff=0) or ["configs/base.py"])[0]
+
+
+def _check_argument(file: str, argument: str | None, get_config: Callable | None) -> None:
+    if not callable(get_config):
+        raise UserError("has no get_config(): write one that returns spin_jax.config.base_config(), changed")
+    try:
+        inspect.signature(get_config).bind(*([] if argument is None else [argument]))
+    except TypeError:
+        if argument is None:
+            raise UserError(f"its get_config() takes an argument: write --config={quoted(file)}:ARGUMENT") from None
+        hint = " (the compile check is told the slice by --slice)" if argument in SLICES else ""
+        raise UserError(f"its get_config() takes no argument: write --config={quoted(file)}{hint}") from None
+
+
+def _where(error: BaseException, file: str) -> str:
+    """The line of the file that raised an error, and what it says."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines = [error.lineno]
+    text = (str(error).strip().splitlines() or [""])[-1]  # ml_collections' advice comes last, with half of its quotes
+    text = text.removesuffix("'") if text.count("'") == 1 else text
+    at = f"its line {lines[-1]} raises " if lines else ""
+    return f"{at}{type(error).__name__}" + (f" ({text})" if text else "")

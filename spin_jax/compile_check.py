@@ -8,6 +8,11 @@ libtpu (pip install 'jax[tpu]'), which needs no TPU. Exit status: 0 all programs
 the one line printed says how to mend. How to read the table: docs/compile_check.md.
 """
 
+from spin_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()  # before what takes longer to import
+
 import dataclasses
 import json
 import math
@@ -22,14 +27,17 @@ from ml_collections import ConfigDict
 from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
-from spin_jax.slices import SLICES, GiB, Slice, find_slice, use_slice
+from spin_jax.slices import SLICES, GiB, Slice, find_slice
 
 EXIT_TOO_LARGE = 1
 
+flags.adopt_module_key_flags(command)
 _SLICE = flags.DEFINE_string("slice", None, "The slice, for a config file that takes none as its argument.")
 _JSON = flags.DEFINE_string("json", None, "Also write the report to this file, as JSON.")
 _CACHE = flags.DEFINE_bool("cache", True, "Remember what the compiler said of a program, in ~/.cache/spin_jax.")
-_LAYERS = flags.DEFINE_integer("layers", 0, "Check a model of this many layers instead of its own number.")
+_LAYERS = flags.DEFINE_integer(
+    "layers", 0, "Check a model of this many layers instead of its own number.", lower_bound=0
+)
 _LENGTHS = flags.DEFINE_list(
     "lengths", [], "PROMPT,REAL,GENERATED: tokens of all pairs of a batch, instead of the longest that there can be."
 )
@@ -37,26 +45,43 @@ _PROGRAMS = flags.DEFINE_list("programs", [], "Check these alone; all without it
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag: fields are changed as --config.section.field=value")
-    if not flags.FLAGS["config"].present:
-        raise UserError("--config is missing: python -m spin_jax.compile_check --config=configs/zephyr_7b.py:v5e-16")
-    config = command.config()
-    name = command.config_file().partition(":")[2].partition(",")[0] or _SLICE.value
-    if not name:
-        raise UserError(f"--slice is missing: the slice to compile for, one of {', '.join(SLICES)}")
-    if _SLICE.value:
-        use_slice(config, name)
-    target = find_slice(name)
-    config.data.train = config.data.train or "not read here"
-    config_lib.validate(config)
-    if target.topology:
+    del argv
+    config, name = config_and_slice()
+    lengths = [_pair_lengths(_LENGTHS.value)] * config.train.batch_size if _LENGTHS.value else None
+    if _JSON.value and not pathlib.Path(_JSON.value).parent.is_dir():
+        raise UserError(f"--json={_JSON.value} cannot be written: make its directory, or name another")
+    if find_slice(name).topology:
         # The programs are for a TPU that is described; this process must not take one that may be here.
         os.environ["JAX_PLATFORMS"] = "cpu"
 
-    from spin_jax import aot  # only now: it imports jax
+    from spin_jax import stopping  # only now: it imports jax
 
-    lengths = [_pair_lengths(_LENGTHS.value)] * config.train.batch_size if _LENGTHS.value else None
+    return stopping.exit_status(lambda: _check_and_tell(config, name, lengths))
+
+
+def config_and_slice() -> tuple[ConfigDict, str]:
+    """The config of the flags, as a run has it, and the slice: that of --slice, or of the config's argument.
+
+    Raises:
+        UserError: a flag is missing, or config and slice are wrong.
+    """
+    command.require(config="configs/zephyr_7b.py:v5e-16")
+    named = command.config_file().partition(":")[2].partition(",")[0]
+    if not named:
+        command.require(slice="v5e-16")
+    if _SLICE.value and named in SLICES and named != _SLICE.value:
+        raise UserError(f"--slice={_SLICE.value} is not the slice of --config={command.config_file()}: leave it out")
+    config, name = command.config(), _SLICE.value or named
+    find_slice(name)
+    config.data.train = config.data.train or "not read here"
+    config_lib.validate(config)
+    return config, name
+
+
+def _check_and_tell(config: ConfigDict, name: str, lengths: Sequence[tuple[int, int, int]] | None) -> int:
+    from spin_jax import aot
+
+    target = find_slice(name)
     reports = check(config, target, lengths, _LAYERS.value, _PROGRAMS.value, _CACHE.value)
     heading = f"{command.config_file()}: {target.devices} x {target.chip.name}, compiled by {aot.versions()}"
     print("\n\n".join([heading, memory_table(reports), *(describe(report) for report in reports)]))
@@ -71,7 +96,7 @@ def main(argv: list[str]) -> int:
 
 
 def _pair_lengths(given: Sequence[str]) -> tuple[int, int, int]:
-    if len(given) != 3 or not all(number.isdigit() and int(number) for number in given):
+    if len(given) != 3 or not all(number.isdecimal() and int(number) for number in given):
         raise UserError(f"--lengths={','.join(given)}: write PROMPT,REAL,GENERATED, for example --lengths=512,512,256")
     prompt, real, generated = map(int, given)
     return prompt, real, generated
@@ -175,22 +200,22 @@ def advice(config: ConfigDict, name: str, report) -> str:
     tries = []
     if "optimizer" in report.bytes:
         if config.spin.opponent == "live":
-            tries.append("config.spin.opponent=stored")
+            tries.append("--config.spin.opponent=stored")
         if config.model.remat != "full":
-            tries.append("config.model.remat=full")
+            tries.append("--config.model.remat=full")
         micro_batches = train.micro_batches * parts
         if parts and micro_batches * data * fsdp <= train.batch_size:  # a pair for each device
-            tries.append(f"config.train.micro_batches={micro_batches}")
+            tries.append(f"--config.train.micro_batches={micro_batches}")
         if not config.lora.rank:
-            tries.append("config.lora.rank=64")
+            tries.append("--config.lora.rank=64")
     elif parts and generate.batch_size >= parts:
-        tries.append(f"config.generate.batch_size={generate.batch_size // parts}")
+        tries.append(f"--config.generate.batch_size={generate.batch_size // parts}")
     wanted = report.total_bytes * target.devices
     larger = [other for other, s in SLICES.items() if s.topology and s.devices * s.chip.hbm_bytes > wanted]
     if larger:
         tries.append(f"a slice with more memory ({', '.join(larger)})")
     if fsdp % 2 == 0:
-        tries.append(f"config.mesh.fsdp={fsdp // 2} with config.mesh.tensor={2 * tensor}")
+        tries.append(f"--config.mesh.fsdp={fsdp // 2} with --config.mesh.tensor={2 * tensor}")
     return f"Try {', or '.join(tries)}."
 
 

@@ -79,7 +79,7 @@ def make_programs(
     compute = programs.make_compute(config.model, model, mesh)
     decode = programs.make_decode_compute(config, model, compute)
     sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches)
-    sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
+    sharding.check_batch(decode.mesh, "--config.generate.batch_size", config.generate.batch_size)
     params = programs.located(abstract_params(model), param_shardings(mesh, model))
     pairs = [_blank_pair(*of_pair) for of_pair in lengths or _longest(config)]
     training = _training_programs(config, model, compute, params, pairs)

@@ -4,14 +4,12 @@ A file under `configs/` starts from `base_config()` and changes what it needs. F
 iterations are tuples: entry t is for iteration t and the last entry serves all later ones.
 """
 
-import dataclasses
-import difflib
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from spin_jax.errors import UserError
+from spin_jax.errors import UserError, as_flag
+from spin_jax.fields import check_field, check_names
 
 STAGES = ("generate", "score", "train")  # of an iteration, in order; main and self_play can run some of them alone
 
@@ -147,74 +145,6 @@ def base_config() -> ConfigDict:
     return c.lock()
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A field that takes one of a few words."""
-
-    field: str
-    options: tuple[str, ...]
-
-
-CHOICES = (
-    Choice("model.compute_dtype", ("auto", "float32", "bfloat16")),
-    Choice("model.attention", ("auto", "plain", "tiled", "flash", "cudnn")),
-    Choice("model.remat", ("none", "full", "qkv", "attention", "gate", "mlp", "projections")),
-    Choice("model.export_dtype", ("float32", "bfloat16")),
-    Choice("data.layout", ("auto", "messages", "conversations", "prompt_response", "alpaca", "pairs")),
-    Choice("data.turn", ("last", "first")),
-    Choice("data.template", ("chat", "paper")),
-    Choice("data.long_prompts", ("keep_end", "skip")),
-    Choice("generate.weight_dtype", ("auto", "int8")),
-    Choice("generate.cache_dtype", ("auto", "int8")),
-    Choice("spin.loss", ("logistic", "hinge", "exponential", "correlation")),
-    Choice("spin.opponent", ("stored", "live")),
-    Choice("sft.optimizer", ("adamw", "rmsprop")),
-    Choice("train.optimizer", ("rmsprop", "adamw")),
-)
-
-# field -> (lowest allowed, is the lowest itself allowed); the highest is infinity
-LOWER_BOUNDS = {
-    "seed": (0, True),
-    "iterations": (1, True),
-    "model.logits_chunk": (0, True),
-    "data.max_rows": (0, True),
-    "data.eval_rows": (0, True),
-    "data.max_length": (2, True),
-    "data.max_prompt_length": (1, True),
-    "sft.epochs": (0, True),
-    "sft.learning_rate": (0, False),
-    "sft.control_learning_rate": (0, False),
-    "generate.temperature": (0, True),
-    "generate.top_p": (0, False),
-    "generate.top_k": (0, True),
-    "generate.max_new_tokens": (1, True),
-    "generate.min_new_tokens": (0, True),
-    "generate.responses": (1, True),
-    "generate.batch_size": (1, True),
-    "generate.prefill_batch_size": (1, True),
-    "generate.tail_batch_size": (1, True),
-    "generate.prompt_bucket": (1, True),
-    "spin.beta": (0, False),
-    "spin.previous_iterations": (0, True),
-    "train.epochs": (0, False),
-    "train.batch_size": (1, True),
-    "train.micro_batches": (1, True),
-    "train.learning_rate": (0, False),
-    "train.warmup_ratio": (0, True),
-    "train.weight_decay": (0, True),
-    "train.clip_norm": (0, False),
-    "train.row_length": (1, True),
-    "train.length_multiple": (1, True),
-    "train.checkpoint_every": (1, True),
-    "lora.rank": (0, True),
-    "lora.alpha": (0, False),
-    "toy.train_rows": (1, True),
-    "toy.eval_prompts": (1, True),
-    "toy.hidden_size": (1, True),
-    "toy.num_layers": (1, True),
-}
-
-
 def at_iteration(values: tuple, iteration: int):
     """The entry of a per-iteration tuple for `iteration`: the last one serves all later iterations."""
     return values[min(iteration, len(values) - 1)]
@@ -232,17 +162,25 @@ def flatten(config: ConfigDict) -> dict[str, object]:
 
 
 def override(config: ConfigDict, changes: Mapping[str, object]) -> None:
-    """Set fields by their dotted names, such as {"train.batch_size": 8}; `validate` judges the values.
+    """Set fields by their dotted names, such as {"train.batch_size": 8}.
+
+    Where a field has one value an iteration, a list or a number alone will do.
 
     Raises:
-        UserError: no such field.
+        UserError: no such field, or no such value of it; `validate` judges what goes together.
     """
-    schema = flatten(config)
-    for field in changes:
-        if field not in schema:
-            raise UserError(f"config.{field} is not a field{did_you_mean(field, schema)}")
-    with config.ignore_type():
-        config.update_from_flattened_dict(dict(changes))
+    schema = flatten(base_config())
+    check_names(changes, schema)
+    values = {field: _like(schema[field], value) for field, value in changes.items()}
+    for field, value in values.items():
+        check_field(field, value, schema[field])
+    config.update_from_flattened_dict(values)
+
+
+def _like(default: object, value: object) -> object:
+    if isinstance(default, tuple) and isinstance(value, (list, int, float)) and not isinstance(value, bool):
+        return tuple(value) if isinstance(value, list) else (value,)
+    return value
 
 
 def validate(config: ConfigDict) -> None:
@@ -251,95 +189,91 @@ def validate(config: ConfigDict) -> None:
     Raises:
         UserError: one line with the field, its value and what to write instead.
     """
-    _check_schema(config)
-    flat = flatten(config)
-    for choice in CHOICES:
-        if flat[choice.field] not in choice.options:
-            raise UserError(f"config.{choice.field}={flat[choice.field]!r} is not one of {', '.join(choice.options)}")
-    for field in LOWER_BOUNDS:
-        check_bound(field, flat[field])
-    _check_combinations(config)
-
-
-def check_bound(field: str, given: object) -> None:
-    """Refuse a value below its bound, whatever the rest of the config is.
-
-    Raises:
-        UserError: one line with the field and its bound.
-    """
-    lowest, inclusive = LOWER_BOUNDS[field]
-    values = given if isinstance(given, tuple) else (given,)
-    if not values:
-        raise UserError(f"config.{field} is empty: write one value an iteration, for example ({lowest or 1},)")
-    for value in values:
-        is_number = isinstance(value, (int, float)) and math.isfinite(value)
-        if not is_number or value < lowest or (value == lowest and not inclusive):
-            raise UserError(f"config.{field}={given!r} must be {'at least' if inclusive else 'above'} {lowest}")
-
-
-def _check_schema(config: ConfigDict) -> None:
     schema, given = flatten(base_config()), flatten(config)
-    for field in given:
-        if field not in schema:
-            raise UserError(f"config.{field} is not a field{did_you_mean(field, schema)}")
-    for field, default in schema.items():
-        if field not in given:
-            raise UserError(f"config.{field} is missing: start the config from spin_jax.config.base_config()")
-        accepted = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(given[field], accepted) or (isinstance(given[field], bool) and not isinstance(default, bool)):
-            raise UserError(
-                f"config.{field}={given[field]!r} must be of type {type(default).__name__}, like {default!r}"
-            )
+    check_names(given, schema)
+    if missing := [field for field in schema if field not in given]:
+        raise UserError(f"--config.{missing[0]} is missing: start the config from spin_jax.config.base_config()")
+    for field, value in given.items():
+        check_field(field, value, schema[field])
+    _check_data(config)
+    _check_sampling(config.generate, config.data.max_prompt_length)
+    _check_training(config)
+    _check_mesh(config.mesh)
 
 
-def _check_combinations(config: ConfigDict) -> None:
-    data, generate, train, mesh = config.data, config.generate, config.train, config.mesh
-    for field, value in (("model.path", config.model.path), ("data.train", data.train)):
+def _check_data(config: ConfigDict) -> None:
+    path, data = config.model.path, config.data
+    for field, value in (("model.path", path), ("data.train", data.train)):
         if not value:
-            raise UserError(f"config.{field} is empty: name one, for example --config.{field}=PATH")
-    if (config.model.path == "toy:") != (data.train == "toy:"):
+            raise UserError(f"--config.{field} is empty: name one, as --config.{field}=PATH")
+    if (path == "toy:") != (data.train == "toy:"):
         raise UserError(
-            "config.model.path and config.data.train must both be 'toy:', or neither: they share a tokenizer"
+            f"{as_flag('model.path', path)} and {as_flag('data.train', data.train)} must both be toy:, or neither: "
+            "they share a tokenizer"
         )
-    if config.model.path == "toy:" and not config.sft.epochs:
-        raise UserError("config.sft.epochs=0 leaves the toy model untrained: give the number of SFT passes")
-    if config.model.path == "toy:" and config.lora.rank:
+    if path == "toy:" and not config.sft.epochs:
+        raise UserError("--config.sft.epochs=0 leaves the toy model untrained: write --config.sft.epochs=5")
+    if path == "toy:" and config.lora.rank:
         raise UserError(
-            f"config.lora.rank={config.lora.rank} cannot train the toy model, which starts from random weights: set it "
-            "to 0"
+            f"--config.lora.rank={config.lora.rank} cannot train the toy model, which starts from random weights: "
+            "write --config.lora.rank=0"
         )
     if data.max_prompt_length >= data.max_length:
         raise UserError(
-            f"config.data.max_prompt_length={data.max_prompt_length} leaves no room for a response in "
-            f"config.data.max_length={data.max_length}"
+            f"--config.data.max_prompt_length={data.max_prompt_length} leaves no room for a response in "
+            f"--config.data.max_length={data.max_length}: lower the one, or raise the other"
         )
-    if not all(isinstance(text, str) and text for text in generate.stop_strings):
+
+
+def _check_sampling(generate: ConfigDict, max_prompt_length: int) -> None:
+    if not all(generate.stop_strings):
         raise UserError(
-            f"config.generate.stop_strings={generate.stop_strings!r} must be texts, none of them empty: write one as "
-            "('###',)"
+            f"{as_flag('generate.stop_strings', generate.stop_strings)} has an empty text, which would end every "
+            "response: leave it out"
         )
     if generate.min_new_tokens > generate.max_new_tokens:
         raise UserError(
-            f"config.generate.min_new_tokens={generate.min_new_tokens} is more than "
-            f"config.generate.max_new_tokens={generate.max_new_tokens}: lower it"
+            f"--config.generate.min_new_tokens={generate.min_new_tokens} is more than "
+            f"--config.generate.max_new_tokens={generate.max_new_tokens}: lower it"
         )
-    if generate.top_p > 1:
-        raise UserError(f"config.generate.top_p={generate.top_p} must be at most 1 (1 is off)")
-    if train.warmup_ratio >= 1:
-        raise UserError(f"config.train.warmup_ratio={train.warmup_ratio} must be below 1: it is a share of the steps")
-    if train.optimizer == "rmsprop" and train.weight_decay:
-        raise UserError("config.train.weight_decay works with config.train.optimizer=adamw only: set it to 0")
+    if generate.prompt_bucket > max(64, 2 * max_prompt_length):
+        raise UserError(
+            f"--config.generate.prompt_bucket={generate.prompt_bucket} pads every prompt to so many tokens, where "
+            f"--config.data.max_prompt_length={max_prompt_length}: lower it"
+        )
+
+
+def _check_training(config: ConfigDict) -> None:
+    train, sft = config.train, config.sft
+    if train.warmup_ratio == 1:
+        raise UserError("--config.train.warmup_ratio=1 must be below 1: it is a share of the steps")
+    if train.micro_batches > train.batch_size:
+        raise UserError(
+            f"--config.train.micro_batches={train.micro_batches} cannot cut --config.train.batch_size="
+            f"{train.batch_size} pairs into so many parts: lower it"
+        )
+    if train.length_multiple > train.row_length:
+        raise UserError(
+            f"--config.train.length_multiple={train.length_multiple} is more than --config.train.row_length="
+            f"{train.row_length}, of which rows are about as long: lower it"
+        )
+    optimizers = {"train.optimizer": train.optimizer}
+    if sft.epochs or sft.control:
+        optimizers["sft.optimizer"] = sft.optimizer
+    for field, optimizer in optimizers.items():
+        if train.weight_decay and optimizer == "rmsprop":
+            raise UserError(
+                f"--config.train.weight_decay={train.weight_decay} works with adamw only, not with --config.{field}="
+                "rmsprop: set the one to 0, or the other to adamw"
+            )
+
+
+def _check_mesh(mesh: ConfigDict) -> None:
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
     if mesh.decode_tensor < 1 and mesh.decode_tensor != -1:
-        raise UserError(f"config.mesh.decode_tensor={mesh.decode_tensor} must be at least 1, or -1: found for you")
+        raise UserError(f"--config.mesh.decode_tensor={mesh.decode_tensor} must be at least 1, or -1: found for you")
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(
-            f"config.mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor}: each is a number of devices, "
-            "at least 1, and at most one may be -1 (all that remain)"
+            f"--config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp} --config.mesh.tensor={mesh.tensor}: each "
+            "is a number of devices, at least 1, and at most one may be -1 (all that remain)"
         )
-
-
-def did_you_mean(field: str, fields: Iterable[str]) -> str:
-    """': did you mean config.X?' for the closest known field, or ''."""
-    close = difflib.get_close_matches(field, list(fields), n=1, cutoff=0.5)
-    return f": did you mean config.{close[0]}?" if close else ""

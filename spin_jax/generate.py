@@ -8,6 +8,11 @@ number of tokens and whether it was cut. The same command again goes on where th
 2 a mistake that the one line printed says how to mend, 75 stopped by a signal.
 """
 
+from spin_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()  # before what takes longer to import
+
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -15,13 +20,13 @@ from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
 
-_PROMPTS = flags.DEFINE_string("prompts", None, "The prompts: a JSONL file, or what else config.data.train may be.")
+flags.adopt_module_key_flags(command)
+_PROMPTS = flags.DEFINE_string("prompts", None, "The prompts: a JSONL file, or what else --config.data.train may be.")
 _OUT = flags.DEFINE_string("out", None, "The JSONL file to write; OUT.parts is beside it until it is whole.")
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag: fields are changed as --config.section.field=value")
+    del argv
     config = sampling_config()
 
     # Only now: what follows imports jax and finds the devices, which a wrong flag should not wait for.
@@ -37,15 +42,13 @@ def sampling_config() -> ConfigDict:
     Raises:
         UserError: a flag is missing, or the config is wrong.
     """
-    for flag in ("config", "prompts", "out"):
-        if not flags.FLAGS[flag].present:
-            raise UserError(
-                f"--{flag} is missing: python -m spin_jax.generate --config=configs/base.py --prompts=prompts.jsonl "
-                "--out=answers.jsonl --config.model.path=DIR"
-            )
+    command.require(config="configs/base.py", prompts="prompts.jsonl", out="answers.jsonl")
     config = command.config()
     if config.model.path == "toy:":
-        raise UserError("config.model.path=toy: is made by a run: name its model, as ...=WORKDIR/iteration_0/model")
+        raise UserError(
+            '--config.model.path="toy:" is made by a run: name the run\'s model, as '
+            "--config.model.path=WORKDIR/iteration_0/model"
+        )
     config.data.train = _PROMPTS.value
     config_lib.validate(config)
     return config

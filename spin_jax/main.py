@@ -9,14 +9,22 @@ other; elsewhere --coordinator says where process 0 is.
 """
 
 import os
+import pathlib
+
+from spin_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()  # before what takes longer to import
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
 from spin_jax.files import expand, is_remote
 
+flags.adopt_module_key_flags(command)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written: a directory or gs://BUCKET/PATH.")
 _STAGES = flags.DEFINE_list(
     "stages",
@@ -33,36 +41,43 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.")
+_CHECK_FOR = flags.DEFINE_integer(
+    "check_for", None, "Run nothing: check the command for this many devices, or for any number if it is 0."
+)
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag: fields are changed as --config.section.field=value")
-    for flag in ("config", "workdir"):
-        if not flags.FLAGS[flag].present:
-            raise UserError(
-                f"--{flag} is missing: python -m spin_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"
-            )
-    if unknown := [stage for stage in _STAGES.value if stage not in config_lib.STAGES]:
-        raise UserError(f"--stages={unknown[0]} is not one of {', '.join(config_lib.STAGES)}")
-    if _PROFILE.value and "train" not in _STAGES.value:
-        raise UserError("--profile traces training steps: add train to --stages")
-    config_lib.validate(command.config())
+    del argv
+    name = pathlib.PurePath(command.config_file().partition(":")[0] or "quickstart").stem
+    command.require(config="configs/quickstart.py", workdir=f"runs/{name}")
+    _check_stages(_STAGES.value)
+    config = command.config()
+    config_lib.validate(config)
     workdir = os.fspath(expand(_WORKDIR.value))
     _check_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _CHECK_FOR.value is not None:
+        _check_mesh(config, _CHECK_FOR.value)
+        return 0
 
     # Only now: what follows imports jax and finds the devices, which a wrong flag should not wait for.
     from spin_jax import hosts, stopping
     from spin_jax.self_play import self_play
 
     def play() -> None:
-        rows = self_play(command.config(), workdir, _STAGES.value, profile=_PROFILE.value)
+        rows = self_play(config, workdir, _STAGES.value, profile=_PROFILE.value)
         if hosts.is_first():
             _tell(rows, workdir)
 
     hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     _keep_compiled(workdir)
     return stopping.exit_status(play)
+
+
+def _check_stages(stages: list[str]) -> None:
+    if unknown := [stage for stage in stages or [""] if stage not in config_lib.STAGES]:
+        raise UserError(f"--stages={unknown[0]} is not one of {', '.join(config_lib.STAGES)}")
+    if _PROFILE.value and "train" not in stages:
+        raise UserError("--profile traces training steps: add train to --stages")
 
 
 def _check_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -76,6 +91,18 @@ def _check_processes(coordinator: str | None, num_processes: int | None, process
             f"--coordinator={coordinator}: write --coordinator=HOST:PORT --num_processes=N --process_id=I, with I from "
             "0 to N - 1"
         )
+
+
+def _check_mesh(config: ConfigDict, devices: int) -> None:
+    """Config and devices go together, as far as can be told without the model."""
+    if devices:
+        from jax.sharding import AbstractMesh
+
+        from spin_jax import sharding
+
+        sizes = sharding.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+        mesh = AbstractMesh(tuple(sizes), sharding.AXES)
+        sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches)
 
 
 def _keep_compiled(workdir: str) -> None:

@@ -126,7 +126,7 @@ def generate(
         UserError: config.generate.batch_size does not split over the devices; or there are too many rows to number.
         Stopped: one of several processes was asked to.
     """
-    check_batch(mesh, "config.generate.batch_size", settings.batch_size)
+    check_batch(mesh, "--config.generate.batch_size", settings.batch_size)
     if any(prompt.row >= MAX_ROWS or prompt.number >= MAX_RESPONSES for prompt in prompts):
         raise UserError(f"there are at most {MAX_ROWS:,} rows and {MAX_RESPONSES} responses to each to draw")
     responses = _read_parts(directory) if directory and hosts.is_first() else {}

@@ -194,7 +194,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
         _LOG.info("--config.data.eval_rows=0: the summary has the last training step's margin and accuracy instead")
     if config.data.max_length > model.max_position_embeddings:  # a cap: the rows may well be shorter
         _LOG.warning(
-            "config.data.max_length=%d: %s was made for %d positions, longer rows are beyond it",
+            "--config.data.max_length=%d: %s was made for %d positions, longer rows are beyond it",
             config.data.max_length,
             source,
             model.max_position_embeddings,
@@ -222,7 +222,7 @@ def open_player(config: ConfigDict, path: str, mesh: jax.sharding.Mesh) -> Playe
     model = hosts.on_each(lambda: models.read_config(source))
     compute = programs.make_compute(config.model, model, mesh)
     decode = programs.make_decode_compute(config, model, compute)
-    sharding.check_batch(decode.mesh, "config.generate.batch_size", config.generate.batch_size)
+    sharding.check_batch(decode.mesh, "--config.generate.batch_size", config.generate.batch_size)
     models.param_shardings(decode.mesh, model)
     chat = hosts.on_each(
         lambda: load_chat(
@@ -246,8 +246,8 @@ def _check_steps(config: ConfigDict, rows: int) -> None:
     """Refuse a stage of training that fills no batch, or ends before its warm-up does."""
     train = config.train
     if config.sft.epochs:
-        steps = num_steps(rows, config.sft.epochs, train.batch_size, "config.sft.epochs")
-        check_warmup(steps, train.warmup_ratio, "config.sft.epochs")
+        steps = num_steps(rows, config.sft.epochs, train.batch_size, "--config.sft.epochs")
+        check_warmup(steps, train.warmup_ratio, "--config.sft.epochs")
     check_warmup(num_steps(rows * config.generate.responses, train.epochs, train.batch_size), train.warmup_ratio)
 
 

@@ -90,10 +90,12 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, total: int) -> list[int]:
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, total // math.prod(size for size in sizes if size != -1))
     if math.prod(sizes) != total:
-        possible = ", ".join(f"fsdp={total // t} tensor={t}" for t in (1, 2, 4, 8) if total % t == 0)
+        possible = " or ".join(
+            f"--config.mesh.fsdp={total // t} --config.mesh.tensor={t}" for t in (1, 2, 4, 8) if total % t == 0
+        )
         raise UserError(
-            f"config.mesh data={data} fsdp={fsdp} tensor={tensor} does not make {total} devices: "
-            f"possible with data=1 are {possible}"
+            f"--config.mesh.data={data} --config.mesh.fsdp={fsdp} --config.mesh.tensor={tensor} do not make {total} "
+            f"devices: write {possible}, with --config.mesh.data=1, or take a config that is made for them"
         )
     return sizes
 
@@ -126,7 +128,7 @@ def decode_mesh(train: Mesh, decode_tensor: int, sizes: Sequence[int]) -> Mesh:
     ways = max(size for size in possible if size <= 8) if decode_tensor == -1 else decode_tensor
     if ways not in possible:
         raise UserError(
-            f"config.mesh.decode_tensor={decode_tensor} must divide {train.size} devices and the model's heads, MLP "
+            f"--config.mesh.decode_tensor={decode_tensor} must divide {train.size} devices and the model's heads, MLP "
             f"and vocabulary: possible are {', '.join(map(str, possible))}"
         )
     return _mesh(train.devices.reshape(train.size // ways, 1, ways))
@@ -166,8 +168,8 @@ def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
         for size, axis in zip(leaf.shape, names, strict=True):
             if size % ways(mesh, axis):
                 raise UserError(
-                    f"config.mesh.{RULES[axis]}={ways(mesh, axis)} does not divide the model's {axis} axis of {size}: "
-                    "choose a divisor"
+                    f"--config.mesh.{RULES[axis]}={ways(mesh, axis)} does not divide the model's {axis} axis of "
+                    f"{size}: choose a divisor"
                 )
         return NamedSharding(mesh, spec(*names))
 
@@ -188,9 +190,9 @@ def check_pairs(mesh: Mesh, pairs: int, micro_batches: int) -> None:
     rows = ways(mesh, "rows") * micro_batches
     if rows > pairs:
         raise UserError(
-            f"config.train.batch_size={pairs} pairs do not fill a row on each of {rows // micro_batches} devices (data "
-            f"x fsdp) in each of {micro_batches} micro-batches: raise it to {rows}, lower "
-            "config.train.micro_batches, or raise config.mesh.tensor"
+            f"--config.train.batch_size={pairs} pairs do not fill a row on each of {rows // micro_batches} devices "
+            f"(data x fsdp) in each of {micro_batches} micro-batches: write --config.train.batch_size={rows}, lower "
+            "--config.train.micro_batches, or raise --config.mesh.tensor"
         )
 
 
@@ -203,6 +205,6 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
     devices = ways(mesh, "rows")
     if size % devices:
         raise UserError(
-            f"{field}={size} does not split over {devices} devices (data x fsdp): use a multiple, "
-            f"for example {-(-size // devices) * devices}"
+            f"{field}={size} does not split over {devices} devices (data x fsdp): write a multiple, as "
+            f"{field}={-(-size // devices) * devices}"
         )

@@ -66,7 +66,7 @@ def fine_tune(run: Run) -> None:
     if not run.config.sft.epochs or _is_trained(directory):
         return
     pairs = _sft_pairs(run)
-    steps = num_steps(len(pairs), run.config.sft.epochs, run.config.train.batch_size, "config.sft.epochs")
+    steps = num_steps(len(pairs), run.config.sft.epochs, run.config.train.batch_size, "--config.sft.epochs")
     _export(run, directory, _fit_sft(run, run.source, pairs, steps, run.config.sft.learning_rate, directory, "SFT"))
 
 

@@ -10,9 +10,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from spin_jax import hosts
-
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+from spin_jax import hosts, interrupts
+from spin_jax.interrupts import EXIT_STOPPED
 
 _asked = False
 
@@ -21,20 +20,22 @@ class Stopped(Exception):
     """The run was asked to stop (SIGTERM, as a preempted machine gets, or Ctrl-C) and has saved its state."""
 
 
-def exit_status(work: Callable[[], None]) -> int:
-    """Does a command's work: 0 when it is done, `EXIT_STOPPED` when a signal stopped it, which one line says.
+def exit_status(work: Callable[[], int | None]) -> int:
+    """Does a command's work and returns its status, 0 if it has none; `EXIT_STOPPED` when a signal stopped it, which
+    one line says.
 
     A preempted machine gets SIGTERM. It is as Ctrl-C, which stops one process wherever it is, unless it is training; of
     several processes none stops alone.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts.raise_instead()
     try:
         with deferred() if hosts.are_several() else contextlib.nullcontext():
-            work()
-    except (Stopped, KeyboardInterrupt) as stopped:
-        print(str(stopped) or "interrupted; start the same command again to go on", file=sys.stderr)
-        return EXIT_STOPPED
-    return 0
+            return work() or 0
+    except KeyboardInterrupt:
+        interrupts.end()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+    return EXIT_STOPPED
 
 
 @contextlib.contextmanager
@@ -53,6 +54,8 @@ def deferred() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if _asked and not hosts.are_several():  # too late for what was inside
+        signal.raise_signal(signal.SIGINT)
 
 
 def _note(number: int, frame) -> None:

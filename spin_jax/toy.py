@@ -81,8 +81,8 @@ def make_examples(seed: int, train_rows: int, eval_prompts: int, task: Task = TA
     wanted = train_rows + eval_prompts
     if 2 * wanted > task.num_prompts():  # beyond half of them, drawing until a prompt is new becomes slow
         raise UserError(
-            f"config.toy.train_rows={train_rows} and config.toy.eval_prompts={eval_prompts} ask for too many of the "
-            f"task's {task.num_prompts():,} prompts: together at most {task.num_prompts() // 2:,}"
+            f"--config.toy.train_rows={train_rows} and --config.toy.eval_prompts={eval_prompts} ask for too many of "
+            f"the task's {task.num_prompts():,} prompts: together at most {task.num_prompts() // 2:,}"
         )
     rng = np.random.default_rng(seed)
     prompts: dict[str, None] = {}  # a set that keeps its order
@@ -149,7 +149,7 @@ def prepare(directory: epath.PathLike, settings: ConfigDict, seed: int) -> tuple
     directory = epath.Path(directory)
     model, data = directory / "model", directory / "train.jsonl"
     if settings.hidden_size % HEAD_DIM:
-        raise UserError(f"config.toy.hidden_size={settings.hidden_size} must be a multiple of {HEAD_DIM}")
+        raise UserError(f"--config.toy.hidden_size={settings.hidden_size} must be a multiple of {HEAD_DIM}")
     made_with = json.dumps(settings.to_dict() | {"seed": seed})
     note = directory / "made_with.json"
     if not note.exists() or note.read_text() != made_with:

@@ -81,7 +81,7 @@ def check_alike(config: ConfigDict) -> None:
     for process, other in enumerate(others, start=1):
         if changed := [field for field in first if first[field] != other[field]]:
             raise UserError(
-                f"config.{changed[0]} is {first[changed[0]]!r} for process 0 and {other[changed[0]]!r} for process "
+                f"--config.{changed[0]} is {first[changed[0]]!r} for process 0 and {other[changed[0]]!r} for process "
                 f"{process}: start all with the same settings"
             )
 
@@ -124,7 +124,7 @@ def check_settings(config: ConfigDict, workdir: epath.Path) -> None:
     # A field that the schema has got since then had its default.
     before = _as_json(config_lib.base_config()) | noted
     if changed := [field for field in now if now[field] != before[field] and _is_fixed(field, now, before, workdir)]:
-        what = ", ".join(f"config.{field} was {before[field]!r} and is now {now[field]!r}" for field in changed)
+        what = ", ".join(f"--config.{field} was {before[field]!r} and is now {now[field]!r}" for field in changed)
         raise UserError(
             f"{workdir} holds a run with other settings ({what}): give another --workdir, or the settings it had"
         )
@@ -162,7 +162,7 @@ def note_start(
     start = hosts.on_each(lambda: models.fingerprint(source))
     others = hosts.gather((data, start))
     if any(other_data != data for other_data, _ in others):
-        raise UserError(f"config.data.train={config.data.train} is not the same data on all hosts: copy it anew")
+        raise UserError(f"--config.data.train={config.data.train} is not the same data on all hosts: copy it anew")
     if changed := next(filter(None, (_changes(start, other) for _, other in others)), ""):
         raise UserError(f"{source} is not the same model on all hosts (its {changed} differ): copy it anew")
     hosts.on_first(lambda: _note(config, workdir, source, data, start))

@@ -199,7 +199,7 @@ def test_what_a_kernel_cannot_do_is_said(asked, platform, head_dim, dtype, says)
     device = types.SimpleNamespace(platform=platform)
     mesh = types.SimpleNamespace(devices=np.array([device]))
     choose = functools.partial(attention.choose_kernel, mesh=mesh, rows=ROWS, heads=HEADS)
-    with pytest.raises(UserError, match=f"config.model.attention='{asked}'.*{says}"):
+    with pytest.raises(UserError, match=f"--config.model.attention={asked} .*{says}"):
         choose(asked, head_dim=head_dim, dtype=dtype)
     if asked == "cudnn" and platform == "gpu":
         assert choose("auto", head_dim=head_dim, dtype=dtype) is None

@@ -150,7 +150,6 @@ def test_bash_blocks(where, command, monkeypatch):
         if words[3:] == ["--help"]:
             return
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", words[2:])  # where ml_collections looks for overrides
         with flagsaver.flagsaver():
             assert command_lib.parse_flags(words[2:]) == words[2:3], "every word but the first is a flag"
             assert main._WORKDIR.value or words[2] != "spin_jax.main", f"{where}: {command}"

@@ -37,6 +37,17 @@ def cloud(tmp_path, monkeypatch) -> pathlib.Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def python(tmp_path_factory) -> pathlib.Path:
+    """The Python of these tests, as the first python3; a link would not find what is installed beside it."""
+    python = tmp_path_factory.mktemp("bin") / "python3"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(python.parent), prepend=os.pathsep)
+        yield python
+
+
 def launch(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([TPU, *arguments], capture_output=True, text=True, timeout=60)
 
@@ -137,6 +148,7 @@ def test_flags_arrive_as_they_were_given():
         (("start", *WHERE, RUN[0]), "start needs --workdir=..."),
         (("supervise", *WHERE, *RUN, REPO), "supervise needs --slice=..."),
         (("create", *WHERE, "--slice=h100-8"), "--slice=h100-8 is not a TPU slice"),
+        (("create", *WHERE, "--slice=v5e-many"), "--slice=v5e-many is not a TPU slice"),
         (("create", *WHERE, "--slice=v5e-16", "--slices=two"), "--slices=two: write a number"),
         (("create", *WHERE, "--slice", "v5e-16"), "'--slice' is not an option"),
         (("delete", "--name=a b", *WHERE[1:]), "--name=a b: write"),
@@ -149,6 +161,59 @@ def test_a_mistake_is_one_line(arguments, told, cloud):
     assert (ran.returncode, ran.stdout) == (2, "")
     assert told in ran.stderr and ran.stderr.count("\n") == 1
     assert not (cloud / "calls").exists()
+
+
+@pytest.mark.parametrize(
+    ("slice_name", "config", "flags", "told"),
+    [
+        ("v5e-16", "zephyr_7b.py:v4-32", (), "write --config=configs/zephyr_7b.py:v5e-16"),
+        (
+            "v5e-16",
+            "zephyr_7b.py:h100-8,code",
+            (),
+            "--slice=v5e-16 is not the slice of --config=configs/zephyr_7b.py:h10",
+        ),
+        ("v5e-16", "zephyr_7b.py", (), "--config.mesh.fsdp=8 --config.mesh.tensor=1 do not make 16 devices"),
+        ("v4-16", "zephyr_7b.py", ("--config.seed=x",), "--config.seed=x must be a whole number"),
+        ("v5e-8", "base.py", (), "--config.model.path is empty"),
+        ("v5e-256", "smollm2_135m.py", ("--config.data.train=d",), "--config.train.batch_size=16 pairs do not fill"),
+        ("v5e-16", "zefyr_7b.py:v5e-16", (), "no such file; write a file, as --config=configs/zephyr_7b.py"),
+        ("v5e-16", "smollm2_135m.py:v5e-16", (), "its get_config() takes no argument"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [("--dry-run",), ()], ids=["dry run", "run"])
+def test_what_the_run_would_refuse_costs_nothing(slice_name, config, flags, told, dry_run, cloud):
+    chosen = (f"--slice={slice_name}", REPO, f"--config=configs/{config}", RUN[1], *dry_run)
+    ran = launch("supervise", *WHERE, *chosen, "--", *flags)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert told in ran.stderr and ran.stderr.count("\n") == 1
+    assert not (cloud / "calls").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (("--slice=v4-16", "--config=configs/zephyr_7b.py"), ()),  # eight devices, as its own h100-8 has
+        (
+            ("--slice=v5e-8", "--config=configs/smollm2_135m.py"),
+            ("--config.data.train=d",),
+        ),  # which takes all there are
+        (("--slice=v5e-16", "--slices=2", RUN[0]), ("--config.mesh.data=2",)),
+    ],
+)
+def test_a_config_without_a_slice_that_fits_is_taken(options, flags):
+    assert rehearsed("supervise", REPO, RUN[1], *options, "--", *flags)
+
+
+def test_without_python_a_launch_says_that_it_checked_less(tmp_path, monkeypatch):
+    """The slices are compared in any case."""
+    for name in ("dirname", "bash", "uname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = (*WHERE, REPO, RUN[1], "--slice=v5e-16", "--dry-run")
+    ran = launch("supervise", *options, RUN[0], "--", "--config.seed=x")
+    assert ran.returncode == 0 and "no Python with spin_jax here" in ran.stderr
+    assert launch("supervise", *options, "--config=configs/zephyr_7b.py:v4-32").returncode == 2
 
 
 def test_help_names_every_option():
@@ -226,12 +291,12 @@ def test_what_an_earlier_run_left_is_no_end(supervise, cloud):
 def test_a_mistake_of_the_real_program_is_shown(supervise, cloud, monkeypatch):
     """Through gcloud's place, two shells and launch/worker.sh, to spin_jax.main and its one line, and back."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    python = cloud / "python"  # a link would not find what is installed beside this one
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python = cloud / "python"  # of another commit, say, so that its mistake is not seen before
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@" "--config.spin.beta=(-1.0, 2.0)"\n')
     python.chmod(0o755)
-    ran = supervise(python, "--keep", "--", "--config.spin.beta=(-1.0, 2.0)")
+    ran = supervise(python, "--keep")
     assert ran.returncode == 2, ran.stderr
-    assert "spin_jax: config.spin.beta=(-1.0, 2.0) must be above 0" in ran.stdout
+    assert 'spin_jax: --config.spin.beta="(-1.0, 2.0)" must be above 0' in ran.stdout
     assert "launch/tpu.sh delete --name=zephyr" in ran.stderr  # as they were kept
 
 

@@ -53,7 +53,7 @@ def choose_kernel(
     name = {"tpu": "flash", "gpu": "cudnn"}.get(platform, "tiled") if asked == "auto" else asked
     reason = _refusal(name, platform, head_dim, dtype)
     if reason and asked != "auto":
-        raise UserError(f"config.model.attention={name!r} {reason}: use 'plain' or 'auto'")
+        raise UserError(f"--config.model.attention={name} {reason}: write --config.model.attention=plain, or auto")
     return None if reason or name == "plain" else Kernel(name, mesh, rows, heads)
 
 

@@ -68,9 +68,19 @@ def test_spin_on_a_list_is_the_run_on_a_file(model, finished, tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"train.batchsize": 8}, "config.train.batchsize is not a field: did you mean config.train.batch_size?"),
-        ({"spin.beta": 0.1}, "config.spin.beta=0.1 must be of type tuple"),
-        ({"iterations": 0}, "config.iterations=0 must be at least 1"),
+        ({"train.batchsize": 8}, '"train.batchsize" is not a field: did you mean "train.batch_size"?'),
+        (
+            {"spin.beta": "0.1"},
+            '"spin.beta": 0.1 must be a tuple of numbers, not text: write it as "spin.beta": (0.1,)',
+        ),
+        ({"spin.loss": "hings"}, '"spin.loss": "hings" is not one of logistic'),
+        ({"iterations": 0}, '"iterations": 0 must be at least 1'),
+        ({"seed": 2**31}, '"seed": 2147483648 must be at most 2147483647'),
+        ({"train.epochs": 10**400}, '"train.epochs": '),
+        (
+            {"mesh.tensor": 3},
+            '"mesh.data": 1 "mesh.fsdp": -1 "mesh.tensor": 3 do not make 8 devices: write "mesh.fsdp": 8 ',
+        ),
         ({}, "24 rows x 2 epochs do not fill one batch of 64"),  # before anything is sampled
     ],
 )
@@ -105,8 +115,11 @@ def test_the_model_in_memory_is_what_plays(model, tmp_path):
     "prompts, settings, message",
     [
         ("abc", {}, "prompts must be a list"),
-        (["abc"], {"max_new_tokens": 0}, "config.generate.max_new_tokens=0 must be at least 1"),
-        (["abc"], {"temperature": -1.0}, "config.generate.temperature=-1.0 must be at least 0"),
+        (["abc"], {"max_new_tokens": 0}, "^max_new_tokens=0 must be at least 1"),
+        (["abc"], {"temperature": -1.0}, "^temperature=-1.0 must be at least 0"),
+        (["abc"], {"max_new_tokens": 2.5}, "^max_new_tokens=2.5 must be a whole number"),
+        (["abc"], {"top_p": 1.5}, "^top_p=1.5 must be at most 1"),
+        (["abc"], {"seed": 2**31}, "^seed=2147483648 must be at most 2147483647"),
     ],
 )
 def test_sampling_mistakes_are_one_line(model, prompts, settings, message):

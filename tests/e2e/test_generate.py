@@ -148,8 +148,8 @@ def test_killed_between_two_batches_it_goes_on_and_mixes_nothing(tiny_model, pro
             spin_jax.answer(model, prompts, out, SETTINGS | changes)
         return str(refused.value)
 
-    assert "another config.seed: delete it, or go on as" in refusal(seed=7)
-    assert "another config.generate.temperature:" in refusal(**{"generate.temperature": 0.5})
+    assert 'another "seed": delete it, give another out, or' in refusal(seed=7)
+    assert 'another "generate.temperature":' in refusal(**{"generate.temperature": 0.5})
     fewer = tiny_files.write_jsonl(tmp_path / "fewer.jsonl", tiny_files.make_rows()[1:])
     assert "another list of prompts:" in refusal(fewer)
     weights = model / "model.safetensors"
@@ -216,15 +216,15 @@ def test_a_place_that_cannot_be_written_is_found_before_sampling(tiny_model, pro
         (
             [{"prompt": "a"}, {"prompt": "b" * 50}],
             {"data.long_prompts": "skip"},
-            "1 of 2 prompts are longer than config.data.max_prompt_length=48, the first in row 1: raise it",
+            '1 of 2 prompts are longer than "data.max_prompt_length": 48, the first in row 1: raise it',
         ),
         (
             [{"prompt": "a"}, *[{"messages": [{"role": role, "content": "a"} for role in ("system", "user")]}] * 2],
             {"data.template": "paper"},
             "prompts.jsonl row 1, 2: the paper's templates take one user turn",
         ),
-        ([{"prompt": "a"}], {"generate.batch_size": 9}, "config.generate.batch_size=9 does not split over"),
-        ([{"prompt": "a"}], {"generate.tempature": 1}, "did you mean config.generate.temperature?"),
+        ([{"prompt": "a"}], {"generate.batch_size": 9}, '"generate.batch_size": 9 does not split over'),
+        ([{"prompt": "a"}], {"generate.tempature": 1}, 'did you mean "generate.temperature"?'),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_written(tiny_model, tmp_path, rows, changes, message):
@@ -238,7 +238,7 @@ def test_a_long_prompt_is_asked_without_its_beginning(tiny_model, tmp_path, capl
     prompts = tiny_files.write_jsonl(tmp_path / "prompts.jsonl", rows)
     with caplog.at_level("WARNING", "spin_jax"):
         spin_jax.answer(tiny_model, prompts, tmp_path / "out", tiny_files.SETTINGS | {"generate.temperature": 0.0})
-    assert "2 of 2 prompts are longer than config.data.max_prompt_length=48 and asked without their" in caplog.text
+    assert "2 of 2 prompts are longer than --config.data.max_prompt_length=48 and asked without their" in caplog.text
     assert len({row["response"] for row in read(tmp_path / "out")}) == 1
     assert [row["prompt"] for row in read(tmp_path / "out")] == [row["prompt"] for row in rows]
 
@@ -246,11 +246,11 @@ def test_a_long_prompt_is_asked_without_its_beginning(tiny_model, tmp_path, capl
 @pytest.mark.parametrize(
     ("dropped", "added", "message"),
     [
-        ("--config", [], "--config is missing: python -m spin_jax.generate --config="),
+        ("--config", [], "--config is missing: python -m spin_jax.generate --prompts="),
         ("--prompts", [], "--prompts is missing"),
         ("--out", [], "--out is missing"),
-        ("none", ["--config.model.path=toy:"], "config.model.path=toy: is made by a run"),
-        ("none", ["--config.generate.top_p=2.0"], "config.generate.top_p=2.0 must be at most 1"),
+        ("none", ["--config.model.path=toy:"], '--config.model.path="toy:" is made by a run'),
+        ("none", ["--config.generate.top_p=2.0"], "--config.generate.top_p=2.0 must be at most 1"),
         ("none", ["prompts.jsonl"], "'prompts.jsonl' is not a flag"),
         ("none", ["--prompts=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],

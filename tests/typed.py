@@ -1,0 +1,48 @@
+"""Commands as they are typed, up to where they would import jax: what they read, and what they refuse."""
+
+import pathlib
+import shlex
+import sys
+
+import pytest
+from absl.testing import flagsaver
+
+from spin_jax import command, compile_check, generate, main
+from spin_jax.config import flatten, validate
+from spin_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# To each, a command line that is right.
+RIGHT = {
+    main: "--config=configs/base.py --workdir=w --config.model.path=m --config.data.train=d --check_for=0",
+    generate: "--config=configs/base.py --prompts=p --out=o --config.model.path=m",
+    compile_check: "--config=configs/base.py --slice=v5e-8 --config.model.path=m --config.data.train=d",
+}
+
+
+def start(program, line: str):
+    """A command up to where it would import jax: its config."""
+    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [f"spin_jax/{program.__name__.rpartition('.')[2]}.py", *shlex.split(line)])
+        command.parse_flags(sys.argv)
+        if program is main:
+            assert main.main([]) == 0
+            return command.config()
+        return compile_check.config_and_slice()[0] if program is compile_check else generate.sampling_config()
+
+
+def read(words: str) -> dict[str, object]:
+    """The fields that flags make of configs/base.py."""
+    config = start(main, f"{RIGHT[main]} {words}")
+    validate(config)
+    return flatten(config)
+
+
+def refusal(program, line: str) -> str:
+    """The one line with which it is refused."""
+    with pytest.raises(UserError) as refused:
+        start(program, line)
+    message = str(refused.value)
+    assert "\n" not in message and "Traceback" not in message
+    return message
