@@ -89,6 +89,7 @@ try:
     signal.raise_signal(signal.SIGTERM)
 except KeyboardInterrupt:
     pass
+time.sleep(0.1)
 if sys.argv[1] == "training":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("heard of it"))
 time.sleep(60)
