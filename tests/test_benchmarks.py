@@ -140,6 +140,21 @@ def test_int8_costs_something_and_little(files, tmp_path):
     assert all(0 < one["KL"] < 0.1 and abs(one["change"]) < 0.1 for one in (weights, cache, both))
 
 
+def test_rounding_is_nothing_in_the_steps_own_program(tmp_path):
+    model = tiny_files.write_model(tmp_path / "model")
+    rows = [{"instruction": f"count to {i}", "response": "one two three four"[: 4 + i]} for i in range(16)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = [f"--model={model}", f"--rows={tmp_path / 'rows.json'}", "--pairs=8"]
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/rounding.py", *flags], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    kinds = ("float", "bfloa", "after")
+    found = {line[:28].strip(): line[28:].split() for line in run.stdout.splitlines() if line[:5] in kinds}
+    assert found["bfloat16, the step's own"] == ["0.0000"] * 3 + ["0.6931"]
+    assert float(found["bfloat16 against float32"][0]) > 0 < float(found["after a step"][0])
+
+
 def test_compile_time_tells_of_every_program(tmp_path):
     config = tmp_path / "small.py"
     lines = [
