@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -35,6 +36,7 @@ class Checkpoints:
         self._directory = epath.Path(directory)
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_news)
+        warnings.filterwarnings("ignore", "coroutine 'Store", RuntimeWarning)  # what a damaged checkpoint leaves behind
         with self._writing():
             hosts.on_first(lambda: self._directory.mkdir(parents=True, exist_ok=True))
             self._checkpointer = ocp.training.Checkpointer(

@@ -268,7 +268,7 @@ def note_settings(directory: epath.Path, settings: Mapping[str, object]) -> None
     write_whole(noted, json.dumps(settings, indent=1) + "\n")
 
 
-def delete_parts(directory: epath.Path) -> None:
+def forget_parts(directory: epath.Path) -> None:
     """When all responses are in a file of their own."""
     for file in (*_part_files(directory), directory / SETTINGS):
         file.unlink(missing_ok=True)

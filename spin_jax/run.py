@@ -65,6 +65,7 @@ class Run:
     pairs: dict[int, tuple[list[Pair], list[Pair]]] = dataclasses.field(default_factory=dict)  # by iteration, once read
     profile: bool = False  # whether the next training stage is to be traced
     _loaded: tuple[epath.Path, dict] | None = None
+    _identities: dict[epath.Path, dict[str, str]] = dataclasses.field(default_factory=dict)
 
     def iteration(self, t: int) -> epath.Path:
         """The directory of iteration t."""
@@ -76,10 +77,12 @@ class Run:
             return self.iteration(t - 1) / "model"
         return self.workdir / "sft" / "model" if self.config.sft.epochs else self.source
 
-    def identity_of(self, t: int) -> dict[str, str]:
-        """What identifies theta_t, by `models.fingerprint`: kept with what it wrote and scored."""
-        with self._reading(self.start_of(t)) as directory:
-            return hosts.on_first(lambda: models.fingerprint(directory))
+    def identity_of(self, directory: epath.Path) -> dict[str, str]:
+        """What identifies the model in `directory`, by `models.fingerprint`: kept with what it wrote and scored."""
+        if directory not in self._identities:
+            with self._reading(directory):
+                self._identities[directory] = hosts.on_first(lambda: models.fingerprint(directory))
+        return self._identities[directory]
 
     def params(self, directory: epath.Path) -> dict:
         """The f32 params in `directory`, sharded; the ones used last stay in memory.
@@ -97,10 +100,10 @@ class Run:
         return self._loaded[1]
 
     @contextlib.contextmanager
-    def _reading(self, directory: epath.Path) -> Iterator[epath.Path]:
+    def _reading(self, directory: epath.Path) -> Iterator[None]:
         """Says of a damaged model that this run has made what can be done about it."""
         try:
-            yield directory
+            yield
         except UserError as error:
             if directory == self.source:
                 raise
@@ -122,6 +125,7 @@ class Run:
         with writing(directory), models.uploaded(directory) as local:
             models.save(local, self.model, params, source=self.source, dtype=dtype)
         hosts.gather(None)  # nobody reads it before it is whole
+        self._identities.pop(directory, None)
         self._loaded = (directory, params) if dtype == jnp.float32 else None
 
     def is_held_out(self, row: int) -> bool:

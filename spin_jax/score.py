@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jaxlib
@@ -39,22 +39,28 @@ def score(
     *,
     sharding: jax.sharding.NamedSharding,
     name: str,
+    parts: "Parts | None" = None,
 ) -> np.ndarray:
     """log p(y|x) of the real and the generated response of each pair under `params`, in nats, f32 [pairs, 2].
 
     `logprobs` is the jitted `step.pair_logprobs`. Each process computes its devices' rows, and all get all scores.
+    `parts` keeps what is scored, and has what an earlier call kept.
 
     Raises:
         UserError: a score is not finite; the message names the rows.
     """
-    logps = np.zeros((len(pairs), 2), np.float32)
+    logps, done = np.zeros((len(pairs), 2), np.float32), parts.read() if parts else []
     with tqdm(total=len(pairs), desc=name, unit="pair", disable=not hosts.is_first()) as bar:
-        for rows, shape in zip(plan.batches, plan.shapes, strict=True):
-            stopping.between_batches()
-            batch = spin_batch(model, pairs, rows, shape)
+        for number, (rows, shape) in enumerate(zip(plan.batches, plan.shapes, strict=True)):
+            if number == len(done):
+                stopping.between_batches()
+                batch = spin_batch(model, pairs, rows, shape)
+                done.append(of_pairs(fetch(logprobs(params, put(batch.arrays, sharding))), rows))
+                check_finite(done[-1], batch.rows)
+                if parts:
+                    parts.keep(done)
             chosen = list(itertools.chain(*rows))
-            logps[chosen] = of_pairs(fetch(logprobs(params, put(batch.arrays, sharding))), rows)
-            check_finite(logps[chosen], batch.rows)
+            logps[chosen] = done[number]
             bar.update(len(chosen))
     return logps
 
@@ -118,10 +124,16 @@ def check_finite(logps: np.ndarray, rows: np.ndarray) -> None:
 # ---- on disk
 
 
-def scores_key(pairs: Sequence[Pair], plan: Plan, compute: Compute, micro_batches: int = 1) -> str:
-    """A hash of all that decides the bits of scores, but for the params: token ids, batches, programs, devices. Scores
-    of another key differ by rounding from those that this run would make."""
-    digest = hashlib.sha256()
+def scores_key(
+    pairs: Sequence[Pair],
+    plan: Plan,
+    compute: Compute,
+    micro_batches: int = 1,
+    model: Mapping[str, str] | None = None,
+) -> str:
+    """A hash of all that decides the bits of scores: token ids, batches, programs, devices, and the model as
+    `models.fingerprint` identifies it. Scores of another key are not those that this run would make."""
+    digest = hashlib.sha256(json.dumps(model).encode())
     for pair in pairs:
         for tokens in (pair.prompt, pair.real, pair.generated):
             digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
@@ -148,33 +160,42 @@ def read_scores(path: epath.Path, key: str) -> np.ndarray | None:
     return None if found is None else found["logps"]
 
 
-class Parts:
-    """The scored steps of a pass that is under way, `every` steps a file; the first process reads and writes them."""
+def delete_parts(directory: epath.Path, name: str = "part") -> None:
+    """When the scores of a pass are in a file of their own."""
+    for part in find(directory, f"{name}-*.npz"):
+        part.unlink()
 
-    def __init__(self, directory: epath.Path, key: str, every: int):
-        self._directory, self._key, self._every, self._kept = directory, key, every, 0
+
+class Parts:
+    """The scored batches of a pass that is under way, `every` of them a file, which is called `name`; the first process
+    reads and writes them."""
+
+    def __init__(self, directory: epath.Path, key: str, every: int, name: str = "part"):
+        self._directory, self._key, self._every, self._name, self._kept = directory, key, every, name, 0
 
     def read(self) -> list[np.ndarray]:
-        """What is there, [pairs of a batch, 2] a step, without a gap."""
+        """What is there, [pairs of a batch, 2] a batch, without a gap."""
         done = hosts.on_first(self._read)
         self._kept = len(done)
         return done
 
     def keep(self, done: Sequence[np.ndarray]) -> None:
-        """Write the steps that are in no file yet, once they are `every`."""
-        if len(done) - self._kept >= self._every:
+        """Write the batches that are in no file yet, once they are `every`."""
+        new = done[self._kept :]
+        if len(new) >= self._every:
             if hosts.is_first():
-                write_whole(self._path(self._kept), _npz(key=self._key, logps=np.stack(done[self._kept :])))
+                arrays = {"logps": np.concatenate(new), "lengths": list(map(len, new))}
+                write_whole(self._path(self._kept), _npz(key=self._key, **arrays))
             self._kept = len(done)
 
     def _read(self) -> list[np.ndarray]:
         done: list[np.ndarray] = []
         while part := _read(self._path(len(done)), self._key):
-            done.extend(part["logps"])
+            done += np.split(part["logps"], np.cumsum(part["lengths"])[:-1])
         return done
 
     def _path(self, first: int) -> epath.Path:
-        return self._directory / f"part-{first:06d}.npz"
+        return self._directory / f"{self._name}-{first:06d}.npz"
 
 
 def _npz(**arrays: object) -> bytes:
@@ -194,7 +215,7 @@ def _read(path: epath.Path, key: str) -> dict[str, np.ndarray] | None:
         _LOG.warning("%s is damaged (%s): these pairs are scored anew", path, error)
         return None
     if str(found.get("key")) != key:
-        _LOG.warning("%s holds scores of other pairs, batches or programs: they are scored anew", path)
+        _LOG.warning("%s holds scores of another model, other pairs, batches or programs: they are scored anew", path)
         return None
     return found
 

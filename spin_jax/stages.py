@@ -32,10 +32,11 @@ from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
 from spin_jax.losses import LOSSES
 from spin_jax.models import for_compute
-from spin_jax.responses import Prompt, Response, delete_parts, generate, note_settings, warn_if_endless
+from spin_jax.responses import Prompt, Response, forget_parts, generate, note_settings, warn_if_endless
 from spin_jax.run import Run
 from spin_jax.score import (
     Parts,
+    delete_parts,
     held_out_rewards,
     nats_per_token,
     read_scores,
@@ -57,6 +58,7 @@ START_TOLERANCE = {"stored": 1e-4, "live": 1e-2}
 
 _LOG = logging.getLogger(__name__)
 _NOTHING = np.zeros(0, np.int32)  # no response
+_PARTS = "evaluation-part"  # what a cut evaluation leaves to the next one
 
 
 @memory.tells("SFT", memory.for_training)
@@ -80,7 +82,7 @@ def generate_responses(run: Run, t: int) -> None:
     if t == 0 and all(example.generated is not None for example in examples):
         _LOG.info("iteration 0 takes the generated responses that %s holds", run.config.data.train)
         return
-    settings, model, codec = run.config.generate, run.identity_of(t), run.chat.codec
+    settings, model, codec = run.config.generate, run.identity_of(run.start_of(t)), run.chat.codec
     hosts.on_first(lambda: note_settings(directory, {f"model ({part})": content for part, content in model.items()}))
     stops_SV = stop_table(codec.tokenizer, settings.stop_strings, run.model.vocab_size, codec.silent)
     responses = generate(
@@ -154,7 +156,7 @@ def evaluate_policy(run: Run, t: int) -> None:
         row["generated/cut"] = float(np.mean([pair.generated_cut for pair in train]))
         if not held_out:
             return row | report.last_step(run.iteration(t)) | _exact_measures(run, run.start_of(t + 1))
-        by_policy = _score(run, run.start_of(t + 1), held_out, f"iteration {t}: evaluate")
+        by_policy = _score(run, run.start_of(t + 1), held_out, f"iteration {t}: evaluate", (run.iteration(t), _PARTS))
         row["held_out/nats_per_token"] = nats_per_token(held_out, by_policy)
         row |= held_out_rewards(by_policy, _held_out_scores(run, t), at_iteration(run.config.spin.beta, t))
         return row | _exact_measures(run, run.start_of(t + 1))
@@ -177,7 +179,8 @@ def continue_sft(run: Run, t: int) -> None:
     def measure() -> dict:
         row = {"model": f"SFT control {t}", "iteration": None}
         if held_out := _pairs_of(run, t)[1]:
-            logps = _score(run, directory / "model", held_out, f"iteration {t}: evaluate SFT control")
+            name = f"iteration {t}: evaluate SFT control"
+            logps = _score(run, directory / "model", held_out, name, (directory, _PARTS))
             row["held_out/nats_per_token"] = nats_per_token(held_out, logps)
         return row | _exact_measures(run, directory / "model")
 
@@ -189,6 +192,7 @@ def _measure_once(directory: epath.Path, measure: Callable[[], dict]) -> None:
     if not hosts.on_first(lambda: report.read_result(directory)):
         row = measure()
         hosts.on_first(lambda: report.write_result(directory, row))
+        hosts.on_first(lambda: delete_parts(directory, _PARTS))
 
 
 # ---- training
@@ -332,7 +336,7 @@ def _write_responses(
         "held_out": [run.is_held_out(response.row) for response in responses],
     }
     write_pairs_parquet(directory / "pairs.parquet", answered, columns, model)
-    delete_parts(directory)
+    forget_parts(directory)
 
 
 def _pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
@@ -341,7 +345,9 @@ def _pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
         path = run.iteration(t) / "generated" / "pairs.parquet"
         if hosts.on_first(path.exists):
             complaint = f"{path} was written by another model than that in {run.start_of(t)}"
-            check_model(read_model(path), run.identity_of(t), complaint, f"delete {path.parent}, and go on")
+            check_model(
+                read_model(path), run.identity_of(run.start_of(t)), complaint, f"delete {path.parent}, and go on"
+            )
             sampled = read_sampled(path)
         elif t == 0 and run.train_examples[0].generated is not None:
             sampled = {e.row: [(e.generated, not e.truncated)] for e in run.train_examples + run.held_out_examples}
@@ -375,17 +381,26 @@ def _sft_pair(run: Run, example: Example, tokens: Tokenised | None = None) -> Pa
 # ---- measures
 
 
-def _score(run: Run, model: epath.Path, pairs: Sequence[Pair], name: str) -> np.ndarray:
+def _score(
+    run: Run, model: epath.Path, pairs: Sequence[Pair], name: str, kept: tuple[epath.Path, str] | None = None
+) -> np.ndarray:
+    """Log-probs of pairs, [pairs, 2], under the model in a directory. `kept`: where, and by what name, a pass that is
+    cut leaves what it has scored to the next."""
     if not pairs:
         return np.zeros((0, 2), np.float32)
+    plan, parts = _scoring_plan(run, pairs), None
+    if kept:
+        key = scores_key(pairs, plan, run.compute, model=run.identity_of(model))
+        parts = Parts(kept[0], key, run.config.train.checkpoint_every, kept[1])
     return score(
         programs.make_scorer(run.model, run.compute),
         run.params(model),
         run.model,
         pairs,
-        _scoring_plan(run, pairs),
+        plan,
         sharding=sharding.batch_sharding(run.compute.mesh),
         name=name,
+        parts=parts,
     )
 
 
@@ -400,11 +415,14 @@ def _held_out_scores(run: Run, t: int) -> np.ndarray:
     pairs = _pairs_of(run, t)[1]
     if not pairs:
         return np.zeros((0, 2), np.float32)
-    path, key = run.iteration(t) / "scores" / "held_out.npz", scores_key(pairs, _scoring_plan(run, pairs), run.compute)
+    directory, start = run.iteration(t) / "scores", run.start_of(t)
+    path, kept = directory / "held_out.npz", (directory, "held_out-part")
+    key = scores_key(pairs, _scoring_plan(run, pairs), run.compute, model=run.identity_of(start))
     logps = hosts.on_first(lambda: read_scores(path, key))
     if logps is None:
-        logps = _score(run, run.start_of(t), pairs, f"iteration {t}: score held-out pairs")
+        logps = _score(run, start, pairs, f"iteration {t}: score held-out pairs", kept)
         hosts.on_first(lambda: write_scores(path, key, logps, pairs))
+        hosts.on_first(lambda: delete_parts(*kept))
     return logps
 
 
@@ -416,7 +434,8 @@ def _step_scores(run: Run, t: int) -> np.ndarray:
     """log p_t of the pairs of each training step of iteration t, [steps, pairs of a batch, 2]: stored, or computed and
     stored. Those of another mesh or version of jax are made anew: they would not cancel."""
     path, stage = _steps_path(run, t), _spin_stage(run, t)
-    key = scores_key(stage.pairs, stage.plan, run.compute, stage.spec.micro_batches)
+    model = run.identity_of(stage.start)
+    key = scores_key(stage.pairs, stage.plan, run.compute, stage.spec.micro_batches, model)
     logps = hosts.on_first(lambda: read_scores(path, key))
     if logps is None:
         state, frozen = _begin(run, stage)
