@@ -8,7 +8,7 @@ import pytest
 import tiny_files
 from ml_collections import ConfigDict
 
-from spin_jax import stages
+from spin_jax import training_stage
 from spin_jax.self_play import self_play
 
 
@@ -49,7 +49,7 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, tiny_model, tiny_data) -> Finished:
-    trained_on, fit = [], stages.fit
+    trained_on, fit = [], training_stage.fit
 
     def watched(*args, steps, make_batch, **settings):
         trained_on.append([int(row) for step in range(steps) for row in make_batch(step).rows])
@@ -57,6 +57,6 @@ def finished(tmp_path_factory, tiny_model, tiny_data) -> Finished:
 
     config, workdir = tiny_files.make_config(tiny_model, tiny_data), tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "fit", watched)
+        patch.setattr(training_stage, "fit", watched)
         rows = self_play(config, workdir)
     return Finished(config, workdir, rows, trained_on)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_files
 
-from spin_jax import models, stages
+from spin_jax import models, training_stage
 from spin_jax.metrics import read_metrics
 from spin_jax.self_play import self_play
 from spin_jax.stopping import Stopped
@@ -53,7 +53,7 @@ def test_a_cut_run_ends_with_the_same_bits(lora_run, tiny_model, tiny_data, tmp_
     workdir, _ = lora_run
     shutil.copytree(workdir / "iteration_0", tmp_path / "iteration_0")
     shutil.copytree(workdir / "iteration_1" / "generated", tmp_path / "iteration_1" / "generated")
-    config, fit = tiny_files.make_config(tiny_model, tiny_data, CHANGES), stages.fit
+    config, fit = tiny_files.make_config(tiny_model, tiny_data, CHANGES), training_stage.fit
 
     def interrupted(*args, make_batch, **settings):
         def batch(step: int):
@@ -64,7 +64,7 @@ def test_a_cut_run_ends_with_the_same_bits(lora_run, tiny_model, tiny_data, tmp_
         return fit(*args, make_batch=batch, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "fit", interrupted)
+        patch.setattr(training_stage, "fit", interrupted)
         with pytest.raises(Stopped):
             self_play(config, tmp_path)
     assert not (tmp_path / "iteration_1" / "model").exists()

@@ -218,7 +218,7 @@ def test_a_live_opponent_gives_the_losses_of_a_stored_one(finished, tiny_model, 
 
 def test_other_settings_in_the_same_workdir_are_refused(finished, tiny_model, tiny_data):
     changed = tiny_files.make_config(tiny_model, tiny_data, {"spin.beta": (0.2,), "seed": 1})
-    with pytest.raises(UserError, match=r"config.seed was 42 and is now 1, config.spin.beta was \[0.1\] and is now"):
+    with pytest.raises(UserError, match=r"config.seed was 42 and is now 1, --config.spin.beta was \[0.1\] and is now"):
         open_run(changed, finished.workdir)
 
 
