@@ -252,7 +252,7 @@ def _single_turn(prompt: Sequence[Message]) -> str:
         advice = "put the system's text into the user's turn" if "system" in roles else one
         raise UserError(
             f"the paper's templates take one user turn and no system turn: {advice}, or set "
-            "--config.data.template=chat (in Python: template='chat')"
+            "--config.data.template=chat"
         )
     return prompt[0]["content"]
 

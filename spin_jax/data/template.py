@@ -24,7 +24,7 @@ _STOPPED_CLOCK = (
     + "".join(f"|replace('%{one}', '{_DATE.strftime(f'%{one}')}')" for one in _DIRECTIVES)
     + " }}{% endmacro %}\n"
 )
-_OTHER_TEMPLATE = "or set --config.data.template=paper (in Python: template='paper')"
+_OTHER_TEMPLATE = "or set --config.data.template=paper"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ def test_paper_from_python(tiny_model, tmp_path):
     """What the refusal of a tokenizer without a chat template advises."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "chat_template.jinja").unlink()
-    with pytest.raises(spin_jax.UserError, match=r"in Python: template='paper'\)$"):
+    with pytest.raises(spin_jax.UserError, match='or set template="paper"$'):
         spin_jax.load(model)
     loaded = spin_jax.load(model, template="paper")
     assert len(loaded.sample(["abc"], max_new_tokens=4)) == 1
