@@ -79,6 +79,8 @@ def writing(path: epath.PathLike) -> Iterator[None]:
             free = _free(where) if code in _REMEDIES else ""
             remedy = _REMEDIES.get(code, "mend that, or write elsewhere")
             raise UserError(f"{where} cannot be written: {os.strerror(code)}{free}; {remedy}") from error
+        if isinstance(error, OSError):  # epath's own have no number
+            raise UserError(f"{path} cannot be written: {first_line(error)}; mend that, or write elsewhere") from error
         if isinstance(error, ImportError) and is_remote(path):
             raise UserError(f"{path}: gs:// needs a package that is not installed: pip install gcsfs") from error
         if is_remote(path):  # its client raises what it likes

@@ -201,7 +201,7 @@ def _read_note(workdir: epath.Path) -> dict:
         return {}
     with reading(path, "put a copy back; or delete it, and settings, data and model go unchecked"):
         note = json.loads(path.read_text())
-        if not isinstance(note, dict):
+        if not isinstance(note, dict) or not isinstance(note.get("start") or {}, dict):
             raise TypeError("not an object")
         return note
 

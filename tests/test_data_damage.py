@@ -48,6 +48,13 @@ def test_another_thing_under_the_name_of_data(tmp_path, suffix, content, message
     assert message in refusal(path)
 
 
+@pytest.mark.parametrize("content, suffix", [(b"PAR1\x15\x04", ".parquet"), (b"\xef\xbb\xbf[\n {}\n]", ".json")])
+def test_a_whole_file_that_is_called_lines(tmp_path, content, suffix):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    assert refusal(path) == f"{path} is no file of one object a line: name it {suffix}"
+
+
 def test_empty_files(tmp_path):
     for name in ("a.json", "a.parquet"):
         (tmp_path / name).write_bytes(b"")

@@ -269,7 +269,45 @@ def test_a_response_marked_as_bad_is_left_out(tmp_path):
     """KTO's rows."""
     rows = [{"prompt": "q", "completion": "a", "label": label} for label in (True, False, 0, "no")]
     assert [example.row for example in read(tmp_path, rows)] == [0, 2, 3]
-    assert skipped(tmp_path, rows) == ["a response marked as unwanted (label is false)"]
+    rows.append({"messages": [*Q, assistant("a")], "kto_tag": False})
+    reasons = [f"a response marked as unwanted ({name} is false)" for name in ("label", "kto_tag")]
+    assert skipped(tmp_path, rows) == reasons
+
+
+def test_questions_and_answers_may_be_turns(tmp_path):
+    """TRL's conversational rows, among plain ones."""
+    turns = [system("s"), user("1+1?"), assistant("2"), user("q")]
+    rows = [
+        {"prompt": turns, "completion": [assistant("a")]},
+        {"prompt": "q", "response": [assistant("a")], "system": "s"},
+        {"instruction": Q, "input": "i", "output": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "completion": [*Q, assistant("a")]},
+        {"prompt": [], "completion": "a"},
+    ]
+    assert read(tmp_path, rows) == [
+        Example(0, tuple(turns), "a"),
+        Example(1, (system("s"), *Q), "a"),
+        Example(2, (user("q\n\ni"),), "a"),
+        Example(3, Q, "a"),
+    ]
+    assert skipped(tmp_path, rows) == ["a response that holds other turns than the assistant's", "empty prompt"]
+    assert load_prompts(write_lines(tmp_path / "a.jsonl", rows[:2])) == [turns, [system("s"), *Q]]
+
+
+@pytest.mark.parametrize(
+    "row, column, example",
+    [
+        ({"prompt": "q", "chosen": "a"}, "response", Example(0, Q, "a")),
+        ({"prompt": [*Q], "chosen": [assistant("a")]}, "response", Example(0, Q, "a")),
+        ({"prompt": "q", "chosen": [*Q, assistant("a")]}, "messages", Example(0, Q, "a")),
+        ({"chosen": [*Q, assistant("a")]}, "messages", Example(0, Q, "a")),
+    ],
+)
+def test_the_advice_on_preferences_can_be_followed(tmp_path, row, column, example):
+    with pytest.raises(UserError, match=f"to learn from one of them, call it {column}$"):
+        read(tmp_path, [row])
+    assert read(tmp_path, [row | {column: row["chosen"], "chosen": None}]) == [example]
 
 
 # ---- text that cannot be encoded

@@ -110,7 +110,7 @@ def test_python_md(snippets):
     assert pathlib.Path("runs/first/iteration_0/metrics.jsonl").exists()
     assert names["metrics"]["rewards/margin"] > 0  # after a step with a learning rate
     params = names["model"].params
-    _, metrics = names["step"](names["init_state"](params, names["optimizer"]), params, names["batch"])
+    _, metrics, _ = names["step"](names["init_state"](params, names["optimizer"]), params, names["batch"])
     assert float(metrics["loss"]) == pytest.approx(math.log(2), abs=1e-6)
 
 

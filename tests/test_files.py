@@ -133,6 +133,12 @@ def test_an_object_store_without_its_package_is_one_line():
             files.write_whole("gs://bucket/file", "x")
 
 
+def test_a_directory_in_the_place_of_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(UserError, match=rf"^{tmp_path}/file cannot be written: .* is a directory; mend that, or write"):
+        files.write_whole(tmp_path / "file", "x")
+
+
 def test_other_errors_are_left_alone(tmp_path):
     with pytest.raises(ZeroDivisionError), files.writing(tmp_path):
         1 / 0  # noqa: B018

@@ -120,6 +120,18 @@ def test_fields_of_the_wrong_kind(model):
     assert "a file beside it is damaged (TypeError: Special token eos_token has to be" in refusal(model)
 
 
+def test_a_config_json_that_transformers_does_not_take(model):
+    edit(model / "config.json", tie_word_embeddings=None)
+    assert refusal(model).startswith(f"{model / 'config.json'}: transformers does not take it (StrictDataclassField")
+    assert "tie_word_embeddings" in refusal(model)
+
+
+def test_a_link_whose_file_is_gone(model):
+    (model / "tokenizer_config.json").unlink()
+    (model / "tokenizer_config.json").symlink_to("nowhere")
+    assert refusal(model) == f"{model / 'tokenizer_config.json'}: not found"
+
+
 @pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja"])
 def test_a_template_that_is_no_text(model, name):
     (model / name).parent.mkdir(exist_ok=True)

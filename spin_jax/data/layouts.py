@@ -14,6 +14,7 @@ CONTEXTS = ("input", "context")  # put after the question
 SYSTEMS = ("system", "system_prompt", "system_message")
 PREFERENCES = ("chosen", "rejected")  # two answers to choose between, which are not read
 TOOLS = ("tools", "functions", "tool_calls", "function_call")  # of a row or of a turn
+UNWANTED = ("label", "kto_tag")  # false where a response is one to avoid
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 ACCEPTED_COLUMNS = (
     "messages (role/content), conversations or conversation (from/value), real + generated, "
@@ -108,8 +109,11 @@ def detect_layout(row: Fields, answered: bool = True, otherwise: str | None = No
     if layout:
         return layout
     columns = f"columns {', '.join(every)} fit no known layout"
-    if row.held(*PREFERENCES):
-        raise UserError(f"{columns}: chosen and rejected are not read; to learn from one of them, call it {ANSWERS[0]}")
+    if liked := row.held(*PREFERENCES):
+        turns = row.values[liked[0]]
+        is_whole = not row.held(*QUESTIONS) or (isinstance(turns, list) and len(turns) > 1)
+        name = "messages" if is_whole else ANSWERS[0]
+        raise UserError(f"{columns}: chosen and rejected are not read; to learn from one of them, call it {name}")
     raise UserError(f"{columns}; accepted: {ACCEPTED_COLUMNS}")
 
 
@@ -132,12 +136,21 @@ def read_conversation(row: Fields, *columns: str) -> list[Message]:
 
 
 def _read_exchange(row: Fields, questions: Sequence[str], answers: Sequence[str]) -> list[Message]:
-    """A question and, where `answers` has names, its answer."""
-    texts = [row.text(*questions), *map(row.text, row.held(*CONTEXTS))]
-    turns = [*_history(row), message("user", "\n\n".join(text for text in texts if _holds(text)))]
-    if answers:
-        turns.append(message("assistant", row.text(*answers)))
-    return _with_system(row, turns)
+    """A question and, where `answers` has names, its answer: each a text, or a list of turns."""
+    turns = [*_history(row), *_turns_of(row, "user", *questions)]
+    texts = [turns[-1]["content"], *map(row.text, row.held(*CONTEXTS))]
+    turns[-1] = message(turns[-1]["role"], "\n\n".join(text for text in texts if _holds(text)))
+    answer = _turns_of(row, "assistant", *answers) if answers else []
+    if any(turn["role"] != "assistant" for turn in answer):
+        raise Unusable("a response that holds other turns than the assistant's")
+    return _with_system(row, turns + answer)
+
+
+def _turns_of(row: Fields, role: str, *columns: str) -> list[Message]:
+    value = row.get(*columns)
+    if isinstance(value, dict) or (isinstance(value, list) and all(isinstance(turn, dict) for turn in value)):
+        return read_turns(row, *columns)
+    return [message(role, row.text(*columns))]
 
 
 # (row, whether an answer is wanted) -> its turns

@@ -25,6 +25,7 @@ _NO_ROWS = (
     (codecs.BOM_UTF16_LE, "UTF-16 text: save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16 text: save it as UTF-8"),
 )
+_MISNAMED = ((b"PAR1", ".parquet"), (b"[", ".json"))  # how files begin that are called .jsonl, and should not be
 _STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # what etils reads them with
 
 
@@ -132,9 +133,13 @@ def _read_file(path: epath.Path) -> Iterator[tuple[Place, object]]:
 def _check_beginning(path: epath.Path) -> None:
     with path.open("rb") as file:
         beginning = file.read(64)
+    start = beginning.removeprefix(codecs.BOM_UTF8).lstrip()
     for prefix, what in _NO_ROWS:
-        if beginning.lstrip().startswith(prefix):
+        if start.startswith(prefix):
             raise UserError(f"{path} is {what}")
+    for prefix, suffix in _MISNAMED:
+        if start.startswith(prefix) and path.suffix.lower() in (".jsonl", ".ndjson"):
+            raise UserError(f"{path} is no file of one object a line: name it {suffix}")
     if not beginning and path.suffix.lower() in (".json", ".parquet"):  # no lines are no rows
         raise UserError(f"{path} is empty: copy or download it again")
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from spin_jax.data.layouts import (
     LAYOUTS,
+    UNWANTED,
     Fields,
     Message,
     Unusable,
@@ -290,8 +291,9 @@ def _open(row: object, layout: str, known: str | None, answered: bool = True) ->
 
 
 def _read_example(index: int, fields: Fields, layout: str, turns: Sequence[Message], turn: str) -> Example:
-    if fields.values.get("label") is False:
-        raise Unusable("a response marked as unwanted (label is false)")
+    for name in UNWANTED:
+        if fields.values.get(name) is False:
+            raise Unusable(f"a response marked as unwanted ({name} is false)")
     prompt, response = exchange(fields, turns, "last" if layout == "pairs" else turn)
     _check_asked(prompt)
     if not response.strip():

@@ -27,6 +27,7 @@ def load_tokenizer(directory: pathlib.Path) -> "PreTrainedTokenizerBase":
     model = directory / "tokenizer.model"
     if model.exists():  # an empty one would be read without complaint
         read_bytes(model)
+    read_json_if_there(directory / "tokenizer_config.json")  # so would a link whose file is gone
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain ones, transformers any kind
@@ -63,6 +64,8 @@ def own_stop_ids(directory: pathlib.Path) -> tuple[int, ...]:
 
 def _why_not(directory: pathlib.Path, error: Exception) -> str:
     """What is wrong with a tokenizer that could not be loaded, and what to do about it."""
+    from huggingface_hub.errors import StrictDataclassError
+
     for file in (file for pattern in _READ for file in directory.glob(pattern)):
         try:
             read_json(file) if file.suffix == ".json" else file.read_text(encoding="utf-8")
@@ -77,6 +80,8 @@ def _why_not(directory: pathlib.Path, error: Exception) -> str:
             "tokenizer.json is read, or save it as a fast tokenizer where you trust the code"
         )
     what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if isinstance(error, StrictDataclassError):
+        return f"{directory / 'config.json'}: transformers does not take it ({what}): mend that value"
     if (directory / "tokenizer.json").exists():
         return f"{directory / 'tokenizer.json'} or a file beside it is damaged ({what}): download the tokenizer again"
     if not model.exists():

@@ -203,6 +203,12 @@ def test_what_can_be_made_again_is_made_again(finished, workdir, name, damage):
     assert (workdir / name).stat().st_size == (finished.workdir / name).stat().st_size
 
 
+def test_a_note_of_another_kind_is_named(finished, workdir):
+    edit(workdir / "config.json", start="this model")
+    message = refusal(finished.config, workdir)
+    assert message.startswith(f"{workdir}/config.json cannot be read (not an object): put a copy back"), message
+
+
 @pytest.mark.parametrize("damage", [damage(b"[]"), truncate])
 @pytest.mark.parametrize(
     ("name", "advice"),
