@@ -166,8 +166,11 @@ def spin(
         UserError: one line on what is wrong with the config or an example, or that `workdir` was begun with other
             examples or another model, or is in use.
     """
+    lines, overrides = _lines(examples), dict(overrides or {})
+    if given := [field for field in ("model.path", "data.train") if field in overrides]:
+        raise UserError(f"--config.{given[0]} is what `model` and `examples` say: leave it out")
     workdir = make(_local(workdir))
-    data, lines = workdir / "examples.jsonl", "".join(json.dumps(dict(example)) + "\n" for example in examples)
+    data = workdir / "examples.jsonl"
     start = workdir / "start"  # the model as it is in memory, which need not be what its directory holds
     config = base_config()
     from_model = {
@@ -175,7 +178,7 @@ def spin(
         "data.template": model.chat.name,
         "data.parse_special_tokens": not model.chat.codec.kept,
     }
-    override(config, from_model | {"data.train": os.fspath(data)} | dict(overrides or {}))
+    override(config, from_model | {"data.train": os.fspath(data)} | overrides)
     validate(config)
     with held(workdir, f"workdir={workdir}"):
         if (workdir / "config.json").exists() and data.exists() and data.read_text() != lines:
@@ -190,6 +193,19 @@ def spin(
         self_play(config, workdir)
     last = workdir / f"iteration_{config.iterations - 1}" / "model"
     return load(last, template=config.data.template, parse_special_tokens=config.data.parse_special_tokens)
+
+
+def _lines(examples: Sequence[Mapping]) -> str:
+    """The examples as a JSONL file holds them."""
+    if isinstance(examples, str | os.PathLike):
+        raise UserError(f"examples must be a list of rows, not {os.fspath(examples)!r}: read the file first")
+    lines = []
+    for number, example in enumerate(examples):
+        try:
+            lines.append(json.dumps(dict(example)) + "\n")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"example {number} is no row of JSON ({error}): write a dict of texts") from None
+    return "".join(lines)
 
 
 @_in_python

@@ -97,6 +97,22 @@ def test_an_example_that_is_wrong_is_named(model, tmp_path):
         spin_jax.spin(model, rows, tmp_path, tiny_files.SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("examples", "overrides", "message"),
+    [
+        ("rows.jsonl", {}, "examples must be a list of rows, not 'rows.jsonl': read the file first"),
+        (["abc"], {}, "example 0 is no row of JSON"),
+        ([{"prompt": "a", "response": {1, 2}}], {}, "example 0 is no row of JSON (Object of type set"),
+        ([], {"data.train": "rows.jsonl"}, '"data.train" is what `model` and `examples` say: leave it out'),
+    ],
+)
+def test_what_is_no_list_of_rows_is_refused_before_anything_is_written(model, tmp_path, examples, overrides, message):
+    with pytest.raises(spin_jax.UserError) as refused:
+        spin_jax.spin(model, examples, tmp_path / "run", overrides)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_directory_without_a_model_is_refused_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_files.HUGGINGFACE))
     with pytest.raises(spin_jax.UserError) as refused:
