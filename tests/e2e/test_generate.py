@@ -148,7 +148,7 @@ def test_killed_between_two_batches_it_goes_on_and_mixes_nothing(tiny_model, pro
             spin_jax.answer(model, prompts, out, SETTINGS | changes)
         return str(refused.value)
 
-    assert 'another "seed": delete it, give another out, or' in refusal(seed=7)
+    assert 'another "seed": delete it, or go on as' in refusal(seed=7)
     assert 'another "generate.temperature":' in refusal(**{"generate.temperature": 0.5})
     fewer = tiny_files.write_jsonl(tmp_path / "fewer.jsonl", tiny_files.make_rows()[1:])
     assert "another list of prompts:" in refusal(fewer)
