@@ -21,6 +21,7 @@ from spin_jax.errors import UserError
 from spin_jax.score import (
     Parts,
     check_finite,
+    delete_parts,
     held_out_rewards,
     nats_per_token,
     read_scores,
@@ -164,6 +165,34 @@ def test_a_pass_that_was_cut_goes_on_where_it_was(tmp_path):
     assert asked == [2, 3, 4, 5, 6, 7]
 
 
+def test_an_evaluation_that_was_cut_goes_on_where_it_was(tmp_path):
+    """Its batches hold as many pairs as fit, one more and the next fewer."""
+    mesh = sharding.one_device_mesh()
+    plan, compute = plan_scoring(PAIRS, 6, Packing(1, 8, 64)), models.Compute(mesh=mesh)
+    assert len({sum(map(len, rows)) for rows in plan.batches}) > 1 and len(plan.batches) > 3
+    scorer, calls = programs.make_scorer(tiny.CONFIG, compute), []
+
+    def run(parts, stop_at=None):
+        def logprobs(*arguments):
+            if len(calls) == stop_at:
+                raise Cut
+            calls.append(None)
+            return scorer(*arguments)
+
+        placed = sharding.batch_sharding(mesh)
+        return score(logprobs, tiny.params(), tiny.CONFIG, PAIRS, plan, sharding=placed, name="", parts=parts)
+
+    whole = run(None)
+    calls.clear()
+    with pytest.raises(Cut):
+        run(Parts(tmp_path, "key", 1, "evaluation-part"), stop_at=2)
+    calls.clear()
+    np.testing.assert_array_equal(run(Parts(tmp_path, "key", 1, "evaluation-part")), whole)
+    assert len(calls) == len(plan.batches) - 2
+    delete_parts(tmp_path, "evaluation-part")
+    assert not list(tmp_path.iterdir())
+
+
 def test_scores_are_read_for_what_they_were_made_of(tmp_path, caplog):
     plan, logps = plan_of(PAIRS, 8, 1, Packing(1, 8, 32)), np.full((4, 8, 2), -1.5, np.float32)
     compute = models.Compute(mesh=sharding.one_device_mesh())
@@ -181,8 +210,9 @@ def test_scores_are_read_for_what_they_were_made_of(tmp_path, caplog):
         "dtype": scores_key(PAIRS, plan, models.Compute(mesh=compute.mesh, dtype=jnp.bfloat16)),
         "mesh": scores_key(PAIRS, plan, models.Compute(mesh=sharding.make_mesh())),
         "parts": scores_key(PAIRS, plan, compute, micro_batches=2),
+        "model": scores_key(PAIRS, plan, compute, model={"weights": "others"}),
     }
-    assert len({key, *others.values()}) == 6
+    assert len({key, *others.values()}) == 7
     with caplog.at_level(logging.WARNING):
         assert read_scores(path, others["mesh"]) is None
         path.write_bytes(path.read_bytes()[:-40])
