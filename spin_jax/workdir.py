@@ -136,7 +136,8 @@ def _is_fixed(field: str, now: dict, before: dict, workdir: epath.Path) -> bool:
         return False
     if field in PER_ITERATION:
         begun = itertools.takewhile(lambda t: _has(workdir / f"iteration_{t}", _TRAINED), itertools.count())
-        return any(config_lib.at_iteration(now[field], t) != config_lib.at_iteration(before[field], t) for t in begun)
+        was = before[field] or [None]  # a note that somebody has emptied
+        return any(config_lib.at_iteration(now[field], t) != config_lib.at_iteration(was, t) for t in begun)
     return _has(workdir, next((made for name, made in _STAGES if _is_one_of(field, [name])), _ANYTHING))
 
 

@@ -232,6 +232,11 @@ def test_a_file_of_unknown_kind(tmp_path):
         load_examples(str(tmp_path / "a.csv"))
 
 
+def test_a_hub_without_a_name_is_refused():
+    with pytest.raises(UserError, match="hub:: names no data set; write hub:org/name"):
+        load_examples("hub:")
+
+
 @pytest.mark.parametrize("source", ["some-org/some-data", "hub:some-data", "some-org/some-data:main"])
 def test_the_hub_out_of_reach_says_what_to_do(source):
     pytest.importorskip("datasets")

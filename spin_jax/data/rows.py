@@ -225,6 +225,8 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[Place, object]]:
     import datasets
 
     repository, _, config = name.partition(":")
+    if not repository:
+        raise UserError(f"hub:{name}: names no data set; write hub:org/name, or hub:org/name:config")
     try:
         data = datasets.load_dataset(repository, config or None, split=split)
     except Exception as error:  # of `datasets`, of the Hub's client and of all that reads files for them

@@ -221,12 +221,15 @@ def read_prompts(prompts: Sequence[str | Sequence[Message]]) -> list[list[Messag
 
 
 def _turns_of(prompt: str | Sequence[Message]) -> list[Message]:
-    if isinstance(prompt, str):
-        return [message("user", prompt)]
+    given = list(prompt) if isinstance(prompt, tuple) else prompt
     try:
-        return read_turns(Fields({"prompt": list(prompt) if isinstance(prompt, tuple) else prompt}), "prompt")
+        turns = [message("user", given)] if isinstance(given, str) else read_turns(Fields({"prompt": given}), "prompt")
+        _check_asked(turns)
     except Unusable as reason:
         raise UserError(f"{reason} cannot be asked") from None
+    if turns[-1]["role"] != "user":
+        raise UserError("it ends in the assistant's turn: end it with the user's, which is what is answered")
+    return turns
 
 
 def encodable(text: str) -> str:

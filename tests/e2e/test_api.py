@@ -131,6 +131,8 @@ def test_the_model_in_memory_is_what_plays(model, tmp_path):
     "prompts, settings, message",
     [
         ("abc", {}, "prompts must be a list"),
+        (["abc", " "], {}, "prompt 1: empty prompt cannot be asked"),
+        ([[{"role": who, "content": "a"} for who in ("user", "assistant")]], {}, "ends in the assistant's turn"),
         (["abc"], {"max_new_tokens": 0}, "^max_new_tokens=0 must be at least 1"),
         (["abc"], {"temperature": -1.0}, "^temperature=-1.0 must be at least 0"),
         (["abc"], {"max_new_tokens": 2.5}, "^max_new_tokens=2.5 must be a whole number"),

@@ -256,6 +256,19 @@ def test_an_iteration_that_is_all_warm_up_is_refused(tiny_model, tiny_data, tmp_
         open_run(tiny_files.make_config(tiny_model, tiny_data, one_step), tmp_path)
 
 
+def test_steps_are_counted_for_every_stage_and_response(tiny_model, tiny_data, tmp_path):
+    """SFT's failures name SPIN's fields no more, and two responses to a prompt are two pairs."""
+    one_batch = {"train.batch_size": 16, "train.micro_batches": 1}
+    with pytest.raises(UserError, match=r"1 step\(s\) of training are all warm-up: raise --config.sft.epochs"):
+        changes = one_batch | {"sft.epochs": 1.0, "train.epochs": 2.0}
+        open_run(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path)
+    with pytest.raises(UserError, match=r"16 rows x 0.5 epochs do not fill one batch of 16: .* or raise --config.sft"):
+        changes = one_batch | {"sft.epochs": 0.5, "train.epochs": 2.0}
+        open_run(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path)
+    two = one_batch | {"train.epochs": 1.0, "generate.responses": 2}
+    open_run(tiny_files.make_config(tiny_model, tiny_data, two), tmp_path)
+
+
 def test_a_workdir_that_is_a_file_is_refused(tiny_model, tiny_data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
