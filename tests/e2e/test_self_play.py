@@ -216,6 +216,20 @@ def test_a_live_opponent_gives_the_losses_of_a_stored_one(finished, tiny_model, 
         )
 
 
+def test_scores_of_another_mesh_are_made_anew(tiny_model, tiny_data, tmp_path, caplog):
+    """They would differ from the policy's log-probs by rounding."""
+    changes = {"iterations": 1, "model.compute_dtype": "bfloat16", "spin.beta": (5.0,)}
+    self_play(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path, ["generate", "score"])
+    before = read_scores(tmp_path, 0)["logps"]
+    self_play(tiny_files.make_config(tiny_model, tiny_data, changes | {"mesh.data": 2, "mesh.tensor": 2}), tmp_path)
+    assert any("steps.npz holds scores of another" in message for message in caplog.messages)
+    assert (read_scores(tmp_path, 0)["logps"] != before).any()
+    first, second = read_metrics(tmp_path / "iteration_0" / "metrics.jsonl")
+    for row in (first, second):  # the first step is of the warm-up, and changes nothing
+        assert row["rewards/real"] == row["rewards/generated"] == row["rewards/margin"] == 0
+        assert row["loss"] == pytest.approx(np.log(2), rel=1e-6)
+
+
 def test_other_settings_in_the_same_workdir_are_refused(finished, tiny_model, tiny_data):
     changed = tiny_files.make_config(tiny_model, tiny_data, {"spin.beta": (0.2,), "seed": 1})
     with pytest.raises(UserError, match=r"config.seed was 42 and is now 1, --config.spin.beta was \[0.1\] and is now"):
