@@ -67,7 +67,7 @@ def with_length(model: models.ModelConfig, length: int, tokens: int) -> dict:
     rng = np.random.default_rng(0)
     parts = (length // 4, length * 3 // 8, length * 3 // 8)
     pairs = [
-        Pair(0, 0, *(rng.integers(1, model.vocab_size, n, np.int32) for n in parts), False, False, -1.0, -1.0)
+        Pair(0, 0, *(rng.integers(1, model.vocab_size, n, np.int32) for n in parts), False, False)
         for _ in range(tokens // length)
     ]
     kinds = ["tiled", "plain"] if model.num_heads * length * tokens * 4 <= PLAIN_BYTES else ["tiled"]

@@ -2,11 +2,16 @@
 
 import os
 import pathlib
+import signal
+import threading
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight virtual CPU devices, so that sharded programs run for real in the default tests.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background without it
 
 import jax  # noqa: E402  (after the flags above)
 import pytest  # noqa: E402

@@ -82,7 +82,7 @@ def exchange(arguments: tuple):
     assert refusal(hosts.on_first, lambda: mistaken(3)) == "row 3 is wrong"
     config = tiny_files.make_config("model", "data", {"seed": 7 * process})
     assert refusal(workdir.check_alike, config) == (
-        "config.seed is 0 for process 0 and 7 for process 1: start all with the same settings"
+        "--config.seed is 0 for process 0 and 7 for process 1: start all with the same settings"
     )
     workdir.check_shared(pathlib.Path(directory))
     own = pathlib.Path(directory) / str(process)

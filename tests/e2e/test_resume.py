@@ -301,7 +301,7 @@ def test_answers_hold_their_place(tiny_model, tiny_data, tmp_path):
     parts.mkdir()
     other = lease.Lease("elsewhere", lease._machine(), 1, lease._began(1), "other", 0)
     (parts / lease.FILE_NAME).write_text(json.dumps(vars(other)))
-    with pytest.raises(UserError, match=f"^--out={out} is in use by process 1 on elsewhere: "):
+    with pytest.raises(UserError, match=f'^out="{out}" is in use by process 1 on elsewhere: '):
         spin_jax.answer(tiny_model, tiny_data, out, tiny_files.SETTINGS)
     (parts / lease.FILE_NAME).unlink()
     spin_jax.answer(tiny_model, tiny_data, out, tiny_files.SETTINGS)
