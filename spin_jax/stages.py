@@ -37,7 +37,7 @@ from spin_jax.score import (
 from spin_jax.stage_pairs import NOTHING, pairs_of, sft_pair, sft_pairs, write_responses
 from spin_jax.stop_strings import stop_table
 from spin_jax.tokens import tokenise
-from spin_jax.training_stage import export_model, first_state, fit_sft, fit_stage, is_trained, spin_stage
+from spin_jax.training_stage import TrainingStage, export_model, first_state, fit_sft, fit_stage, is_trained, spin_stage
 
 # How far from l(0) an iteration's first loss may be. A stored opponent's log-probs are the step's own, and nothing but
 # the order of the sum over pairs is left. A live one is another part of the program, which a compiler may round
@@ -93,12 +93,14 @@ def score_pairs(run: Run, t: int) -> None:
     """The opponent's log-probs of the pairs of every training step, `scores/steps.npz`, and of the held-out ones,
     `scores/held_out.npz`.
 
-    Nothing is done where they are there, made by the programs that this run trains with. With a live opponent only the
-    held-out pairs are scored.
+    Nothing is done where they are there, made by the programs that this run trains with, nor once the iteration has
+    trained. With a live opponent only the held-out pairs are scored.
     """
+    if is_trained(run.iteration(t)):
+        return
     _held_out_scores(run, t)
     if run.config.spin.opponent == "stored":
-        _step_scores(run, t)
+        _step_scores(run, t, spin_stage(run, t))
 
 
 @memory.tells("train", memory.for_training)
@@ -112,7 +114,7 @@ def train_policy(run: Run, t: int) -> None:
     if not stage.spec.live:
         if not hosts.on_first(_steps_path(run, t).exists):
             raise UserError(f"{_steps_path(run, t)} is missing: run the score stage of iteration {t} first")
-        logps = _step_scores(run, t)
+        logps = _step_scores(run, t, stage)
     start_loss = float(LOSSES[stage.spec.loss](0.0)), START_TOLERANCE[run.config.spin.opponent]
     make_batch = stage.make_batch(run, logps)
     export_model(run, directory, fit_stage(run, stage, make_batch, directory, f"iteration {t}: train", start_loss))
@@ -234,11 +236,10 @@ def _steps_path(run: Run, t: int) -> epath.Path:
     return run.iteration(t) / "scores" / "steps.npz"
 
 
-def _step_scores(run: Run, t: int) -> np.ndarray:
+def _step_scores(run: Run, t: int, stage: TrainingStage) -> np.ndarray:
     """log p_t of the pairs of each training step of iteration t, [steps, pairs of a batch, 2]: stored, or computed and
     stored. Those of another mesh or version of jax are made anew: they would not cancel."""
-    path, stage = _steps_path(run, t), spin_stage(run, t)
-    model = run.identity_of(stage.start)
+    path, model = _steps_path(run, t), run.identity_of(stage.start)
     key = scores_key(stage.pairs, stage.plan, run.compute, stage.spec.micro_batches, model)
     logps = hosts.on_first(lambda: read_scores(path, key))
     if logps is None:

@@ -228,6 +228,12 @@ def test_scores_of_another_mesh_are_made_anew(tiny_model, tiny_data, tmp_path, c
     for row in (first, second):  # the first step is of the warm-up, and changes nothing
         assert row["rewards/real"] == row["rewards/generated"] == row["rewards/margin"] == 0
         assert row["loss"] == pytest.approx(np.log(2), rel=1e-6)
+    # Once the iteration has trained nobody needs them: a later start on another mesh scores nothing.
+    caplog.clear()
+    scored = {path: path.stat().st_mtime_ns for path in (tmp_path / "iteration_0" / "scores").iterdir()}
+    self_play(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "iteration_0" / "scores").iterdir()} == scored
+    assert not any("scored anew" in message for message in caplog.messages)
 
 
 def test_other_settings_in_the_same_workdir_are_refused(finished, tiny_model, tiny_data):
