@@ -158,5 +158,6 @@ def _root_of(error: BaseException) -> BaseException:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Orbax tells of an error in each of its threads and tasks, with its traceback, and raises it besides."""
-    return "orbax" not in record.pathname + record.getMessage()
+    """Orbax and tensorstore log an error in each of their threads, tasks and futures, and raise it besides."""
+    text = record.pathname + record.getMessage()
+    return not any(name in text for name in ("orbax", "tensorstore"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax import train as train_lib
@@ -246,6 +248,15 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_serves(whole, tmp_
     [told] = [record.getMessage() for record in caplog.records]  # of Orbax's own, none
     assert re.fullmatch(r".*/checkpoints/9 is damaged \(.+\): set aside as .*_damaged/9; .* goes on from step 6", told)
     assert int(saved_state(directory, whole[1]).step) == 9
+
+
+def test_what_is_raised_besides_is_not_logged(tmp_path, caplog):
+    with Checkpoints(epath.Path(tmp_path)):
+        pass
+    left_behind = "Future exception was never retrieved\nfuture: <ValueError('OUT_OF_RANGE: [tensorstore_spec=...]')>"
+    logging.getLogger("asyncio").error(left_behind)
+    logging.getLogger("asyncio").error("another's")
+    assert caplog.messages == ["another's"]
 
 
 def test_with_all_checkpoints_damaged_the_stage_begins_anew(whole, tmp_path, caplog):
