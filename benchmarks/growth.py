@@ -24,7 +24,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import packed_step  # noqa: E402
 
-from spin_jax import models, programs, sharding  # noqa: E402
+from spin_jax import auto, models, programs, sharding  # noqa: E402
 from spin_jax.batches import Packing, plan_training, put, spin_batch  # noqa: E402
 from spin_jax.config import base_config  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
@@ -89,6 +89,7 @@ def make_stepper(model: models.ModelConfig, pairs: list[Pair], length: int, atte
     config = base_config()
     config.model.attention = attention
     mesh = sharding.one_device_mesh()
+    config = auto.choose(config, model, list(mesh.devices.flat))
     compute = programs.make_compute(config.model, model, mesh)
     shardings = models.param_shardings(mesh, model)
     params = jax.jit(lambda: models.init_params(model, jax.random.key(0)), out_shardings=shardings)()
@@ -118,7 +119,7 @@ def with_devices(name: str, tensor: int | None) -> dict:
     found = packed_step.report(config, name, packed_step.draw(config, packed_step.PAIRS))
     mesh = {axis: size for axis, size in config.mesh.items() if axis in ("data", "fsdp", "tensor")}
     one = {"slice": name, "devices": devices, "mesh": mesh, "seconds": dict(found.work.seconds)}
-    one |= {"bytes": found.total_bytes, "mfu": found.mfu, "remat": config.model.remat}
+    one |= {"bytes": found.total_bytes, "mfu": found.mfu}
     pairs = packed_step.PAIRS / sum(one["seconds"].values())
     parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in one["seconds"].items())
     print(

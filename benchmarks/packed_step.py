@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from spin_jax import compile_check  # noqa: E402
+from spin_jax import auto, compile_check  # noqa: E402
 from spin_jax.batches import Packing, plan_training  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.slices import GiB, find_slice  # noqa: E402
@@ -66,7 +66,9 @@ def load_config(argument: str) -> ConfigDict:
     spec = importlib.util.spec_from_file_location("zephyr_7b", ROOT / "configs" / "zephyr_7b.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(argument)
+    config = module.get_config(argument)
+    config.train.row_length = auto.ROW_LENGTH_TPU
+    return config
 
 
 def fill(config: ConfigDict, ways: int, batches: int) -> float:

@@ -28,7 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from spin_jax import models, programs, sharding  # noqa: E402
+from spin_jax import auto, models, programs, sharding  # noqa: E402
 from spin_jax.batches import (  # noqa: E402
     Packing,
     Plan,
@@ -57,6 +57,7 @@ class Player:
         self.placed = sharding.batch_sharding(self.mesh)
         shardings = models.param_shardings(self.mesh, models.read_config(pathlib.Path(directory)))
         self.model, params = models.load(directory, shardings=shardings)
+        config = auto.choose(config, self.model, list(self.mesh.devices.flat))
         compute = programs.make_compute(config.model, self.model, self.mesh)
         self.training = programs.make_training(programs.spin_spec(config, self.model, compute, 0, steps))
         self.scorer = programs.make_scorer(self.model, compute)

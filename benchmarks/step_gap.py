@@ -27,7 +27,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from etils import epath  # noqa: E402
 
-from spin_jax import models, programs, sharding, toy  # noqa: E402
+from spin_jax import auto, models, programs, sharding, toy  # noqa: E402
 from spin_jax.batches import Packing, batch_order, plan_training, put, spin_batch  # noqa: E402
 from spin_jax.config import base_config  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
@@ -42,7 +42,7 @@ class Training:
     """The programs of a training stage, and its batches."""
 
     def __init__(self, model: models.ModelConfig, pairs: int, length: int, steps: int):
-        config = base_config()
+        config = auto.choose(base_config(), model, jax.devices())
         self.mesh, self.model = sharding.make_mesh(), model
         sharding.check_pairs(self.mesh, pairs, 1)
         compute = programs.make_compute(config.model, model, self.mesh)

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct on a CPU or one small accelerator: the whole job at a size that a laptop can carry.
 
-    python -m spin_jax.main --config=configs/smollm2_135m.py --workdir=runs/smollm2 \
+    python -m spin_jax.main --config=configs/smollm2_135m.py \
         --config.model.path=HuggingFaceTB/SmolLM2-135M-Instruct --config.data.train=FILE_OR_HUB_ID
 """
 
@@ -16,15 +16,10 @@ def get_config():
     config.data.max_length = 256
     config.data.max_prompt_length = 128
     config.generate.max_new_tokens = 64
-    config.generate.batch_size = 32
-    config.train.batch_size = (
-        16  # 256 pairs give 16 steps an epoch: few enough pairs that 64 a step would hardly move the policy
-    )
+    # 256 pairs give 16 steps an epoch: few enough pairs that 64 a step would hardly move the policy
+    config.train.batch_size = 16
     config.train.epochs = 1.0
     config.train.learning_rate = (2e-6,)  # 4x the paper's: 50x smaller a model, 50x fewer steps
-    config.train.micro_batches = 2
-    config.train.row_length = 2048
-    config.model.remat = "mlp"  # memory is left for both halves of the MLP: no matmul is made twice
     config.train.length_multiple = 64
     config.train.checkpoint_every = 8
     return config

@@ -76,19 +76,21 @@ on_workers() { # COMMAND: in the home directory of every worker of every slice
 
 # --- the machines
 
-# Types and images: https://cloud.google.com/tpu/docs/runtimes and the pages of v4, v5e, v5p and v6e beside it.
+# Types and images: https://cloud.google.com/tpu/docs/runtimes and the pages of each generation beside it.
 describe_slice() { # sets accelerator, devices of a slice and, unless it is given, runtime
     local image
     devices=${slice##*-}
     case $devices in '' | *[!0-9]*) devices=0 ;; esac
     case $slice in
-        v4-*) accelerator=$slice image=tpu-ubuntu2204-base devices=$((devices / 2)) ;; # it counts cores
-        v5e-*) accelerator=v5litepod-${slice#v5e-} image=v2-alpha-tpuv5-lite ;;
+        v2-* | v3-*) accelerator=$slice image=tpu-ubuntu2204-base ;; # cores, each of which is a device
+        v4-*) accelerator=$slice image=tpu-ubuntu2204-base devices=$((devices / 2)) ;; # cores, two of a device
+        v5e-* | v5litepod-*) accelerator=v5litepod-${slice##*-} image=v2-alpha-tpuv5-lite ;;
         v5p-*) accelerator=$slice image=v2-alpha-tpuv5 devices=$((devices / 2)) ;;
         v6e-*) accelerator=$slice image=v2-alpha-tpuv6e ;;
+        tpu7x-*) die "--slice=$slice is to be had through GKE alone: use launch/jobset.yaml" ;;
         *) devices=0 ;;
     esac
-    if [ "$devices" = 0 ]; then die "--slice=$slice is not a TPU slice: write v4-N, v5e-N, v5p-N or v6e-N"; fi
+    if [ "$devices" = 0 ]; then die "--slice=$slice is not a TPU slice: write v2-N, v3-N, v4-N, v5e-N, v5p-N or v6e-N"; fi
     runtime=${runtime:-$image}
 }
 
@@ -129,7 +131,7 @@ check() {
     case $config in *:*) named=${config#*:} named=${named%%,*} ;; esac
     case $named in
         "$slice" | '') ;;
-        v4-* | v5e-* | v5p-* | v6e-* | h100-* | cpu)
+        v[0-9]* | tpu7x-* | *[0-9]-[0-9]* | cpu)
             if [ -n "$slice" ]; then
                 die "--slice=$slice is not the slice of --config=$config: write --config=${config%%:*}:$slice"
             fi

@@ -17,12 +17,13 @@ import json
 import logging
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from spin_jax import auto, hosts, memory, models, programs
 from spin_jax import config as config_lib
-from spin_jax import hosts, memory, models, programs, sharding
 from spin_jax.data.chat import ChatFormat
 from spin_jax.data.sources import Message, as_messages, load_prompts
 from spin_jax.errors import UserError
@@ -67,8 +68,9 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
     parts = out.with_name(f"{out.name}.parts")
     hosts.on_first(lambda: _check_free(out))
     prompts = hosts.on_first(lambda: load_prompts(data.train, split=data.split, layout=data.layout, turn=data.turn))
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    player = open_player(config, config.model.path, mesh)
+    described = hosts.on_each(lambda: models.describe(config.model.path, config.model.revision or None))
+    config = hosts.on_first(lambda: auto.choose(config, described, jax.devices()))
+    player = open_player(config, config.model.path)
     tokens = hosts.on_first(lambda: _tokenise(player.chat, prompts, data))
     asked = [Prompt(row, ids, n) for row, ids in enumerate(tokens) for n in range(config.generate.responses)]
     with held(parts, f"--out={out}"):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from spin_jax import answers, memory, models, sharding
+from spin_jax.auto import choose
 from spin_jax.config import base_config, flatten, override, validate
 from spin_jax.data.chat import ChatFormat, load_chat
 from spin_jax.data.sources import Message, read_prompts
@@ -91,11 +92,13 @@ class Model:
         schema = flatten(base_config())
         for field, value in {"seed": seed, **{f"generate.{name}": value for name, value in chosen.items()}}.items():
             check_field(field, value, schema[field])
-        settings = base_config().generate.unlock()
-        settings.update(chosen)
+        config = base_config()
+        config.generate.update(chosen)
+        mesh = sharding.one_device_mesh()
+        config = choose(config, self.config, mesh.devices.flat)
+        settings = config.generate
         settings.batch_size = min(settings.batch_size, 1 << (len(prompts) - 1).bit_length())
-        training = make_compute(base_config().model, self.config, sharding.one_device_mesh())
-        compute = make_decode_compute(base_config(), self.config, training)
+        compute = make_decode_compute(config, self.config, make_compute(config.model, self.config, mesh))
         with memory.told("sample", _FOR_SAMPLE):
             responses = generate(
                 make_sampler(self.config, settings, self.chat.stop_ids, compute),

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError, as_flag, quoted
 from spin_jax.fields import check_names, did_you_mean
-from spin_jax.slices import SLICES
+from spin_jax.slices import is_slice
 
 EXIT_MISTAKE = 2
 
@@ -194,7 +194,7 @@ def _check_argument(file: str, argument: str | None, get_config: Callable | None
     except TypeError:
         if argument is None:
             raise UserError(f"its get_config() takes an argument: write --config={quoted(file)}:ARGUMENT") from None
-        hint = " (the compile check is told the slice by --slice)" if argument in SLICES else ""
+        hint = " (the compile check is told the slice by --slice)" if is_slice(argument) else ""
         raise UserError(f"its get_config() takes no argument: write --config={quoted(file)}{hint}") from None
 
 

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
-from spin_jax.slices import SLICES, GiB, Slice, find_slice
+from spin_jax.slices import GiB, Slice, find_slice, is_slice, smallest
 
 EXIT_TOO_LARGE = 1
 
@@ -66,12 +66,13 @@ def config_and_slice() -> tuple[ConfigDict, str]:
         UserError: a flag is missing, or config and slice are wrong.
     """
     command.require(config="configs/zephyr_7b.py:v5e-16")
-    named = command.config_file().partition(":")[2].partition(",")[0]
+    config = command.config()
+    named = next(filter(is_slice, command.config_file().partition(":")[2].split(",")), "")
     if not named:
         command.require(slice="v5e-16")
-    if _SLICE.value and named in SLICES and named != _SLICE.value:
+    if _SLICE.value and named and named != _SLICE.value:
         raise UserError(f"--slice={_SLICE.value} is not the slice of --config={command.config_file()}: leave it out")
-    config, name = command.config(), _SLICE.value or named
+    name = named or _SLICE.value
     find_slice(name)
     config.data.train = config.data.train or "not read here"
     config_lib.validate(config)
@@ -79,14 +80,19 @@ def config_and_slice() -> tuple[ConfigDict, str]:
 
 
 def _check_and_tell(config: ConfigDict, name: str, lengths: Sequence[tuple[int, int, int]] | None) -> int:
-    from spin_jax import aot
+    from spin_jax import aot, auto
+    from spin_jax.xla import compute_dtype
 
     target = find_slice(name)
+    model, devices, given = _model(config), aot.devices_of(target), config
+    config, dtype = auto.choose(given, model, devices), compute_dtype(given.model.compute_dtype, devices[0])
     reports = check(config, target, lengths, _LAYERS.value, _PROGRAMS.value, _CACHE.value)
     heading = f"{command.config_file()}: {target.devices} x {target.chip.name}, compiled by {aot.versions()}"
+    heading += f"\n{auto.what(given, config)}"
     print("\n\n".join([heading, memory_table(reports), *(describe(report) for report in reports)]))
     if _JSON.value:
         content = {"config": command.config_file(), "slice": name, "compiler": aot.versions()}
+        content |= {"chosen": auto.what(given, config), "estimate": auto.training_bytes(config, model, dtype)}
         content |= {"chip": dataclasses.asdict(target.chip), "programs": [report.as_json() for report in reports]}
         pathlib.Path(_JSON.value).write_text(json.dumps(content, indent=1) + "\n")
     too_large = [report for report in reports if not report.fits]
@@ -134,15 +140,12 @@ def check(
 
 
 def _model(config: ConfigDict):
-    """The description of the config's model, from its config.json or from what is known of it."""
+    """The description of the config's model."""
     from spin_jax import models, toy
-    from spin_jax.models.known import known
 
     if config.model.path == "toy:":
         return toy.model_config(config.toy)
-    path = config.model.path
-    described = None if os.path.isdir(path) else known(path)  # a directory of that name is what a run would take
-    return described or models.read_config(models.resolve(path, config.model.revision or None))
+    return models.describe(config.model.path, config.model.revision or None)
 
 
 # What is printed
@@ -192,7 +195,7 @@ def advice(config: ConfigDict, name: str, report) -> str:
     """What would make a program fit, as far as bytes a chip tell: fields to change, slices to take."""
     from spin_jax.sharding import mesh_sizes
 
-    train, generate, target = config.train, config.generate, SLICES[name]
+    train, generate, target = config.train, config.generate, find_slice(name)
     data, fsdp, tensor = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, target.devices)
     activations = report.bytes.get("activations", 0.0)
     room = report.limit - (report.total_bytes - activations)
@@ -210,9 +213,7 @@ def advice(config: ConfigDict, name: str, report) -> str:
             tries.append("--config.lora.rank=64")
     elif parts and generate.batch_size >= parts:
         tries.append(f"--config.generate.batch_size={generate.batch_size // parts}")
-    wanted = report.total_bytes * target.devices
-    larger = [other for other, s in SLICES.items() if s.topology and s.devices * s.chip.hbm_bytes > wanted]
-    if larger:
+    if larger := smallest(report.total_bytes * target.devices):
         tries.append(f"a slice with more memory ({', '.join(larger)})")
     if fsdp % 2 == 0:
         tries.append(f"--config.mesh.fsdp={fsdp // 2} with --config.mesh.tensor={2 * tensor}")

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from spin_jax import programs, sharding
+from spin_jax import auto, programs, sharding
 from spin_jax import slots as slots_lib
 from spin_jax.batches import Plan, empty_batch, forward_flops, plan_scoring, plan_training, spin_batch
 from spin_jax.data.pairs import Pair
@@ -75,24 +75,16 @@ def make_programs(
     Raises:
         UserError: config, model and devices do not go together.
     """
+    config = auto.choose(config, model, devices)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     compute = programs.make_compute(config.model, model, mesh)
     decode = programs.make_decode_compute(config, model, compute)
     sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches)
     sharding.check_batch(decode.mesh, "--config.generate.batch_size", config.generate.batch_size)
     params = programs.located(abstract_params(model), param_shardings(mesh, model))
-    pairs = [_blank_pair(*of_pair) for of_pair in lengths or _longest(config)]
+    pairs = [_blank_pair(*of_pair) for of_pair in lengths or [auto.longest_pair(config)] * config.train.batch_size]
     training = _training_programs(config, model, compute, params, pairs)
     return _sampling_programs(config, model, decode, params) + training
-
-
-def _longest(config: ConfigDict) -> list[tuple[int, int, int]]:
-    """The lengths of a batch of the longest pairs: both responses fill their budgets. Generated responses that the data
-    gives have the room of a human one."""
-    data = config.data
-    generated = data.max_length if data.layout == "pairs" else config.generate.max_new_tokens
-    prompt = max(1, min(data.max_prompt_length, data.max_length - generated))
-    return [(prompt, data.max_length - prompt, min(generated, data.max_length - prompt))] * config.train.batch_size
 
 
 def _blank_pair(*lengths: int) -> Pair:

@@ -1,7 +1,8 @@
 """The schema of a run: every field with its unit and its reason, and the checks that refuse a wrong one in one line.
 
 A file under `configs/` starts from `base_config()` and changes what it needs. Fields that may differ between
-iterations are tuples: entry t is for iteration t and the last entry serves all later ones.
+iterations are tuples: entry t is for iteration t and the last entry serves all later ones. Sizes of "auto", 0 or -1 are
+left to the devices (spin_jax/auto.py).
 """
 
 from collections.abc import Mapping
@@ -30,8 +31,9 @@ def base_config() -> ConfigDict:
     # attention of whole rows: "plain" jax.numpy | "tiled", for CPUs | "flash", a TPU kernel | "cudnn", a GPU kernel |
     # "auto": the platform's; all but the plain one never hold a row's scores [length, length]
     c.model.attention = "auto"
-    # what the backward pass finds in memory, see models.compute.REMAT_POLICIES; "full" recomputes most and needs least
-    c.model.remat = "full"
+    # what the backward pass finds in memory, see models.compute.REMAT_POLICIES; "full" recomputes most and needs least;
+    # "auto": what there is room for
+    c.model.remat = "auto"
     # response positions whose logits are held at a time; 0 is all (smaller: less memory, more kernel launches)
     c.model.logits_chunk = 0
     # dtype of the exported weights, which are also the next opponent: bfloat16 rounds away most of what lr 1e-7
@@ -77,10 +79,11 @@ def base_config() -> ConfigDict:
     c.generate.stop_strings = ()
     c.generate.responses = 1  # to each prompt; in a run each makes a pair with the human one
     # slots: responses decoded at a time, over all devices; one that ends gives its slot to the next prompt. The more,
-    # the less often weights are read for a token; the cache is what fills the memory
-    c.generate.batch_size = 64
-    # prompts prefilled at a time, rounded up to the devices: more are a larger matmul and more memory beside the cache
-    c.generate.prefill_batch_size = 16
+    # the less often weights are read for a token; the cache is what fills the memory; 0: chosen by its size
+    c.generate.batch_size = 0
+    # prompts prefilled at a time, rounded up to the devices: more are a larger matmul and more memory beside the cache;
+    # 0: 16 for each copy of the weights
+    c.generate.prefill_batch_size = 0
     # when no prompt is left the slots are halved, down to so many a device; each size is a compiled program, and with
     # fewer slots a step is mostly the reading of weights, which stays
     c.generate.tail_batch_size = 8
@@ -103,9 +106,8 @@ def base_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.epochs = 2.0  # passes over the pairs per iteration (the paper)
     c.train.batch_size = 64  # pairs an optimizer step, over all devices (the paper)
-    c.train.micro_batches = (
-        1  # gradient accumulation: the batch's rows are cut into this many parts, one after the other
-    )
+    # gradient accumulation: the batch's rows are cut into this many parts, one after the other; 0: as few as fit
+    c.train.micro_batches = 0
     c.train.learning_rate = (5e-7,)  # peak, one entry an iteration
     # share of the steps in linear warm-up; RMSProp's first steps are ten times too large without
     c.train.warmup_ratio = 0.1
@@ -113,8 +115,8 @@ def base_config() -> ConfigDict:
     c.train.weight_decay = 0.0  # adamw only; the paper uses none
     c.train.clip_norm = 1.0  # global gradient norm; the HF Trainer's default, which the released code keeps
     # Pairs share rows, about this many tokens long. The longer, the fuller; on GPUs attention computes what no token
-    # sees, too, which long rows have more of. On TPUs: so long that each device has one row of each micro-batch.
-    c.train.row_length = 1024
+    # sees, too, which long rows have more of. 0: 4,096 where a kernel skips what no token sees (TPUs), else 1,024.
+    c.train.row_length = 0
     # a batch's rows are as short as its pairs allow, and a multiple of this many tokens long: each length is a compiled
     # program, and half of it is lost in each row on average
     c.train.length_multiple = 128
@@ -132,8 +134,8 @@ def base_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = 1  # devices that hold copies of the params and split the batch
     c.mesh.fsdp = -1  # devices that split params, optimizer state and the batch; -1: all that remain
-    # devices that split heads, MLP and vocabulary: needed only where a batch has fewer rows than there are devices
-    c.mesh.tensor = 1
+    # devices that split heads, MLP and vocabulary; -1: as few as leave each device two pairs of a batch
+    c.mesh.tensor = -1
     # the same while sampling, whose mesh has no fsdp; -1: as many as divide devices and model, at most 8
     c.mesh.decode_tensor = -1
 
@@ -252,7 +254,7 @@ def _check_training(config: ConfigDict) -> None:
             f"--config.train.micro_batches={train.micro_batches} cannot cut --config.train.batch_size="
             f"{train.batch_size} pairs into so many parts: lower it"
         )
-    if train.length_multiple > train.row_length:
+    if 0 < train.row_length < train.length_multiple:
         raise UserError(
             f"--config.train.length_multiple={train.length_multiple} is more than --config.train.row_length="
             f"{train.row_length}, of which rows are about as long: lower it"
@@ -272,8 +274,8 @@ def _check_mesh(mesh: ConfigDict) -> None:
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
     if mesh.decode_tensor < 1 and mesh.decode_tensor != -1:
         raise UserError(f"--config.mesh.decode_tensor={mesh.decode_tensor} must be at least 1, or -1: found for you")
-    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+    if any(size < 1 and size != -1 for size in sizes) or mesh.data == mesh.fsdp == -1:
         raise UserError(
             f"--config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp} --config.mesh.tensor={mesh.tensor}: each "
-            "is a number of devices, at least 1, and at most one may be -1 (all that remain)"
+            "is a number of devices, at least 1, or -1: found for you, but of data and fsdp one at most"
         )

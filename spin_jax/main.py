@@ -1,4 +1,4 @@
-"""Command line: python -m spin_jax.main --config=FILE[:ARG] --workdir=DIR [--config.section.field=value ...]
+"""Command line: python -m spin_jax.main --config=FILE[:ARG] [--workdir=DIR] [--config.section.field=value ...]
 
 Runs SPIN: per iteration, sample a response to every prompt from the opponent, train the policy to tell real from
 generated, export it as the next opponent. The same command again goes on where the last one ended. Exit status: 0
@@ -23,9 +23,12 @@ from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
 from spin_jax.files import expand, is_remote
+from spin_jax.slices import GPU_MEMORY_SHARE
 
 flags.adopt_module_key_flags(command)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written: a directory or gs://BUCKET/PATH.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where everything is written: a directory or gs://BUCKET/PATH; runs/NAME of the config without it."
+)
 _STAGES = flags.DEFINE_list(
     "stages",
     list(config_lib.STAGES),
@@ -48,12 +51,14 @@ _CHECK_FOR = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> int:
     del argv
-    name = pathlib.PurePath(command.config_file().partition(":")[0] or "quickstart").stem
-    command.require(config="configs/quickstart.py", workdir=f"runs/{name}")
+    command.require(config="configs/quickstart.py")
+    if _WORKDIR.value == "":
+        raise UserError("--workdir= is empty: name a directory, or leave the flag out")
     _check_stages(_STAGES.value)
     config = command.config()
     config_lib.validate(config)
-    workdir = os.fspath(expand(_WORKDIR.value))
+    default = f"runs/{pathlib.PurePath(command.config_file().partition(':')[0]).stem}"
+    workdir = os.fspath(expand(_WORKDIR.value or default))
     _check_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _CHECK_FOR.value is not None:
         _check_mesh(config, _CHECK_FOR.value)
@@ -68,7 +73,10 @@ def main(argv: list[str]) -> int:
         if hosts.is_first():
             _tell(rows, workdir)
 
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _WORKDIR.value is None and hosts.are_several():
+        raise UserError(f"several hosts need a workdir that all of them see: write --workdir=gs://BUCKET/{default}")
     _keep_compiled(workdir)
     return stopping.exit_status(play)
 
@@ -98,11 +106,10 @@ def _check_mesh(config: ConfigDict, devices: int) -> None:
     if devices:
         from jax.sharding import AbstractMesh
 
-        from spin_jax import sharding
+        from spin_jax import auto, sharding
 
-        sizes = sharding.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-        mesh = AbstractMesh(tuple(sizes), sharding.AXES)
-        sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches)
+        mesh = AbstractMesh(tuple(auto.mesh_sizes(config, devices)), sharding.AXES)
+        sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches or 1)
 
 
 def _keep_compiled(workdir: str) -> None:

@@ -46,7 +46,7 @@ from spin_jax.step import (
     spin_objective,
     state_shardings,
 )
-from spin_jax.xla import matmul_dtype, xla_options
+from spin_jax.xla import compute_dtype, xla_options
 
 
 def make_compute(settings: ConfigDict, model: ModelConfig, mesh: Mesh) -> Compute:
@@ -55,7 +55,7 @@ def make_compute(settings: ConfigDict, model: ModelConfig, mesh: Mesh) -> Comput
     Raises:
         UserError: the attention kernel that was asked for cannot run.
     """
-    dtype = _compute_dtype(settings, mesh, decoding=False)
+    dtype = compute_dtype(settings.compute_dtype, mesh.devices.flat[0])
     rows, heads = sharding.RULES["rows"], sharding.RULES["heads"]
     kernel = choose_kernel(settings.attention, mesh, rows, heads, head_dim=model.head_dim, dtype=dtype)
     return Compute(dtype, settings.remat, settings.logits_chunk, kernel, mesh, sharding.sum_line(mesh))
@@ -63,15 +63,10 @@ def make_compute(settings: ConfigDict, model: ModelConfig, mesh: Mesh) -> Comput
 
 def make_decode_compute(config: ConfigDict, model: ModelConfig, compute: Compute) -> Compute:
     """The same for sampling, on the decode mesh of the same devices."""
-    split = (model.num_heads, model.num_kv_heads, model.intermediate_size, model.vocab_size)
-    mesh = sharding.decode_mesh(compute.mesh, config.mesh.decode_tensor, split)
-    dtype = _compute_dtype(config.model, mesh, decoding=True)
+    ways = sharding.decode_ways(compute.mesh.size, config.mesh.decode_tensor, model.tensor_axes)
+    mesh = sharding.decode_mesh(compute.mesh, ways)
+    dtype = compute_dtype(config.model.compute_dtype, mesh.devices.flat[0], decoding=True)
     return dataclasses.replace(compute, dtype=dtype, kernel=None, mesh=mesh, line=0)
-
-
-def _compute_dtype(settings: ConfigDict, mesh: Mesh, decoding: bool) -> jnp.dtype:
-    asked = settings.compute_dtype
-    return matmul_dtype(mesh.devices.flat[0], decoding) if asked == "auto" else jnp.dtype(asked)
 
 
 @functools.cache

@@ -34,8 +34,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from spin_jax import auto, hosts, models, programs, sharding
 from spin_jax import config as config_lib
-from spin_jax import hosts, models, programs, sharding
 from spin_jax import workdir as workdirs
 from spin_jax.batches import check_warmup, num_steps
 from spin_jax.data.chat import ChatFormat, fit, load_chat
@@ -187,10 +187,13 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
         from spin_jax import toy
 
         path, train = hosts.on_first(lambda: toy.prepare(workdir / "toy", config.toy, config.seed))
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches)
-    source, model, chat, compute, decode = open_player(config, path, mesh)
-    models.param_shardings(mesh, model)
+    described = hosts.on_each(lambda: models.describe(path, config.model.revision or None))
+    given, config = config, hosts.on_first(lambda: auto.choose(config, described, jax.devices()))
+    hosts.on_first(lambda: auto.check_memory(config, described, jax.devices()))
+    _LOG.info("%s: %s", auto.describe(jax.devices()), auto.what(given, config))
+    source, model, chat, compute, decode = open_player(config, path)
+    sharding.check_pairs(compute.mesh, config.train.batch_size, config.train.micro_batches)
+    models.param_shardings(compute.mesh, model)
     train_examples, held_out, tokens = _load_data(config, train, workdir, source, chat)
     _check_steps(config, len(train_examples))
     workdirs.note_start(config, workdir, source, train_examples, held_out)
@@ -216,12 +219,14 @@ class Player(NamedTuple):
     decode: models.Compute  # on the decode mesh
 
 
-def open_player(config: ConfigDict, path: str, mesh: jax.sharding.Mesh) -> Player:
-    """The model at `path`, a directory or Hub id, and how it computes on the devices of a training mesh.
+def open_player(config: ConfigDict, path: str) -> Player:
+    """The model at `path`, a directory or Hub id, and how it computes on the devices that there are; the config is one
+    of `auto.choose`.
 
     Raises:
         UserError: it is not there or not supported, has no usable tokenizer, or cannot sample on these devices.
     """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     source = hosts.on_each(lambda: epath.Path(models.resolve(path, config.model.revision or None)))
     model = hosts.on_each(lambda: models.read_config(source))
     compute = programs.make_compute(config.model, model, mesh)

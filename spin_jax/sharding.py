@@ -112,25 +112,30 @@ def _mesh(devices: np.ndarray) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def decode_mesh(train: Mesh, decode_tensor: int, sizes: Sequence[int]) -> Mesh:
-    """The same devices in the same order, for sampling: weights and cache split `decode_tensor` ways, rows the rest.
+def decode_ways(devices: int, asked: int, sizes: Sequence[int]) -> int:
+    """How many devices share a copy of the weights while sampling.
 
     Args:
-        decode_tensor: `config.mesh.decode_tensor`; -1: as many as possible up to 8, since with more chips a row the
-            all-reduces take longer than reading the weights.
+        asked: `config.mesh.decode_tensor`; -1: as many as possible up to 8, since with more chips a row the all-reduces
+            take longer than reading the weights.
         sizes: of the model's axes that are split over tensor.
 
     Raises:
         UserError: it does not divide the devices and all sizes; the message names ways that do.
     """
-    common = math.gcd(train.size, *sizes)
+    common = math.gcd(devices, *sizes)
     possible = [ways for ways in range(1, common + 1) if common % ways == 0]
-    ways = max(size for size in possible if size <= 8) if decode_tensor == -1 else decode_tensor
+    ways = max(size for size in possible if size <= 8) if asked == -1 else asked
     if ways not in possible:
         raise UserError(
-            f"--config.mesh.decode_tensor={decode_tensor} must divide {train.size} devices and the model's heads, MLP "
-            f"and vocabulary: possible are {', '.join(map(str, possible))}"
+            f"--config.mesh.decode_tensor={asked} must divide {devices} devices and the model's heads, MLP and "
+            f"vocabulary: possible are {', '.join(map(str, possible))}"
         )
+    return ways
+
+
+def decode_mesh(train: Mesh, ways: int) -> Mesh:
+    """The same devices in the same order, for sampling: weights and cache split `ways` ways, rows the rest."""
     return _mesh(train.devices.reshape(train.size // ways, 1, ways))
 
 

@@ -1,6 +1,13 @@
-"""The accelerator slices that a config can name, as in --config=configs/zephyr_7b.py:h100-8, and their chips."""
+"""The accelerators that a config can name, as in --config=configs/zephyr_7b.py:v5e-16, and those that a machine has."""
 
 import dataclasses
+import itertools
+import math
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -11,14 +18,13 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator, which is one device to JAX.
+    """One device, as JAX counts them: a chip, or one of the two cores of a TPU v2, v3 or 7x.
 
     Attributes:
-        hbm_bytes: what a program can have, which is less than the data sheet says; 0 where nothing limits it but the
-            machine.
-        flops: matmul FLOP/s in bfloat16 at the peak.
+        hbm_bytes: what programs can have, which is less than the data sheet says; 0 where nothing limits it.
+        flops: matmul FLOP/s in bfloat16 (float16 on GPUs without it) at the peak.
         hbm_bytes_per_second: peak.
-        ici_bytes_per_second: what a chip sends over one axis of its torus, both directions together.
+        ici_bytes_per_second: what a device sends over one axis of its torus, both directions together.
         clock: Hz, at which the peak is reached; cycles of the compiler are turned into seconds with it.
     """
 
@@ -32,7 +38,7 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips that work together.
+    """Devices that work together.
 
     Attributes:
         devices: how many.
@@ -43,59 +49,199 @@ class Slice:
     devices: int
     chip: Chip
     topology: str = ""
-    options: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
 
-# FLOP/s, HBM and ICI: the pages v4, v5e, v5p and v6e of https://cloud.google.com/tpu/docs (ICI per chip there, divided
-# by its ports, times the two of one axis). HBM: the limit in libtpu's own out-of-memory error. The clock is the peak
-# divided by 2 x 128 x 128 FLOPs a cycle in each of 8 (v4), 4 (v5e), 8 (v5p) arrays, and 2 x 256 x 256 in 4 (v6e).
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """TPUs of one kind.
+
+    Attributes:
+        kind: `jax.Device.device_kind`.
+        cores: that a chip counts as in a slice's name, as in v4-8, which is four chips.
+        devices: that a chip is to JAX.
+        largest: slice, in chips.
+        axes: of its torus.
+    """
+
+    chip: Chip
+    kind: str
+    cores: int
+    devices: int
+    largest: int
+    axes: int
+
+
+# FLOP/s, HBM and ICI: the pages of https://cloud.google.com/tpu/docs, of a device (ICI per chip there, divided by its
+# ports, times the two of one axis; v2 and v3: arXiv 1909.09756). HBM: the limit in libtpu's own out-of-memory error.
+# The clock is the peak divided by the FLOPs a cycle of the matrix units: 2 x 128 x 128 in each of 1 (v2), 2 (v3),
+# 8 (v4), 4 (v5e), 8 (v5p) arrays, 2 x 256 x 256 in each of 4 (v6e, and v7x as far as we can tell).
+V2 = Chip("TPU v2", 7.48 * GiB, 22.5e12, 350e9, 62e9, 0.7e9)
+V3 = Chip("TPU v3", 15.48 * GiB, 61.5e12, 450e9, 82e9, 0.94e9)
 V4 = Chip("TPU v4", 30.75 * GiB, 275e12, 1200e9, 100e9, 1.05e9)
 V5E = Chip("TPU v5e", 15.75 * GiB, 197e12, 819e9, 100e9, 1.5e9)
 V5P = Chip("TPU v5p", 95.73 * GiB, 459e12, 2765e9, 200e9, 1.75e9)
 V6E = Chip("TPU v6e", 31.24 * GiB, 918e12, 1640e9, 200e9, 1.75e9)
-H100 = Chip("H100", 80e9, 989e12, 3350e9)
+V7X = Chip("TPU7x", 94.75 * GiB, 1153.5e12, 3690e9, 100e9, 2.2e9)
 CPU = Chip("CPU", 0)
 
-# A TPU's number counts cores where a chip has two (v4, v5p), chips elsewhere. "megacore" makes a v4 chip one device, as
-# it is on the machine; libtpu's default description has one for each core.
-SLICES = {
-    "cpu": Slice(1, CPU),
-    "h100-1": Slice(1, H100),
-    "h100-8": Slice(8, H100),
-    "v4-32": Slice(16, V4, "v4:2x2x4", (("chip_config_name", "megacore"),)),
-    "v5e-8": Slice(8, V5E, "v5e:2x4"),
-    "v5e-16": Slice(16, V5E, "v5e:4x4"),
-    "v5e-64": Slice(64, V5E, "v5e:8x8"),
-    "v5e-256": Slice(256, V5E, "v5e:16x16"),
-    "v5p-8": Slice(4, V5P, "v5p:2x2x1"),
-    "v5p-32": Slice(16, V5P, "v5p:2x2x4"),
-    "v6e-16": Slice(16, V6E, "v6e:4x4"),
+TPUS = {
+    "v2": Generation(V2, "TPU v2", 2, 2, 256, 2),
+    "v3": Generation(V3, "TPU v3", 2, 2, 1024, 2),
+    "v4": Generation(V4, "TPU v4", 2, 1, 4096, 3),
+    "v5e": Generation(V5E, "TPU v5 lite", 1, 1, 256, 2),
+    "v5p": Generation(V5P, "TPU v5", 2, 1, 6144, 3),
+    "v6e": Generation(V6E, "TPU v6 lite", 1, 1, 256, 2),
+    "tpu7x": Generation(V7X, "TPU7x", 2, 2, 2048, 3),
+}
+_ALIASES = {"v5litepod": "v5e"}  # Google's name of the type
+
+# XLA takes a share of a GPU's memory when it starts, and main.py asks for this one.
+GPU_MEMORY_SHARE = 0.92
+# By the first pattern that is found in a device's kind, such as "NVIDIA A100-SXM4-80GB"; data sheets, dense matmuls.
+_GPUS = {
+    "t4": (r"\bT4\b", 16e9, 65e12, 320e9),
+    "v100": (r"V100", 16e9, 125e12, 900e9),
+    "l4": (r"\bL4\b", 24e9, 121e12, 300e9),
+    "l40s": (r"L40S", 48e9, 362e12, 864e9),
+    "a10g": (r"A10G", 24e9, 70e12, 600e9),
+    "rtx3090": (r"RTX 3090", 24e9, 71e12, 936e9),
+    "rtx4090": (r"RTX 4090", 24e9, 165e12, 1008e9),
+    "a100-80gb": (r"A100.*80GB", 80e9, 312e12, 2039e9),
+    "a100": (r"A100", 40e9, 312e12, 1555e9),
+    "h100": (r"H100", 80e9, 989e12, 3350e9),
+    "h200": (r"H200", 141e9, 989e12, 4800e9),
+    "b200": (r"B200", 180e9, 2250e12, 8000e9),
+}
+GPUS = {
+    name: Chip(name.upper(), GPU_MEMORY_SHARE * memory, flops, bandwidth)
+    for name, (_, memory, flops, bandwidth) in _GPUS.items()
 }
 
 
 def find_slice(name: str) -> Slice:
-    """The slice of that name.
+    """The slice of that name: "cpu", a TPU's type, such as "v5e-16", or GPUs and their number, such as "h100-8".
 
     Raises:
         UserError: there is none.
     """
-    if name not in SLICES:
-        raise UserError(f"{name!r} is not a slice: write one of {', '.join(SLICES)}")
-    return SLICES[name]
+    if name == "cpu":
+        return Slice(1, CPU)
+    kind, _, number = name.rpartition("-")
+    kind = _ALIASES.get(kind, kind)
+    if number.isdecimal() and kind in TPUS:
+        return _tpu_slice(name, TPUS[kind], kind, int(number))
+    if number.isdecimal() and kind in GPUS and int(number) > 0:
+        return Slice(int(number), GPUS[kind])
+    raise UserError(
+        f"{name!r} is not a slice: write a TPU's type, as v5e-16 (of {', '.join(TPUS)}), GPUs and their number, as "
+        f"h100-8 (of {', '.join(GPUS)}), or cpu"
+    )
+
+
+def is_slice(name: str) -> bool:
+    """Whether `find_slice` knows the name."""
+    try:
+        return bool(find_slice(name))
+    except UserError:
+        return False
+
+
+def smallest(hbm_bytes: float) -> list[str]:
+    """The smallest slice of each TPU whose devices have so many bytes together."""
+    names = []
+    for kind, one in TPUS.items():
+        enough = (size for size in _sizes(one) if size * one.devices * one.chip.hbm_bytes > hbm_bytes)
+        if (size := next(enough, None)) is not None:
+            names.append(f"{kind}-{size * one.cores}")
+    return names
+
+
+def _tpu_slice(name: str, generation: Generation, kind: str, number: int) -> Slice:
+    sizes = _sizes(generation)
+    chips = number // generation.cores
+    if chips * generation.cores != number or chips not in sizes:
+        near = sorted(sorted(sizes, key=lambda size: abs(math.log(size / max(chips, 1))))[:3])
+        there = ", ".join(f"{kind}-{size * generation.cores}" for size in near)
+        raise UserError(f"{name!r} is not a slice: near to it are {there}")
+    shape = _torus(chips, generation.axes)
+    options: tuple[tuple[str, Any], ...] = ()
+    if chips == 1:  # libtpu takes four chips for a host's
+        options = (("chips_per_host_bounds", (1, 1, 1)),)
+    if kind == "v4":  # as on the machine, where a chip is one device; libtpu's default description has one a core
+        options = (("chip_config_name", "megacore"),)
+    return Slice(chips * generation.devices, generation.chip, f"{kind}:{'x'.join(map(str, shape))}", options)
+
+
+def _sizes(generation: Generation) -> list[int]:
+    """The chips of its slices: powers of two; in three dimensions cubes of 64 chips as well, joined."""
+    smallest = 1 if generation.cores == 1 else 4
+    powers = [2**i for i in range(13) if smallest <= 2**i <= generation.largest and 2**i != 2]
+    cubes = range(64, generation.largest + 1, 64) if generation.axes == 3 else ()
+    unsquare = {8} if generation.cores == 2 and generation.axes == 2 else set()  # v2 and v3 have none of 2 x 4
+    return sorted({*powers, *cubes} - unsquare)
+
+
+def _torus(chips: int, axes: int) -> tuple[int, ...]:
+    """The shape that is nearest to a square or cube; from 64 chips on a cube's sides are multiples of four."""
+    if axes == 3 and chips == 4:
+        return (2, 2, 1)
+    step = 1 if axes == 2 else 2 if chips < 64 else 4
+    sides = range(step, chips + 1, step)
+    shapes = itertools.combinations_with_replacement([side for side in sides if chips % side == 0], axes)
+    return min((shape for shape in shapes if math.prod(shape) == chips), key=lambda shape: shape[-1])
+
+
+# ---- what is there
+
+
+def found(devices: Sequence[Any]) -> Slice:
+    """The slice that `jax.devices()` are, without a topology."""
+    return Slice(len(devices), chip_of(devices[0], len(devices)))
+
+
+def chip_of(device: Any, beside: int = 1) -> Chip:
+    """What is known of a device by its kind; of a GPU its memory is asked, and CPU devices share the machine's.
+
+    Args:
+        beside: how many devices there are.
+    """
+    if device.platform == "cpu":
+        return dataclasses.replace(CPU, hbm_bytes=host_bytes() / beside)
+    if tpus := [one.chip for one in TPUS.values() if one.kind == device.device_kind]:
+        return tpus[0]
+    gpus = (GPUS[name] for name, (pattern, *_) in _GPUS.items() if re.search(pattern, device.device_kind))
+    chip = next(gpus, Chip(device.device_kind, 0))
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return dataclasses.replace(chip, hbm_bytes=limit) if limit else chip
+
+
+def host_bytes() -> float:
+    """Memory that this process may have, as far as the system says; 0 if it does not. A quarter is left to all else."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    container = pathlib.Path("/sys/fs/cgroup/memory.max")
+    if container.exists() and (text := container.read_text().strip()).isdecimal():
+        limits.append(int(text))
+    return 0.75 * min(limits, default=0)
 
 
 def use_slice(config: ConfigDict, name: str) -> None:
-    """Set the mesh of `config` for a slice: everything over fsdp, which has the least exposed traffic for 7B models, as
-    far as each device has two pairs of a batch of 64 to fill a row with; beyond that over tensor. (On v5e-64 rows of
-    one pair each are 55% full, and a step of zephyr_7b takes twice as long.) And the length of rows: on TPUs attention
-    skips what no token sees, so that long rows cost no more than short ones and are filled better.
+    """Set the mesh of `config` for a slice, so that a run on other devices is refused; "" leaves it to the devices.
 
     Raises:
         UserError: no such slice.
     """
-    target = find_slice(name)
-    devices = target.devices
-    tensor = max(1, devices // 32)
-    config.mesh.update(data=1, fsdp=devices // tensor, tensor=tensor)
-    if target.topology:
-        config.train.row_length = 4096
+    if name:
+        devices = find_slice(name).devices
+        tensor = tensor_ways(devices, config.train.batch_size)
+        config.mesh.update(data=1, fsdp=devices // tensor, tensor=tensor)
+
+
+def tensor_ways(devices: int, batch_size: int) -> int:
+    """Over how many devices heads and MLP are split: none, as everything over fsdp has the least exposed traffic for 7B
+    models, as far as each device has two pairs of a batch to fill a row with. (On v5e-64 rows of one pair each are 55%
+    full, and a step of zephyr_7b takes twice as long.) Up to eight devices are left to fsdp."""
+    ways = 1
+    while devices // ways > max(8, batch_size // 2) and devices % (2 * ways) == 0:
+        ways *= 2
+    return ways

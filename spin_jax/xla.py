@@ -5,6 +5,7 @@ compile check then compile the same thing.
 """
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -50,12 +51,17 @@ _TPU_GENERATIONS: dict[str, dict[str, bool | int]] = {
 _CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 
 
-def matmul_dtype(device: jax.Device, decoding: bool = False) -> jnp.dtype:
-    """What matmuls are fastest in that lose nothing to speak of: operands in bfloat16, sums in float32.
+def compute_dtype(asked: str, device: jax.Device, decoding: bool = False) -> jnp.dtype:
+    """The dtype of matmuls' operands; sums are float32. `asked` of "auto" is bfloat16, which loses nothing to speak of,
+    where the device has instructions for it, and float32 elsewhere.
 
-    A CPU without instructions for it takes longer than in float32. With them training takes less time; but decoding
-    takes longer, as XLA converts what it reads of a bfloat16 cache in every step.
+    GPUs have them from compute capability 8.0 on (a T4 has not, and float16 would need its loss scaled). On a CPU with
+    them training takes less time; decoding takes longer, as XLA converts what it reads of a bfloat16 cache anew.
     """
+    if asked != "auto":
+        return jnp.dtype(asked)
+    if device.platform == "gpu":
+        return jnp.dtype(jnp.bfloat16 if gpu_capability(device) >= (8, 0) else jnp.float32)
     if device.platform != "cpu":
         return jnp.dtype(jnp.bfloat16)
     if decoding:
@@ -63,6 +69,12 @@ def matmul_dtype(device: jax.Device, decoding: bool = False) -> jnp.dtype:
     found = pathlib.Path("/proc/cpuinfo")
     flags = set(found.read_text().split()) if found.exists() else set()
     return jnp.dtype(jnp.bfloat16 if flags & _CPU_BFLOAT16 else jnp.float32)
+
+
+def gpu_capability(device: jax.Device) -> tuple[int, ...]:
+    """An NVIDIA GPU's compute capability, such as (7, 5) for a T4; (0,) of another maker's."""
+    found = str(getattr(device, "compute_capability", ""))
+    return tuple(map(int, found.split("."))) if re.fullmatch(r"\d+\.\d+", found) else (0,)
 
 
 def xla_options(mesh: Mesh | None) -> dict[str, bool | int] | None:

@@ -66,8 +66,8 @@ FLAGS = [
     ("--config.train.batch_size=2.5", "--config.train.batch_size=2.5 must be a whole number", "train.batch_size=64"),
     ("--config.train.batch_size=0", "--config.train.batch_size=0 must be at least 1", ""),
     ("--config.train.micro_batches=128", "--config.train.micro_batches=128 cannot cut", "lower it"),
-    ("--config.train.length_multiple=4096", "--config.train.length_multiple=4096 is more than", "lower it"),
-    ("--config.train.row_length=0", "--config.train.row_length=0 must be at least 1", ""),
+    ("--config.train.row_length=64", "--config.train.length_multiple=128 is more than", "lower it"),
+    ("--config.train.row_length=-1", "--config.train.row_length=-1 must be at least 0", ""),
     ("--config.train.warmup_ratio=1", "--config.train.warmup_ratio=1 must be below 1", ""),
     ("--config.train.warmup_ratio=10", "--config.train.warmup_ratio=10 must be at most 1", ""),
     ("--config.train.weight_decay=0.1", "--config.train.weight_decay=0.1 works with adamw only", "to 0"),
@@ -92,7 +92,7 @@ FLAGS = [
     ("--config.generate.max_new_tokens=1000000000", "--config.generate.max_new_tokens=1000000000 must be at most", ""),
     ("--config.generate.min_new_tokens=300", "--config.generate.min_new_tokens=300 is more than", "lower it"),
     ("--config.generate.prompt_bucket=100000", "--config.generate.prompt_bucket=100000 pads", "lower it"),
-    ("--config.generate.batch_size=0", "--config.generate.batch_size=0 must be at least 1", ""),
+    ("--config.generate.batch_size=-1", "--config.generate.batch_size=-1 must be at least 0", ""),
     ("--config.generate.top_p=1.5", "--config.generate.top_p=1.5 must be at most 1", ""),
     ("--config.generate.top_k=-1", "--config.generate.top_k=-1 must be at least 0", ""),
     ("--config.generate.temperature=-0.5", "--config.generate.temperature=-0.5 must be at least 0", ""),
@@ -105,7 +105,7 @@ FLAGS = [
     ),
     ("--config.lora.rank=99999", "--config.lora.rank=99999 must be at most 16384", ""),
     ("--config.mesh.data=0", "--config.mesh.data=0", "at least 1"),
-    ("--config.mesh.tensor=-1", "--config.mesh.tensor=-1", "at most one may be -1"),
+    ("--config.mesh.data=-1", "--config.mesh.data=-1", "of data and fsdp one at most"),
     ("--config.mesh.decode_tensor=-2", "--config.mesh.decode_tensor=-2 must be at least 1", "or -1"),
     ("--flagfile=nowhere.flags", "nowhere.flags", ""),
 ]
@@ -131,20 +131,15 @@ def test_a_wrong_flag_is_one_line_in_every_command(program, words, named, advice
         (
             main,
             "",
-            "--config is missing: python -m spin_jax.main --config=configs/quickstart.py --workdir=runs/quickstart",
+            "--config is missing: python -m spin_jax.main --config=configs/quickstart.py",
         ),
         (
-            main,
-            "--config=configs/zephyr_7b.py",
-            "--workdir is missing: python -m spin_jax.main --config=configs/zephyr_7b.py --workdir=runs/zephyr_7b",
-        ),
-        (
-            main,
-            "--config configs/zephyr_7b.py:v5e-16,code --workdir= '--config.spin.beta=(0.1, 5.0)' "
+            generate,
+            "--config configs/zephyr_7b.py:v5e-16,code --out= '--config.spin.beta=(0.1, 5.0)' --prompts=p "
             "'--config.data.train=my \"own\" data' --config.data.split=",
-            "--workdir is missing: python -m spin_jax.main --config configs/zephyr_7b.py:v5e-16,code "
-            """--config.spin.beta="(0.1, 5.0)" --config.data.train='my "own" data' --config.data.split="" """
-            "--workdir=runs/zephyr_7b",
+            "--out is missing: python -m spin_jax.generate --config configs/zephyr_7b.py:v5e-16,code "
+            """--config.spin.beta="(0.1, 5.0)" --prompts=p --config.data.train='my "own" data' """
+            '--config.data.split="" --out=answers.jsonl',
         ),
         (
             main,
@@ -202,10 +197,11 @@ def test_what_is_missing_is_shown_in_the_command_that_was_typed(program, line, m
         ),
         (
             main,
-            "--config=configs/zephyr_7b.py --workdir=w --check_for=16",
+            "--config=configs/zephyr_7b.py:v5e-8 --workdir=w --check_for=16",
             "--config.mesh.fsdp=8",
             "--config.mesh.fsdp=16",
         ),
+        (main, "--config=configs/zephyr_7b.py --workdir=", "--workdir= is empty", "leave the flag out"),
         (main, f"{RIGHT[main]} --check_for=65", "--config.train.batch_size=64", "--config.train.batch_size=65"),
         (generate, "--config=configs/base.py --prompt=p", "--prompt is not a flag", "did you mean --prompts?"),
         (
@@ -220,7 +216,7 @@ def test_what_is_missing_is_shown_in_the_command_that_was_typed(program, line, m
             "--slice=v5e-8 is not the slice of",
             "leave it",
         ),
-        (compile_check, "--config=configs/base.py --slice=v9", "'v9' is not a slice", "v4-32"),
+        (compile_check, "--config=configs/base.py --slice=v9", "'v9' is not a slice", "v5e-16"),
         (compile_check, f"{RIGHT[compile_check]} --layers=-1", "--layers=-1", "non-negative"),
     ],
 )

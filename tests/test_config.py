@@ -76,11 +76,11 @@ def test_validating_imports_no_jax():
             "--config.train.micro_batches=65 cannot cut --config.train.batch_size=64 pairs into so many parts",
         ),
         (
-            {"train.length_multiple": 2048},
+            {"train.length_multiple": 2048, "train.row_length": 1024},
             "--config.train.length_multiple=2048 is more than --config.train.row_length=1024",
         ),
-        ({"mesh.fsdp": 0}, "--config.mesh.data=1 --config.mesh.fsdp=0 --config.mesh.tensor=1: each is a number of"),
-        ({"mesh.tensor": -1}, "--config.mesh.data=1 --config.mesh.fsdp=-1 --config.mesh.tensor=-1: each is a number"),
+        ({"mesh.fsdp": 0}, "--config.mesh.data=1 --config.mesh.fsdp=0 --config.mesh.tensor=-1: each is a number of"),
+        ({"mesh.data": -1}, "--config.mesh.data=-1 --config.mesh.fsdp=-1 --config.mesh.tensor=-1: each is a number"),
         ({"mesh.decode_tensor": 0}, "--config.mesh.decode_tensor=0 must be at least 1, or -1"),
     ],
 )

@@ -76,9 +76,9 @@ def test_a_config_file_that_is_none_is_one_line(program, text, named, advice, tm
         ("zephyr_7b", "no such file; write a file, as --config=configs/zephyr_7b.py"),
         ("spin.beta=0.1", "no such file; did you mean --config.spin.beta=0.1?"),
         ("configs", "is a directory; write a file, as --config=configs/base.py"),
-        ("configs/zephyr_7b.py:v9-7", "'v9-7' is not a slice: write one of cpu, h100-1"),
-        ("configs/zephyr_7b.py:", "'' is not a slice: write one of cpu, h100-1"),
-        ("configs/zephyr_7b.py:v5e-16,cod", "'cod' is not a variant: write SLICE or SLICE,code"),
+        ("configs/zephyr_7b.py:v9-7", "'v9-7' is not a slice: write a TPU's type, as v5e-16"),
+        ("configs/zephyr_7b.py:v5e-17", "'v5e-17' is not a slice: near to it are v5e-8, v5e-16, v5e-32"),
+        ("configs/zephyr_7b.py:v5e-16,cod", "'cod' is not a slice: write a TPU's type, as v5e-16"),
         (
             "configs/smollm2_135m.py:v5e-8",
             "its get_config() takes no argument: write --config=configs/smollm2_135m.py (the compile check is told the "

@@ -89,7 +89,8 @@ def test_a_cache_in_int8_is_as_large_as_it_says():
 def test_responses_in_int8_are_the_same_on_one_device_and_on_eight():
     asked = [Prompt(row, tiny.tokens(np.random.default_rng(row), 1 + row % 7)) for row in range(12)]
     settings = base_config().generate
-    settings.update(max_new_tokens=8, batch_size=8, prompt_bucket=8, cache_dtype="int8", weight_dtype="int8")
+    settings.update(max_new_tokens=8, batch_size=8, prefill_batch_size=8, prompt_bucket=8)
+    settings.update(cache_dtype="int8", weight_dtype="int8")
 
     def responses(*sizes: int) -> list[list[int]]:
         axis_types = (jax.sharding.AxisType.Auto,) * 3

@@ -21,7 +21,7 @@ from spin_jax.models import Compute, abstract_adapters, abstract_params, num_par
 from spin_jax.models.attention import Kernel
 from spin_jax.models.compute import project
 from spin_jax.models.known import known
-from spin_jax.slices import SLICES
+from spin_jax.slices import find_slice
 
 MODEL = known("alignment-handbook/zephyr-7b-sft-full")
 
@@ -34,7 +34,7 @@ def compiled(slice_name: str, program: str, layers: int = 0, **fields):
     spec.loader.exec_module(module)
     config = module.get_config(f"{slice_name},code")
     config.update_from_flattened_dict(fields)
-    (report,) = compile_check.check(config, SLICES[slice_name], layers=layers, names=[program])
+    (report,) = compile_check.check(config, find_slice(slice_name), layers=layers, names=[program])
     return report
 
 
@@ -71,7 +71,7 @@ def test_low_rank_updates_cost_one_copy_of_the_model_and_no_gradient_of_it():
 @tpu.needs_libtpu
 def test_v4_sends_a_gradient_once():
     """Taken over all 16 chips at once, libtpu's sum of a gradient sends it twice."""
-    target = SLICES["v4-32"]
+    target = find_slice("v4-32")
     mesh = sharding.make_mesh(devices=aot.devices_of(target))
     assert sharding.sum_line(mesh) == 4
     expression, axes, dims = "BTD,DF->BTF", ("embed", "mlp"), (2048, 1024)

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from spin_jax import models, programs, sharding
+from spin_jax import auto, models, programs, sharding
 from spin_jax.batches import Packing, Plan, batch_order, plan_scoring, plan_training, put, spin_batch
 from spin_jax.config import base_config, override
 from spin_jax.data.chat import load_chat
@@ -37,7 +37,8 @@ BETA = 5.0  # of the paper's last iteration: it shows what rounding there is
 
 def training_of(model: models.ModelConfig, mesh: Mesh, changes: dict, steps: int) -> programs.Training:
     config = base_config()
-    override(config, {"spin.beta": (BETA,), "model.compute_dtype": "bfloat16"} | changes)
+    override(config, {"spin.beta": (BETA,), "model.compute_dtype": "bfloat16", "train.micro_batches": 1} | changes)
+    config = auto.choose(config, model, list(mesh.devices.flat))
     compute = programs.make_compute(config.model, model, mesh)
     return programs.make_training(programs.spin_spec(config, model, compute, 0, steps))
 
@@ -119,7 +120,8 @@ def test_a_real_model_starts_level_in_bfloat16_where_other_rows_do_not(assets, s
     model, params = models.load(smollm2, shardings=models.param_shardings(mesh, models.read_config(smollm2)))
     plan, packing = plan_of(pairs, 4, 2, Packing(1, 256, 1024)), Packing(1, 256, 512)
     training = training_of(model, mesh, {}, len(plan.batches))
-    compute = programs.make_compute(base_config().model, model, mesh)
+    config = auto.choose(base_config(), model, list(mesh.devices.flat))
+    compute = programs.make_compute(config.model, model, mesh)
     bfloat16 = programs.make_scorer(model, models.Compute(**vars(compute) | {"dtype": jnp.bfloat16}))
     placed = sharding.batch_sharding(mesh)
     other = score(bfloat16, params, model, pairs, plan_scoring(pairs, 4, packing), sharding=placed, name="other rows")

@@ -3,7 +3,7 @@
 from spin_jax.models.cache import NOWHERE, Columns, columns_axis, init_cache
 from spin_jax.models.compute import REMAT_POLICIES, Compute
 from spin_jax.models.config import ModelConfig
-from spin_jax.models.directory import downloaded, read_config, resolve, uploaded
+from spin_jax.models.directory import describe, downloaded, read_config, resolve, uploaded
 from spin_jax.models.huggingface import holds, load, save
 from spin_jax.models.identity import fingerprint
 from spin_jax.models.int8 import quantise, quantised_shardings
@@ -32,6 +32,7 @@ __all__ = [
     "adapter_shardings",
     "attach",
     "columns_axis",
+    "describe",
     "downloaded",
     "fingerprint",
     "flops_per_token",

@@ -17,6 +17,7 @@ from spin_jax.errors import UserError
 from spin_jax.models import cache as cache_lib
 from spin_jax.models.flash import flash_attention
 from spin_jax.models.tiled import tiled_attention
+from spin_jax.xla import gpu_capability
 
 # What config.model.attention may say; "auto" is the platform's kernel.
 ATTENTION = ("auto", "plain", "tiled", "flash", "cudnn")
@@ -49,22 +50,27 @@ def choose_kernel(
     Raises:
         UserError: a kernel was asked for by name that cannot run.
     """
-    platform = mesh.devices.flat[0].platform
-    name = {"tpu": "flash", "gpu": "cudnn"}.get(platform, "tiled") if asked == "auto" else asked
-    reason = _refusal(name, platform, head_dim, dtype)
+    device = mesh.devices.flat[0]
+    name = {"tpu": "flash", "gpu": "cudnn"}.get(device.platform, "tiled") if asked == "auto" else asked
+    reason = _refusal(name, device, head_dim, dtype)
     if reason and asked != "auto":
         raise UserError(f"--config.model.attention={name} {reason}: write --config.model.attention=plain, or auto")
     return None if reason or name == "plain" else Kernel(name, mesh, rows, heads)
 
 
-def _refusal(name: str, platform: str, head_dim: int, dtype: jnp.dtype) -> str | None:
+def _refusal(name: str, device: jax.Device, head_dim: int, dtype: jnp.dtype) -> str | None:
     """Why a kernel cannot run, if so."""
+    platform = device.platform
     if name not in ATTENTION:
         return "is not an attention"
     if name == "flash" and platform == "gpu":
         return f"is a TPU kernel and these devices are of platform {platform!r}"
+    if name == "flash" and device.device_kind in ("TPU v2", "TPU v3"):
+        return f"multiplies bfloat16 in its kernel, which a {device.device_kind} cannot"
     if name == "cudnn" and platform != "gpu":
         return f"is a GPU kernel and these devices are of platform {platform!r}"
+    if name == "cudnn" and gpu_capability(device) < (8, 0):
+        return f"needs an NVIDIA GPU of compute capability 8.0, and this {device.device_kind} has less"
     if name == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes 16-bit numbers, not {jnp.dtype(dtype).name}"
     # cuDNN takes up to 256 on Hopper; 128 is what every architecture takes.

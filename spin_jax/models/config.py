@@ -61,6 +61,11 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
 
+    @property
+    def tensor_axes(self) -> tuple[int, ...]:
+        """Sizes of the axes that a mesh's tensor axis splits, and so must divide."""
+        return self.num_heads, self.num_kv_heads, self.intermediate_size, self.vocab_size
+
     @staticmethod
     def from_huggingface(config: dict[str, Any], where: str) -> "ModelConfig":
         """Reads a `config.json` written by transformers 4 or 5; a missing key means what it means to transformers.

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -15,6 +15,7 @@ from spin_jax.errors import UserError
 from spin_jax.files import find, is_remote, read_json
 from spin_jax.models import safetensors
 from spin_jax.models.config import ModelConfig
+from spin_jax.models.known import known
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -57,10 +58,23 @@ _INSTEAD = (
 _LOG = logging.getLogger(__name__)
 
 
-def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+def describe(path_or_id: str | os.PathLike, revision: str | None = None) -> ModelConfig:
+    """The architecture of a model, from its config.json alone: nothing else is downloaded, and nothing of a repository
+    that is known here; raises UserError like `resolve` and `read_config`."""
+    name = os.fspath(path_or_id)
+    described = None if os.path.isdir(os.path.expanduser(name)) else known(name)
+    return described or read_config(resolve(path_or_id, revision, fetched=["config.json"]))
+
+
+def resolve(
+    path_or_id: str | os.PathLike, revision: str | None = None, fetched: Sequence[str] = FETCHED
+) -> pathlib.Path:
     """The local directory of a model: the one named, or a snapshot of a Hub repository (downloaded once, then cached).
 
     A directory that is there is taken before a repository of the same name.
+
+    Args:
+        fetched: patterns of the files of a repository that are wanted.
 
     Raises:
         UserError: no such directory, or the Hub does not have it or cannot be reached.
@@ -79,13 +93,13 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> pathl
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
         hint = "copy the model to this machine" if "://" in name else "a Hub repository is written owner/name"
         raise UserError(f"{name}: no such directory ({hint})")
-    return _download(repository, revision)
+    return _download(repository, revision, fetched)
 
 
-def _download(repository: str, revision: str | None) -> pathlib.Path:
+def _download(repository: str, revision: str | None, fetched: Sequence[str]) -> pathlib.Path:
     import huggingface_hub
 
-    which = {"allow_patterns": FETCHED, "ignore_patterns": VARIANTS}
+    which = {"allow_patterns": list(fetched), "ignore_patterns": VARIANTS}
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(repository, revision=revision, **which))
     except (OSError, ValueError) as error:  # every error of the Hub's client is one of the two

@@ -1,0 +1,238 @@
+"""What a config leaves to the devices, chosen by their number, kind and memory, before anything is downloaded.
+
+Left to them are sizes that change no result beyond rounding: the mesh, `model.remat`, `train.micro_batches`,
+`train.row_length`, and the slots of sampling. A choice rests on an estimate of bytes, which tests hold against the TPU
+compiler's own figures.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from spin_jax import sharding
+from spin_jax.config import flatten
+from spin_jax.errors import UserError, as_flag
+from spin_jax.models import ModelConfig, abstract_adapters, num_params
+from spin_jax.packing import round_up
+from spin_jax.slices import GiB, Slice, found, tensor_ways
+from spin_jax.xla import compute_dtype
+
+_LOG = logging.getLogger(__name__)
+
+# Of a device's memory, for what the estimate misses. Where nothing fits in that, what needs least is tried, up to MISS.
+SHARE, MISS = 0.93, 1.05
+# Remat policies that are worth their memory, the fastest first.
+POLICIES = ("mlp", "gate", "attention", "qkv", "full")
+# Above so many FLOPs in the time that a byte is read in, keeping more than "qkv" gains nothing: v6e.
+FAST_MATMULS = 400
+ROW_LENGTH_TPU = 4096  # the kernel skips what no token sees: long rows cost no more than short ones, and are fuller
+ROW_LENGTH = 1024  # elsewhere attention computes some of it
+SLOTS = 512  # a copy of the weights; beyond it half of a decode step is the cache already
+SLOTS_CPU = 32  # beyond it a step takes longer in proportion
+PREFILL = 16  # prompts, a copy of the weights: with their tokens a large matmul
+PROGRAM = 0.3 * GiB  # of the step's code, and of buffers that are small beside all else
+REFILLS = 8  # how often each slot is filled at least, where the number of prompts is known: else most idle in the end
+
+
+def choose(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]) -> ConfigDict:
+    """A copy of the config in which nothing is left to the devices, which are a run's or those of a described slice.
+
+    Raises:
+        UserError: mesh and devices do not go together.
+    """
+    there, dtype = found(devices), compute_dtype(config.model.compute_dtype, devices[0])
+    chosen = config.copy_and_resolve_references()
+    data, fsdp, tensor = mesh_sizes(config, there.devices)
+    chosen.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+    if not config.train.row_length:
+        long = devices[0].platform == "tpu" and there.chip.name not in ("TPU v2", "TPU v3")
+        chosen.train.row_length = max(ROW_LENGTH_TPU if long else ROW_LENGTH, config.train.length_multiple)
+    _choose_slots(chosen, model, there, dtype)
+    _choose_memory(chosen, model, there, dtype)
+    return chosen
+
+
+def mesh_sizes(config: ConfigDict, total: int) -> list[int]:
+    """The sizes of `config.mesh` on so many devices, none of them -1; raises as `sharding.mesh_sizes`."""
+    mesh, tensor = config.mesh, config.mesh.tensor
+    if tensor == -1 and -1 in (mesh.data, mesh.fsdp):
+        tensor = tensor_ways(total, config.train.batch_size)
+    return sharding.mesh_sizes(mesh.data, mesh.fsdp, tensor, total)
+
+
+# ---- sampling
+
+
+def _choose_slots(config: ConfigDict, model: ModelConfig, there: Slice, dtype: jnp.dtype) -> None:
+    """As many slots as the cache may fill half of the memory with that weights leave, within SLOTS."""
+    settings = config.generate
+    ways = sharding.decode_ways(there.devices, config.mesh.decode_tensor, model.tensor_axes)
+    copies = there.devices // ways
+    if not settings.batch_size:
+        slots = SLOTS if there.chip.flops else SLOTS_CPU
+        if there.chip.hbm_bytes:
+            room = there.chip.hbm_bytes - sum(sampling_bytes(config, model, ways, dtype).values())
+            slots = min(slots, _power_of_two(room / 2 / cache_bytes(config, model, ways, dtype)))
+        if config.data.max_rows:
+            asked = config.data.max_rows * settings.responses
+            slots = min(slots, max(SLOTS_CPU, _power_of_two(asked / REFILLS / copies)))
+        settings.batch_size = slots * copies
+    if not settings.prefill_batch_size:
+        settings.prefill_batch_size = min(PREFILL, settings.batch_size // copies) * copies
+
+
+def sampling_bytes(config: ConfigDict, model: ModelConfig, ways: int, dtype: jnp.dtype) -> dict[str, float]:
+    """Bytes a device by kind while sampling, without the cache: params, and the copy that is sampled from, which `ways`
+    devices share."""
+    count = num_params(model)
+    return {"params": 4 * count / (config.mesh.fsdp * config.mesh.tensor), "copy": count * dtype.itemsize / ways}
+
+
+def cache_bytes(config: ConfigDict, model: ModelConfig, ways: int, dtype: jnp.dtype) -> float:
+    """Bytes a device of a slot's keys and values."""
+    tokens = config.data.max_prompt_length + config.generate.max_new_tokens
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * tokens * dtype.itemsize / ways
+
+
+def _power_of_two(number: float) -> int:
+    """The largest that is not above; 1 at least."""
+    return 1 << max(0, math.floor(math.log2(max(1.0, number))))
+
+
+# ---- training
+
+
+def _choose_memory(config: ConfigDict, model: ModelConfig, there: Slice, dtype: jnp.dtype) -> None:
+    """Set remat and micro-batches: the fewest parts, and in those the most kept, that fit; else what needs least."""
+    limit, chip, ways = SHARE * there.chip.hbm_bytes, there.chip, config.mesh.data * config.mesh.fsdp
+    asked, parts = config.model.remat, config.train.micro_batches
+    policies = POLICIES if asked == "auto" else (asked,)
+    if asked == "auto" and chip.flops and chip.flops / chip.hbm_bytes_per_second > FAST_MATMULS:
+        policies = POLICIES[POLICIES.index("qkv") :]
+    most = max(1, config.train.batch_size // ways)
+    for micro_batches in [parts] if parts else [2**i for i in range(most.bit_length())]:
+        for remat in policies:
+            config.model.remat, config.train.micro_batches = remat, micro_batches
+            if not limit or sum(training_bytes(config, model, dtype).values()) <= limit:
+                return
+
+
+def training_bytes(config: ConfigDict, model: ModelConfig, dtype: jnp.dtype) -> dict[str, float]:
+    """Estimated bytes a device by kind in a training step of the longest pairs; the config leaves nothing open.
+
+    Params, optimizer and gradients follow from the number of params. The rest is the peak in the backward pass, as the
+    TPU's compiler has been seen to lay it out: what the policy keeps, the logits with softmax and gradient, and a
+    layer's gathered weights, with the next one's, and MLP.
+    """
+    mesh, train = config.mesh, config.train
+    shards, count = mesh.fsdp * mesh.tensor, num_params(model)
+    adamw = "adamw" in (train.optimizer, config.sft.optimizer if config.sft.epochs or config.sft.control else "")
+    trained = num_adapters(model, config.lora.rank) if config.lora.rank else count
+    held = {"params": 4 * trained, "optimizer": (8 if adamw else 4) * trained}
+    held["gradients"] = 4 * trained * (2 if train.micro_batches > 1 else 1)
+    if config.lora.rank or config.spin.opponent == "live":
+        held["frozen params"] = count * dtype.itemsize
+    needed = {kind: size / shards for kind, size in held.items()}
+    pairs = math.ceil(train.batch_size / (mesh.data * mesh.fsdp * train.micro_batches))
+    prompt, real, generated = longest_pair(config)
+    tokens = round_up(pairs * (prompt + real + generated - 2), train.length_multiple)
+    kept = model.num_layers * kept_numbers(model, config.model.remat)
+    needed["activations"] = tokens * (kept + 2 * model.intermediate_size) * dtype.itemsize / mesh.tensor
+    logits = pairs * min(real + generated, config.model.logits_chunk or math.inf) * model.vocab_size
+    needed["program"] = PROGRAM
+    needed["logits"] = 3 * 4 * logits / mesh.tensor
+    if mesh.fsdp > 1:
+        needed["gathered weights"] = 2 * layer_numbers(model) * dtype.itemsize / mesh.tensor
+    return needed
+
+
+def layer_numbers(model: ModelConfig) -> int:
+    """Numbers in the matrices of a layer."""
+    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim  # q and o, k and v
+    return model.hidden_size * (heads + 3 * model.intermediate_size)
+
+
+def longest_pair(config: ConfigDict) -> tuple[int, int, int]:
+    """Tokens of prompt, real and generated response of the longest pair that a config allows: both responses fill their
+    budgets. Generated responses that the data gives have the room of a human one."""
+    data = config.data
+    generated = data.max_length if data.layout == "pairs" else config.generate.max_new_tokens
+    prompt = max(1, min(data.max_prompt_length, data.max_length - generated))
+    return prompt, data.max_length - prompt, min(generated, data.max_length - prompt)
+
+
+def kept_numbers(model: ModelConfig, remat: str) -> int:
+    """Numbers a token and layer that a remat policy keeps, see `models.REMAT_POLICIES`."""
+    heads, mlp, hidden = model.num_heads * model.head_dim, model.intermediate_size, model.hidden_size
+    qkv = heads + 2 * model.num_kv_heads * model.head_dim
+    attended = qkv + heads + hidden
+    of_policy = {"full": 0, "qkv": qkv, "attention": attended, "gate": attended + mlp, "mlp": attended + 2 * mlp}
+    of_policy |= {"projections": qkv + hidden + 2 * mlp, "none": attended + 5 * mlp + 10 * hidden}
+    return hidden + of_policy[remat]
+
+
+def num_adapters(model: ModelConfig, rank: int) -> int:
+    """Numbers in the low-rank updates of a rank."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_adapters(model, rank)))
+
+
+def check_memory(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]) -> None:
+    """Refuse a config, with nothing left open, whose run the devices cannot hold.
+
+    Raises:
+        UserError: with the arithmetic, and what they could hold.
+    """
+    there, dtype = found(devices), compute_dtype(config.model.compute_dtype, devices[0])
+    limit = there.chip.hbm_bytes
+    stage, of_kinds = _largest_stage(config, model, there, dtype)
+    needed = sum(of_kinds.values())
+    if not limit or needed <= SHARE * limit:
+        return
+    kinds = ", ".join(f"{kind} {_gib(size)}" for kind, size in of_kinds.items() if size > 0.005 * GiB)
+    takes = f"{stage} takes {_gib(needed)} GiB of each ({kinds})"
+    if needed <= MISS * limit:
+        _LOG.warning("%s: %s by an estimate, which may be too much", describe(devices), takes)
+        return
+    tries = []
+    if not config.lora.rank:
+        low_rank = config.copy_and_resolve_references()
+        low_rank.lora.rank = 16
+        size = sum(_largest_stage(low_rank, model, there, dtype)[1].values())
+        if size <= SHARE * limit:
+            tries.append(f"--config.lora.rank=16 with ten times the learning rate ({_gib(size)} GiB)")
+    tries += [f"{there.devices * math.ceil(needed / (SHARE * limit))} of these devices", "a smaller model"]
+    raise UserError(f"{describe(devices)} are too little for {config.model.path}: {takes}; try {', or '.join(tries)}")
+
+
+def _largest_stage(
+    config: ConfigDict, model: ModelConfig, there: Slice, dtype: jnp.dtype
+) -> tuple[str, dict[str, float]]:
+    """The stage that needs most, and its bytes a device by kind."""
+    ways = sharding.decode_ways(there.devices, config.mesh.decode_tensor, model.tensor_axes)
+    slots = config.generate.batch_size * ways / there.devices
+    sampling = sampling_bytes(config, model, ways, dtype)
+    sampling["cache"] = slots * cache_bytes(config, model, ways, dtype)
+    stages = {"training": training_bytes(config, model, dtype), "sampling": sampling}
+    return max(stages.items(), key=lambda stage: sum(stage[1].values()))
+
+
+def _gib(size: float) -> str:
+    return f"{size / GiB:.1f}" if size > GiB else f"{size / GiB:.2f}"
+
+
+def describe(devices: Sequence[jax.Device]) -> str:
+    """Devices, as "8 x TPU v5e of 15.8 GiB"."""
+    there = found(devices)
+    memory = f" of {there.chip.hbm_bytes / GiB:.1f} GiB" if there.chip.hbm_bytes else ""
+    return f"{there.devices} x {there.chip.name}{memory}"
+
+
+def what(config: ConfigDict, chosen: ConfigDict) -> str:
+    """What was chosen, as flags."""
+    before = flatten(config)
+    fields = (as_flag(field, value) for field, value in flatten(chosen).items() if value != before[field])
+    return " ".join(fields) or "nothing was left to choose"

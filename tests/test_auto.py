@@ -1,0 +1,141 @@
+"""Sizes that are left to the devices, for devices as they are described, and the bytes that they rest on."""
+
+import pathlib
+import re
+import runpy
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_slices import Described
+
+from spin_jax import auto
+from spin_jax.config import override, validate
+from spin_jax.errors import UserError
+from spin_jax.models.attention import choose_kernel
+from spin_jax.models.known import known
+from spin_jax.slices import GiB
+from spin_jax.xla import compute_dtype
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+DEVICES = {
+    "v4-8": [Described("tpu", "TPU v4")] * 4,
+    "v3-8": [Described("tpu", "TPU v3")] * 8,
+    "v5e-1": [Described("tpu", "TPU v5 lite")],
+    "v5e-8": [Described("tpu", "TPU v5 lite")] * 8,
+    "v5e-16": [Described("tpu", "TPU v5 lite")] * 16,
+    "v5e-64": [Described("tpu", "TPU v5 lite")] * 64,
+    "v6e-8": [Described("tpu", "TPU v6 lite")] * 8,
+    "T4": [Described("gpu", "Tesla T4", 13 * GiB, "7.5")],
+    "A100": [Described("gpu", "NVIDIA A100-SXM4-80GB", 73 * GiB, "8.0")],
+    "8 H100": [Described("gpu", "NVIDIA H100 80GB HBM3", 73 * GiB, "9.0")] * 8,
+    "unknown": [Described("gpu", "of another maker")],
+}
+LAPTOP = [Described("cpu", "cpu")]
+
+
+def shipped(name: str, **changes):
+    """A shipped config and its model."""
+    config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    override(config, {"data.train": "d"} | {field.replace("__", "."): value for field, value in changes.items()})
+    validate(config)
+    return config, known(config.model.path)
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh", "remat", "micro_batches", "row_length", "slots"),
+    [
+        ("v4-8", (4, 1), "full", 16, 4096, 256),
+        ("v3-8", (8, 1), "full", 8, 1024, 256),
+        ("v5e-8", (8, 1), "full", 8, 4096, 256),
+        ("v5e-16", (16, 1), "qkv", 1, 4096, 512),
+        ("v5e-64", (32, 2), "mlp", 1, 4096, 2048),
+        ("v6e-8", (8, 1), "qkv", 1, 4096, 512),
+        ("8 H100", (8, 1), "mlp", 1, 1024, 512),
+    ],
+)
+def test_what_is_chosen_for_a_7b_model(devices, mesh, remat, micro_batches, row_length, slots):
+    config, model = shipped("zephyr_7b")
+    chosen = auto.choose(config, model, DEVICES[devices])
+    assert (chosen.mesh.fsdp, chosen.mesh.tensor) == mesh
+    assert (chosen.model.remat, chosen.train.micro_batches) == (remat, micro_batches)
+    assert (chosen.train.row_length, chosen.generate.batch_size) == (row_length, slots)
+    assert config.model.remat == "auto"  # the config that was given is left as it was
+
+
+def test_what_is_given_stays():
+    given = {"model__remat": "full", "train__micro_batches": 2, "mesh__fsdp": 2, "generate__batch_size": 24}
+    config, model = shipped("zephyr_7b", train__row_length=2048, generate__prefill_batch_size=8, **given)
+    chosen = auto.choose(config, model, DEVICES["v5e-8"])
+    assert (chosen.mesh.fsdp, chosen.mesh.tensor) == (2, 4)  # all that remain
+    assert (chosen.model.remat, chosen.train.micro_batches, chosen.train.row_length) == ("full", 2, 2048)
+    assert (chosen.generate.batch_size, chosen.generate.prefill_batch_size) == (24, 8)
+    assert auto.choose(chosen, model, DEVICES["v5e-8"]) == chosen
+
+
+@pytest.mark.parametrize(
+    ("devices", "name", "changes", "message"),
+    [
+        (
+            "T4",
+            "zephyr_7b",
+            {},
+            r"1 x T4 of 13\.0 GiB are too little for alignment-handbook/zephyr-7b-sft-full: training takes 1\d\d\.\d "
+            r"GiB of each \(params 27\.0, optimizer 27\.0, gradients 54\.0, .*\); try 10 of these devices, or a ",
+        ),
+        (
+            "T4",
+            "tinyllama_1b",
+            {},
+            r".*; try --config\.lora\.rank=16 with ten times the learning rate \([\d.]+ GiB\), ",
+        ),
+        ("v5e-1", "zephyr_7b", {"lora__rank": 16}, r".*: sampling takes 40\.\d GiB .*copy 13\.5.*; try 3 of these"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_arithmetic(devices, name, changes, message):
+    config, model = shipped(name, **changes)
+    chosen = auto.choose(config, model, DEVICES[devices])
+    with pytest.raises(UserError) as caught:
+        auto.check_memory(chosen, model, DEVICES[devices])
+    assert re.match(message, str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize(
+    ("devices", "name", "changes"),
+    [(devices, "smollm2_135m", {}) for devices in DEVICES]
+    + [("v5e-1", "smollm2_135m", {"lora__rank": 16}), ("T4", "tinyllama_1b", {"lora__rank": 16})]
+    + [("A100", "zephyr_7b", {"lora__rank": 16}), ("unknown", "zephyr_7b", {})],
+)
+def test_what_fits_is_not_refused(devices, name, changes, caplog):
+    config, model = shipped(name, **changes)
+    chosen = auto.choose(config, model, DEVICES[devices])
+    auto.check_memory(chosen, model, DEVICES[devices])
+    assert not caplog.records
+
+
+def test_a_laptop_is_told_its_own_memory():
+    config, model = shipped("zephyr_7b")
+    chosen = auto.choose(config, model, LAPTOP * 8)  # which share what there is
+    with pytest.raises(UserError, match=r"8 x CPU of \d+\.\d GiB are too little for"):
+        auto.check_memory(chosen, model, LAPTOP * 8)
+
+
+@pytest.mark.parametrize(
+    ("devices", "dtype", "attention"),
+    [
+        ("T4", jnp.float32, None),  # no bfloat16, no fused attention
+        ("A100", jnp.bfloat16, "cudnn"),
+        ("8 H100", jnp.bfloat16, "cudnn"),
+        ("unknown", jnp.float32, None),
+        ("v3-8", jnp.bfloat16, None),  # a TPU whose kernels cannot multiply bfloat16
+        ("v4-8", jnp.bfloat16, "flash"),
+    ],
+)
+def test_dtype_and_attention_are_chosen_by_capability(devices, dtype, attention):
+    device = DEVICES[devices][0]
+    assert compute_dtype("auto", device) == dtype
+    mesh = types.SimpleNamespace(devices=np.array([[[device]]], object))  # of a mesh, the devices are asked their kind
+    kernel = choose_kernel("auto", mesh, ("data",), "tensor", head_dim=64, dtype=compute_dtype("auto", device))
+    assert (kernel and kernel.name) == attention
