@@ -1,113 +1,133 @@
-"""Compiles every shipped 7B config for every TPU slice and writes the table of docs/compile_check.md.
+"""Compiles shipped configs for TPU slices with the sizes that are chosen for each, and writes the tables of
+docs/compile_check.md and docs/hardware.md.
 
-    python benchmarks/compile_table.py [--programs=NAME,...] [CONFIG:SLICE ...]
+    python benchmarks/compile_table.py [--only=TEXT] [--json=FILE]
 
-Without arguments: all of them, one to two hours on two cores the first time; what was compiled is remembered. Only the
-rows of `--programs`, if they are given, are made anew. With configs and slices: those are compiled and printed, and
-nothing is written. Needs libtpu (pip install 'jax[tpu]'), and no TPU.
+All of it takes an hour on two cores the first time; what was compiled is remembered. With --only: the rows whose words
+hold the text are compiled and printed, and no document is written. Needs libtpu (pip install 'jax[tpu]'), and no TPU.
 """
 
 import argparse
-import itertools
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 import tempfile
+import types
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from spin_jax.slices import GiB  # noqa: E402
+from spin_jax import auto  # noqa: E402
+from spin_jax.config import override  # noqa: E402
+from spin_jax.models.known import known  # noqa: E402
+from spin_jax.slices import GiB, chip_of  # noqa: E402
+from spin_jax.xla import compute_dtype  # noqa: E402
 
-DOCUMENT = ROOT / "docs/compile_check.md"
 BEGIN, END = "<!-- made by benchmarks/compile_table.py -->", "<!-- end of what it made -->"
-CONFIGS = ("zephyr_7b", "llama2_7b")
-SLICES = "v4-32 v5e-8 v5e-16 v5e-64 v5e-256 v5p-8 v5p-32 v6e-16".split()
-COLUMNS = (
-    "config",
-    "slice",
-    "program",
-    "GiB a chip",
-    "fits",
-    "TFLOP a chip",
-    "estimated s",
-    "MFU",
-    "GiB sent, SYNC",
-    "async",
-)
+LORA = "--config.lora.rank=16"
+# document -> rows of (config, slice, flags)
+ROWS = {
+    "docs/compile_check.md": [
+        ("zephyr_7b", "v3-32", ""),
+        ("zephyr_7b", "v4-8", LORA),
+        ("zephyr_7b", "v4-16", ""),
+        ("zephyr_7b", "v4-32", ""),
+        ("zephyr_7b", "v5e-8", ""),
+        ("zephyr_7b", "v5e-16", ""),
+        ("zephyr_7b", "v5e-32", ""),
+        ("zephyr_7b", "v5e-64", ""),
+        ("zephyr_7b", "v5p-8", ""),
+        ("zephyr_7b", "v5p-16", ""),
+        ("zephyr_7b", "v6e-8", ""),
+        ("zephyr_7b", "v6e-64", ""),
+        ("zephyr_7b", "tpu7x-8", ""),
+        ("llama2_7b", "v5e-16", ""),
+        ("tinyllama_1b", "v5e-4", ""),
+        ("tinyllama_1b", "v6e-1", ""),
+    ],
+    "docs/hardware.md": [
+        ("smollm2_135m", name, flags) for name in ("t4-1", "v5e-1", "v6e-1", "v3-8", "v5e-8") for flags in ("", LORA)
+    ],
+}
+T4 = types.SimpleNamespace(platform="gpu", device_kind="Tesla T4", compute_capability="7.5", memory_stats=dict)
+PROGRAMS = "train step,decode step"
+COLUMNS = ("config", "slice", "chosen", "program", "GiB a chip", "estimated", "fits", "estimated s", "MFU")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chosen", nargs="*", metavar="CONFIG:SLICE")
-    parser.add_argument("--programs", help="as of compile_check")
+    parser.add_argument("--only", default="", help="a text that the words of a row hold")
+    parser.add_argument("--json", type=pathlib.Path, help="also write all that the compile check says")
     arguments = parser.parse_args()
-    everything = [":".join(pair) for pair in itertools.product(CONFIGS, SLICES)]
-    rows = [row for name in arguments.chosen or everything for row in check(name, arguments.programs)]
-    print(as_table(rows))
-    if not arguments.chosen:
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        table, after = rest.split(END)
-        if arguments.programs:
-            rows = merged(table, rows)
-        DOCUMENT.write_text(f"{before}{BEGIN}\n\n{as_table(rows)}\n\n{END}{after}")
+    reports = []
+    for document, wanted in ROWS.items():
+        rows = []
+        for row in wanted:
+            if arguments.only in " ".join(row):
+                reports.append(check(*row))
+                made = cells(*row, reports[-1])
+                print(as_table(made), flush=True)
+                rows += made
+        if not arguments.only:
+            write(ROOT / document, f"{as_table([COLUMNS, ['---'] * len(COLUMNS), *rows])}\n\n{made_by(reports)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(reports, indent=1) + "\n")
 
 
-def as_table(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [COLUMNS, ["---"] * len(COLUMNS), *rows])
-
-
-def merged(table: str, rows: list[list[str]]) -> list[list[str]]:
-    """A table's rows, those of the same config, slice and program replaced; new ones stand in front of a slice's."""
-    old = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n") if line.startswith("| ")]
-    new = {tuple(row[:3]) for row in rows}
-    kept = rows + [row for row in old[2:] if tuple(row[:3]) not in new]
-    slices = list(dict.fromkeys(tuple(row[:2]) for row in old[2:]))
-    return sorted(kept, key=lambda row: slices.index(tuple(row[:2])))
-
-
-def check(name: str, programs: str | None) -> list[list[str]]:
-    """The rows of a CONFIG:SLICE."""
-    print(name, file=sys.stderr, flush=True)
-    config, _, slice_name = name.partition(":")
+def check(config: str, slice_name: str, flags: str) -> dict:
+    """What the compile check says; of GPUs, for which nothing is compiled here, what the estimate says."""
+    if slice_name == "t4-1":
+        return arithmetic(config, flags)
     with tempfile.TemporaryDirectory() as directory:
         file = pathlib.Path(directory) / "report.json"
-        command = [
-            sys.executable,
-            "-m",
-            "spin_jax.compile_check",
-            f"--config=configs/{config}.py:{slice_name}",
-            f"--json={file}",
-            *([f"--programs={programs}"] if programs else []),
-        ]
+        command = [sys.executable, "-m", "spin_jax.compile_check", f"--config=configs/{config}.py", f"--json={file}"]
+        command += [f"--slice={slice_name}", f"--programs={PROGRAMS}", *flags.split()]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if not file.exists():
-            return [[config, slice_name, done.stderr.strip().splitlines()[-1], *[""] * (len(COLUMNS) - 3)]]
-        report = json.loads(file.read_text())
-    return [[config, slice_name, *cells(program)] for program in report["programs"]]
+            raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        return json.loads(file.read_text())
 
 
-def cells(program: dict) -> list[str]:
-    size = f"{program['total_bytes'] / GiB:.1f} of {program['limit'] / GiB:.1f}"
-    fits, work = "yes" if program["fits"] else "**no**", program["work"]
-    if work is None:
-        return [program["program"], size, fits, "", "", "", "", ""]
-    sent = {
-        is_async: sum(t["wire_bytes"] for t in work["traffic"] if t["is_async"] == is_async)
-        for is_async in (False, True)
-    }
-    mfu = f"{program['mfu']:.0%}" if program["mfu"] else ""
-    flops = f"{(work['flops'] + work['kernel_flops']) / 1e12:.1f}"
-    return [
-        program["program"],
-        size,
-        fits,
-        flops,
-        f"{program['seconds']:.3g}",
-        mfu,
-        *(f"{sent[a] / GiB:.2f}" for a in (False, True)),
-    ]
+def arithmetic(config: str, flags: str) -> dict:
+    """Of a T4, in the form of the compile check's report."""
+    given = runpy.run_path(str(ROOT / "configs" / f"{config}.py"))["get_config"]()
+    override(given, {"data.train": "not read"} | ({"lora.rank": 16} if flags else {}))
+    model = known(given.model.path)
+    chosen, dtype = auto.choose(given, model, [T4]), compute_dtype("auto", T4)
+    estimate, limit = auto.training_bytes(chosen, model, dtype), chip_of(T4).hbm_bytes
+    total = sum(estimate.values())
+    program = {"program": "train step", "total_bytes": total, "limit": limit, "fits": total <= limit, "work": None}
+    return {"chosen": auto.what(given, chosen), "estimate": estimate, "programs": [program]}
+
+
+def cells(config: str, slice_name: str, flags: str, report: dict) -> list[list[str]]:
+    """A row of the table for each program."""
+    name = f"{config} {flags}".strip()
+    chosen = " ".join(word.removeprefix("--config.") for word in report["chosen"].split() if "prefill" not in word)
+    rows = []
+    for program in sorted(report["programs"], key=lambda program: program["program"], reverse=True):
+        trains = program["program"] == "train step"
+        size = f"{program['total_bytes'] / GiB:.1f} of {program['limit'] / GiB:.1f}"
+        estimate = f"{sum(report['estimate'].values()) / GiB:.1f}" if trains else ""
+        seconds, mfu = (f"{program['seconds']:.3g}", f"{program['mfu']:.0%}") if program["work"] else ("", "")
+        fits = "yes" if program["fits"] else "**no**"
+        rows.append([name, slice_name, chosen, program["program"], size, estimate, fits, seconds, mfu])
+    return rows
+
+
+def as_table(rows: list) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def made_by(reports: list[dict]) -> str:
+    return f"Compiled by {reports[-1]['compiler']}."
+
+
+def write(document: pathlib.Path, table: str) -> None:
+    before, rest = document.read_text().split(BEGIN)
+    document.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":
