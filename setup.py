@@ -35,6 +35,8 @@ setup(
         "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # a pod needs a workdir that all hosts see: gs://
         "cuda12": ["jax[cuda12]", "etils[epath-gcs]"],
         "cuda13": ["jax[cuda13]", "etils[epath-gcs]"],
+        # attention for Hopper GPUs; exactly this version, since what we call has no public name
+        "tokamax": ['tokamax==0.0.17; python_version >= "3.12"'],
         "eval": ["lm-eval[hf]>=0.4.10"],  # torch comes with it
         "tfds": ["tensorflow-datasets>=4.9.6"],
         "check": ["jax[tpu]"],  # compile_check: libtpu of the version that this jax runs with; no TPU is needed

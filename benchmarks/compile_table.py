@@ -23,7 +23,6 @@ from spin_jax import auto  # noqa: E402
 from spin_jax.config import override  # noqa: E402
 from spin_jax.models.known import known  # noqa: E402
 from spin_jax.slices import GiB, chip_of  # noqa: E402
-from spin_jax.xla import compute_dtype  # noqa: E402
 
 BEGIN, END = "<!-- made by benchmarks/compile_table.py -->", "<!-- end of what it made -->"
 LORA = "--config.lora.rank=16"
@@ -95,8 +94,8 @@ def arithmetic(config: str, flags: str) -> dict:
     given = runpy.run_path(str(ROOT / "configs" / f"{config}.py"))["get_config"]()
     override(given, {"data.train": "not read"} | ({"lora.rank": 16} if flags else {}))
     model = known(given.model.path)
-    chosen, dtype = auto.choose(given, model, [T4]), compute_dtype("auto", T4)
-    estimate, limit = auto.training_bytes(chosen, model, dtype), chip_of(T4).hbm_bytes
+    chosen = auto.choose(given, model, [T4])
+    estimate, limit = auto.training_bytes(chosen, model, auto.target(chosen, model, [T4])), chip_of(T4).hbm_bytes
     total = sum(estimate.values())
     program = {"program": "train step", "total_bytes": total, "limit": limit, "fits": total <= limit, "work": None}
     return {"chosen": auto.what(given, chosen), "estimate": estimate, "programs": [program]}

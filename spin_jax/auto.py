@@ -8,6 +8,7 @@ compiler's own figures.
 import logging
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from spin_jax import sharding
 from spin_jax.config import flatten
 from spin_jax.errors import UserError, as_flag
 from spin_jax.models import ModelConfig, abstract_adapters, num_params
+from spin_jax.models.attention import kernel_name
 from spin_jax.packing import round_up
 from spin_jax.slices import GiB, Slice, found, tensor_ways
 from spin_jax.xla import compute_dtype
@@ -44,16 +46,29 @@ def choose(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]
     Raises:
         UserError: mesh and devices do not go together.
     """
-    there, dtype = found(devices), compute_dtype(config.model.compute_dtype, devices[0])
-    chosen = config.copy_and_resolve_references()
-    data, fsdp, tensor = mesh_sizes(config, there.devices)
+    on, chosen = target(config, model, devices), config.copy_and_resolve_references()
+    data, fsdp, tensor = mesh_sizes(config, on.slice.devices)
     chosen.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
     if not config.train.row_length:
-        long = devices[0].platform == "tpu" and there.chip.name not in ("TPU v2", "TPU v3")
-        chosen.train.row_length = max(ROW_LENGTH_TPU if long else ROW_LENGTH, config.train.length_multiple)
-    _choose_slots(chosen, model, there, dtype)
-    _choose_memory(chosen, model, there, dtype)
+        longest = ROW_LENGTH_TPU if on.attention == "flash" else ROW_LENGTH
+        chosen.train.row_length = max(longest, config.train.length_multiple)
+    _choose_slots(chosen, model, on)
+    _choose_memory(chosen, model, on)
     return chosen
+
+
+class Target(NamedTuple):
+    """Devices, and how a config computes on them."""
+
+    slice: Slice
+    dtype: jnp.dtype
+    attention: str
+
+
+def target(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]) -> Target:
+    """What the config computes on; raises as `attention.kernel_name`."""
+    dtype = compute_dtype(config.model.compute_dtype, devices[0])
+    return Target(found(devices), dtype, kernel_name(config.model.attention, devices[0], model.head_dim, dtype))
 
 
 def mesh_sizes(config: ConfigDict, total: int) -> list[int]:
@@ -67,16 +82,16 @@ def mesh_sizes(config: ConfigDict, total: int) -> list[int]:
 # ---- sampling
 
 
-def _choose_slots(config: ConfigDict, model: ModelConfig, there: Slice, dtype: jnp.dtype) -> None:
+def _choose_slots(config: ConfigDict, model: ModelConfig, on: Target) -> None:
     """As many slots as the cache may fill half of the memory with that weights leave, within SLOTS."""
     settings = config.generate
-    ways = sharding.decode_ways(there.devices, config.mesh.decode_tensor, model.tensor_axes)
-    copies = there.devices // ways
+    ways = sharding.decode_ways(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
+    copies = on.slice.devices // ways
     if not settings.batch_size:
-        slots = SLOTS if there.chip.flops else SLOTS_CPU
-        if there.chip.hbm_bytes:
-            room = there.chip.hbm_bytes - sum(sampling_bytes(config, model, ways, dtype).values())
-            slots = min(slots, _power_of_two(room / 2 / cache_bytes(config, model, ways, dtype)))
+        slots = SLOTS if on.slice.chip.flops else SLOTS_CPU
+        if on.slice.chip.hbm_bytes:
+            room = on.slice.chip.hbm_bytes - sum(sampling_bytes(config, model, ways, on).values())
+            slots = min(slots, _power_of_two(room / 2 / cache_bytes(config, model, ways, on)))
         if config.data.max_rows:
             asked = config.data.max_rows * settings.responses
             slots = min(slots, max(SLOTS_CPU, _power_of_two(asked / REFILLS / copies)))
@@ -85,17 +100,17 @@ def _choose_slots(config: ConfigDict, model: ModelConfig, there: Slice, dtype: j
         settings.prefill_batch_size = min(PREFILL, settings.batch_size // copies) * copies
 
 
-def sampling_bytes(config: ConfigDict, model: ModelConfig, ways: int, dtype: jnp.dtype) -> dict[str, float]:
+def sampling_bytes(config: ConfigDict, model: ModelConfig, ways: int, on: Target) -> dict[str, float]:
     """Bytes a device by kind while sampling, without the cache: params, and the copy that is sampled from, which `ways`
     devices share."""
     count = num_params(model)
-    return {"params": 4 * count / (config.mesh.fsdp * config.mesh.tensor), "copy": count * dtype.itemsize / ways}
+    return {"params": 4 * count / (config.mesh.fsdp * config.mesh.tensor), "copy": count * on.dtype.itemsize / ways}
 
 
-def cache_bytes(config: ConfigDict, model: ModelConfig, ways: int, dtype: jnp.dtype) -> float:
+def cache_bytes(config: ConfigDict, model: ModelConfig, ways: int, on: Target) -> float:
     """Bytes a device of a slot's keys and values."""
     tokens = config.data.max_prompt_length + config.generate.max_new_tokens
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * tokens * dtype.itemsize / ways
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * tokens * on.dtype.itemsize / ways
 
 
 def _power_of_two(number: float) -> int:
@@ -106,9 +121,10 @@ def _power_of_two(number: float) -> int:
 # ---- training
 
 
-def _choose_memory(config: ConfigDict, model: ModelConfig, there: Slice, dtype: jnp.dtype) -> None:
+def _choose_memory(config: ConfigDict, model: ModelConfig, on: Target) -> None:
     """Set remat and micro-batches: the fewest parts, and in those the most kept, that fit; else what needs least."""
-    limit, chip, ways = SHARE * there.chip.hbm_bytes, there.chip, config.mesh.data * config.mesh.fsdp
+    chip, ways = on.slice.chip, config.mesh.data * config.mesh.fsdp
+    limit = SHARE * chip.hbm_bytes
     asked, parts = config.model.remat, config.train.micro_batches
     policies = POLICIES if asked == "auto" else (asked,)
     if asked == "auto" and chip.flops and chip.flops / chip.hbm_bytes_per_second > FAST_MATMULS:
@@ -117,16 +133,16 @@ def _choose_memory(config: ConfigDict, model: ModelConfig, there: Slice, dtype: 
     for micro_batches in [parts] if parts else [2**i for i in range(most.bit_length())]:
         for remat in policies:
             config.model.remat, config.train.micro_batches = remat, micro_batches
-            if not limit or sum(training_bytes(config, model, dtype).values()) <= limit:
+            if not limit or sum(training_bytes(config, model, on).values()) <= limit:
                 return
 
 
-def training_bytes(config: ConfigDict, model: ModelConfig, dtype: jnp.dtype) -> dict[str, float]:
+def training_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[str, float]:
     """Estimated bytes a device by kind in a training step of the longest pairs; the config leaves nothing open.
 
     Params, optimizer and gradients follow from the number of params. The rest is the peak in the backward pass, as the
-    TPU's compiler has been seen to lay it out: what the policy keeps, the logits with softmax and gradient, and a
-    layer's gathered weights, with the next one's, and MLP.
+    TPU's compiler has been seen to lay it out: what the policy keeps, the logits with softmax and gradient, and of a
+    layer its MLP, its gathered weights with the next one's, and the scores of plain attention.
     """
     mesh, train = config.mesh, config.train
     shards, count = mesh.fsdp * mesh.tensor, num_params(model)
@@ -135,18 +151,22 @@ def training_bytes(config: ConfigDict, model: ModelConfig, dtype: jnp.dtype) -> 
     held = {"params": 4 * trained, "optimizer": (8 if adamw else 4) * trained}
     held["gradients"] = 4 * trained * (2 if train.micro_batches > 1 else 1)
     if config.lora.rank or config.spin.opponent == "live":
-        held["frozen params"] = count * dtype.itemsize
+        held["frozen params"] = count * on.dtype.itemsize
     needed = {kind: size / shards for kind, size in held.items()}
     pairs = math.ceil(train.batch_size / (mesh.data * mesh.fsdp * train.micro_batches))
     prompt, real, generated = longest_pair(config)
     tokens = round_up(pairs * (prompt + real + generated - 2), train.length_multiple)
     kept = model.num_layers * kept_numbers(model, config.model.remat)
-    needed["activations"] = tokens * (kept + 2 * model.intermediate_size) * dtype.itemsize / mesh.tensor
+    needed["activations"] = tokens * (kept + 2 * model.intermediate_size) * on.dtype.itemsize / mesh.tensor
     logits = pairs * min(real + generated, config.model.logits_chunk or math.inf) * model.vocab_size
     needed["program"] = PROGRAM
     needed["logits"] = 3 * 4 * logits / mesh.tensor
+    if on.attention == "plain":
+        needed["scores"] = (
+            3 * 4 * tokens * max(train.row_length, prompt + real + generated) * model.num_heads / mesh.tensor
+        )
     if mesh.fsdp > 1:
-        needed["gathered weights"] = 2 * layer_numbers(model) * dtype.itemsize / mesh.tensor
+        needed["gathered weights"] = 2 * layer_numbers(model) * on.dtype.itemsize / mesh.tensor
     return needed
 
 
@@ -186,9 +206,9 @@ def check_memory(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.D
     Raises:
         UserError: with the arithmetic, and what they could hold.
     """
-    there, dtype = found(devices), compute_dtype(config.model.compute_dtype, devices[0])
-    limit = there.chip.hbm_bytes
-    stage, of_kinds = _largest_stage(config, model, there, dtype)
+    on = target(config, model, devices)
+    limit = on.slice.chip.hbm_bytes
+    stage, of_kinds = _largest_stage(config, model, on)
     needed = sum(of_kinds.values())
     if not limit or needed <= SHARE * limit:
         return
@@ -201,22 +221,20 @@ def check_memory(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.D
     if not config.lora.rank:
         low_rank = config.copy_and_resolve_references()
         low_rank.lora.rank = 16
-        size = sum(_largest_stage(low_rank, model, there, dtype)[1].values())
+        size = sum(_largest_stage(low_rank, model, on)[1].values())
         if size <= SHARE * limit:
             tries.append(f"--config.lora.rank=16 with ten times the learning rate ({_gib(size)} GiB)")
-    tries += [f"{there.devices * math.ceil(needed / (SHARE * limit))} of these devices", "a smaller model"]
+    tries += [f"{on.slice.devices * math.ceil(needed / (SHARE * limit))} of these devices", "a smaller model"]
     raise UserError(f"{describe(devices)} are too little for {config.model.path}: {takes}; try {', or '.join(tries)}")
 
 
-def _largest_stage(
-    config: ConfigDict, model: ModelConfig, there: Slice, dtype: jnp.dtype
-) -> tuple[str, dict[str, float]]:
+def _largest_stage(config: ConfigDict, model: ModelConfig, on: Target) -> tuple[str, dict[str, float]]:
     """The stage that needs most, and its bytes a device by kind."""
-    ways = sharding.decode_ways(there.devices, config.mesh.decode_tensor, model.tensor_axes)
-    slots = config.generate.batch_size * ways / there.devices
-    sampling = sampling_bytes(config, model, ways, dtype)
-    sampling["cache"] = slots * cache_bytes(config, model, ways, dtype)
-    stages = {"training": training_bytes(config, model, dtype), "sampling": sampling}
+    ways = sharding.decode_ways(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
+    slots = config.generate.batch_size * ways / on.slice.devices
+    sampling = sampling_bytes(config, model, ways, on)
+    sampling["cache"] = slots * cache_bytes(config, model, ways, on)
+    stages = {"training": training_bytes(config, model, on), "sampling": sampling}
     return max(stages.items(), key=lambda stage: sum(stage[1].values()))
 
 

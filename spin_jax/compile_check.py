@@ -81,18 +81,20 @@ def config_and_slice() -> tuple[ConfigDict, str]:
 
 def _check_and_tell(config: ConfigDict, name: str, lengths: Sequence[tuple[int, int, int]] | None) -> int:
     from spin_jax import aot, auto
-    from spin_jax.xla import compute_dtype
 
     target = find_slice(name)
     model, devices, given = _model(config), aot.devices_of(target), config
-    config, dtype = auto.choose(given, model, devices), compute_dtype(given.model.compute_dtype, devices[0])
+    config = auto.choose(given, model, devices)
     reports = check(config, target, lengths, _LAYERS.value, _PROGRAMS.value, _CACHE.value)
     heading = f"{command.config_file()}: {target.devices} x {target.chip.name}, compiled by {aot.versions()}"
     heading += f"\n{auto.what(given, config)}"
     print("\n\n".join([heading, memory_table(reports), *(describe(report) for report in reports)]))
     if _JSON.value:
         content = {"config": command.config_file(), "slice": name, "compiler": aot.versions()}
-        content |= {"chosen": auto.what(given, config), "estimate": auto.training_bytes(config, model, dtype)}
+        content |= {
+            "chosen": auto.what(given, config),
+            "estimate": auto.training_bytes(config, model, auto.target(config, model, devices)),
+        }
         content |= {"chip": dataclasses.asdict(target.chip), "programs": [report.as_json() for report in reports]}
         pathlib.Path(_JSON.value).write_text(json.dumps(content, indent=1) + "\n")
     too_large = [report for report in reports if not report.fits]

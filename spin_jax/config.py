@@ -29,7 +29,8 @@ def base_config() -> ConfigDict:
     # CPU without instructions for it (xla.matmul_dtype)
     c.model.compute_dtype = "auto"
     # attention of whole rows: "plain" jax.numpy | "tiled", for CPUs | "flash", a TPU kernel | "cudnn", a GPU kernel |
-    # "auto": the platform's; all but the plain one never hold a row's scores [length, length]
+    # "tokamax", for Hopper GPUs, with the extra of that name | "auto": the platform's, but never tokamax, which we have
+    # not timed; all but the plain one never hold a row's scores [length, length]
     c.model.attention = "auto"
     # what the backward pass finds in memory, see models.compute.REMAT_POLICIES; "full" recomputes most and needs least;
     # "auto": what there is room for

@@ -8,7 +8,7 @@ from spin_jax.errors import UserError, as_flag
 # field -> the words that it can be
 CHOICES = {
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
-    "model.attention": ("auto", "plain", "tiled", "flash", "cudnn"),
+    "model.attention": ("auto", "plain", "tiled", "flash", "cudnn", "tokamax"),
     "model.remat": ("auto", "none", "full", "qkv", "attention", "gate", "mlp", "projections"),
     "model.export_dtype": ("float32", "bfloat16"),
     "data.layout": ("auto", "messages", "conversations", "prompt_response", "alpaca", "pairs"),

@@ -1,6 +1,7 @@
 """Attention's kernels against the plain path, forward and gradient, sharded over 8 devices; and compiled for TPUs."""
 
 import functools
+import importlib.util
 import types
 
 import jax
@@ -11,11 +12,25 @@ import tpu
 from jax.sharding import AxisType, Mesh
 
 from spin_jax.errors import UserError
-from spin_jax.models import attention
+from spin_jax.models import attention, gpu_attention
 from spin_jax.models.attention import Kernel, causal_attention
 
 ROWS, HEADS = ("data", "fsdp"), "tensor"
 BATCH = 4
+tokamax = pytest.param(
+    "tokamax",
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("tokamax") is None,
+        reason=f"needs tokamax, and that Python 3.12: pip install {gpu_attention.TOKAMAX}",
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def others_promote_ranks(request):
+    """What conftest.py forbids in our code, tokamax does."""
+    with jax.numpy_rank_promotion("allow" if "tokamax" in request.node.name else "raise"):
+        yield
 
 
 def mesh_of(devices: list, *shape: int) -> Mesh:
@@ -84,12 +99,12 @@ def test_plain_is_the_definition(sliding_window, packed):
         np.testing.assert_allclose(found[b, i, n], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tiled", "flash"])
+@pytest.mark.parametrize("name", ["tiled", "flash", tokamax])
 @pytest.mark.parametrize(
     ("length", "head_dim", "sliding_window", "packed"), [(200, 64, None, False), (600, 128, 70, True)]
 )
 def test_tiles_on_a_mesh_are_plain(name, length, head_dim, sliding_window, packed):
-    """Each device with its rows and heads; flash's kernel itself is tested in test_flash.py."""
+    """Each device with its rows and heads; flash itself is tested in test_flash.py; tokamax is XLA here."""
     arrays = rows(length, 8, 4, head_dim, packed)
     plain = value_and_gradients(with_kernel(None, sliding_window), arrays)
     tiles = Kernel(name, cpu_mesh(), ROWS, HEADS)
@@ -135,7 +150,8 @@ def assert_as_good_as_plain(kernel: Kernel, sliding_window: int | None, packed: 
     """In bfloat16, against f32 of numbers that are not rounded: at most 1.5 times plain's error in norm, as a kernel's
     backward pass reads the rounded output."""
     arrays = rows(256, 4, 2, 128, packed)
-    exact = value_and_gradients(with_kernel(None, sliding_window), arrays)
+    with jax.default_matmul_precision("float32"):  # a GPU would round
+        exact = value_and_gradients(with_kernel(None, sliding_window), arrays)
 
     def errors(kernel: Kernel | None) -> dict[str, float]:
         found = value_and_gradients(with_kernel(kernel, sliding_window), arrays, jnp.bfloat16)
@@ -145,20 +161,48 @@ def assert_as_good_as_plain(kernel: Kernel, sliding_window: int | None, packed: 
     assert all(found[name] < 1.5 * plain[name] for name in plain), (found, plain)
 
 
+@pytest.mark.parametrize("name", ["cudnn", tokamax])
 @pytest.mark.parametrize(("sliding_window", "packed"), [(None, False), (70, False), (70, True)])
-def test_cudnn_in_bfloat16_is_as_good_as_plain(sliding_window, packed):
+def test_gpu_kernels_in_bfloat16_are_as_good_as_plain(name, sliding_window, packed):
     if jax.default_backend() != "gpu":
         pytest.skip("needs a GPU: JAX_PLATFORMS=cuda,cpu pytest tests/test_attention.py")
-    assert_as_good_as_plain(Kernel("cudnn", mesh_of(jax.devices()[:1], 1, 1, 1), ROWS, HEADS), sliding_window, packed)
+    mesh = mesh_of(jax.devices()[:1], 1, 1, 1)
+    if name == "tokamax" and (reason := gpu_attention.tokamax_refusal(jax.devices()[0], 128, jnp.bfloat16)):
+        pytest.skip(reason)
+    assert_as_good_as_plain(Kernel(name, mesh, ROWS, HEADS), sliding_window, packed)
 
 
 def test_cudnn_lowers_for_gpus(monkeypatch):
-    """cuDNN's kernels, forward and backward, with what a device has: its rows and heads, and their mask."""
+    """cuDNN's kernels, forward and backward, with what a device has: its rows and heads, and their mask, of which no
+    gradient is asked."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     # Lowering asks for the version of a library that only machines with a GPU have, and compiles nothing.
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91002)
-    attend = with_kernel(Kernel("cudnn", cpu_mesh(), ROWS, HEADS), 70)
+    forward, backward = gpu_calls(with_kernel(Kernel("cudnn", cpu_mesh(), ROWS, HEADS), 70))
+    assert "@__cudnn$fmhaScaleBiasSoftmax(" in forward and "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in backward
+    assert "(tensor<1x256x4x128xbf16>, tensor<1x256x2x128xbf16>, tensor<1x256x2x128xbf16>, " in forward
+    assert "tensor<1x1x256x256xbf16>) ->" in forward  # the mask, which has the window in it
+    taken, given = backward.split(" -> ")
+    assert "tensor<1x1x256x256xbf16>" in taken and "256x256" not in given
+
+
+@pytest.mark.parametrize("name", [tokamax])
+def test_tokamax_lowers_for_hopper(name, monkeypatch):
+    """Its kernels: one forward, one for dq, one for dk and dv. Here a CPU asks, and is told that it is an H100."""
+    from tokamax._src import gpu_utils
+
+    for function, capability in {"is_sm80": False, "is_sm90": True, "is_sm100": False}.items():
+        monkeypatch.setattr(gpu_utils, function, lambda *_, found=capability: found)
+    monkeypatch.setattr(gpu_utils, "has_mosaic_gpu_support", lambda *_: True)
+    attend = functools.partial(gpu_attention.tokamax_attention, sliding_window=70, implementation="mosaic_gpu")
+    forward, *backward = gpu_calls(attend)
+    assert len(backward) == 2 and all("@mosaic_gpu" in call for call in (forward, *backward))
+    assert "tensor<4x256x8x128xbf16>, tensor<4x256x4x128xbf16>, tensor<4x256x4x128xbf16>" in forward
+
+
+def gpu_calls(attend) -> list[str]:
+    """The calls of kernels in an attention and its gradient, lowered for NVIDIA's GPUs."""
 
     def loss(q, k, v, *tokens):
         return jnp.sum(attend(q, k, v, *tokens).astype(jnp.float32))
@@ -166,11 +210,15 @@ def test_cudnn_lowers_for_gpus(monkeypatch):
     qkv = [jax.ShapeDtypeStruct((BATCH, 256, heads, 128), jnp.bfloat16) for heads in (8, 4, 4)]
     tokens = [jax.ShapeDtypeStruct((BATCH, 256), jnp.int32)] * 2
     program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*qkv, *tokens)
-    text = program.lower(lowering_platforms=("cuda",)).as_text()
-    forward, backward = (line for line in text.splitlines() if "custom_call @__cudnn" in line)
-    assert "@__cudnn$fmhaScaleBiasSoftmax(" in forward and "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in backward
-    assert "(tensor<1x256x4x128xbf16>, tensor<1x256x2x128xbf16>, tensor<1x256x2x128xbf16>, " in forward
-    assert "tensor<1x1x256x256xbf16>) ->" in forward  # the mask, which has the window in it
+    lines = program.lower(lowering_platforms=("cuda",)).as_text().splitlines()
+    return [line for line in lines if "custom_call @__cudnn" in line or "custom_call @mosaic_gpu" in line]
+
+
+def test_first_slot_that_is_seen():
+    """Where a kernel may begin: for each slot the first of the row whose end is beyond it."""
+    ends_BT = np.array([[6, 6, 4, 4, 6, 6, 7, 10, 9, 10], [1, 10, 10, 4, 10, 10, 10, 8, 10, 10]], np.int32)
+    expected = [[0, 0, 0, 0, 0, 0, 6, 7, 7, 7], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]]
+    np.testing.assert_array_equal(gpu_attention.first_seen(jnp.asarray(ends_BT)), expected)
 
 
 @tpu.needs_libtpu
@@ -192,11 +240,12 @@ def test_auto_is_the_kernel_of_the_devices():
         ("cudnn", "gpu", 128, jnp.float32, "not float32"),
         ("cudnn", "gpu", 100, jnp.bfloat16, "not 100"),
         ("cudnn", "gpu", 256, jnp.bfloat16, "not 256"),
+        ("tokamax", "tpu", 128, jnp.bfloat16, "is a GPU kernel"),
     ],
 )
 def test_what_a_kernel_cannot_do_is_said(asked, platform, head_dim, dtype, says):
     """And "auto" goes back to the plain path."""
-    device = types.SimpleNamespace(platform=platform)
+    device = types.SimpleNamespace(platform=platform, device_kind="some", compute_capability="9.0")
     mesh = types.SimpleNamespace(devices=np.array([device]))
     choose = functools.partial(attention.choose_kernel, mesh=mesh, rows=ROWS, heads=HEADS)
     with pytest.raises(UserError, match=f"--config.model.attention={asked} .*{says}"):
@@ -204,3 +253,23 @@ def test_what_a_kernel_cannot_do_is_said(asked, platform, head_dim, dtype, says)
     if asked == "cudnn" and platform == "gpu":
         assert choose("auto", head_dim=head_dim, dtype=dtype) is None
         assert choose("auto", head_dim=64, dtype=jnp.bfloat16).name == "cudnn"
+
+
+def test_tokamax_is_asked_for_by_name(monkeypatch):
+    """Where it can run; elsewhere one line says what is missing."""
+
+    def choose(asked: str, dtype=jnp.bfloat16, compute_capability="9.0") -> Kernel | None:
+        device = {"platform": "gpu", "device_kind": "some", "compute_capability": compute_capability}
+        mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(**device)]))
+        return attention.choose_kernel(asked, mesh, ROWS, HEADS, head_dim=64, dtype=dtype)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"=tokamax needs a package .*: pip install tokamax==0.0.17"):
+        choose("tokamax")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tokamax")
+    assert choose("tokamax", compute_capability="9.0").name == "tokamax"
+    with pytest.raises(UserError, match=r"compute capability 9.0, as H100 has, and this .* has less"):
+        choose("tokamax", compute_capability="8.0")
+    with pytest.raises(UserError, match="takes 16-bit numbers, not float32"):
+        choose("tokamax", jnp.float32)
+    assert choose("auto").name == "cudnn"

@@ -16,11 +16,12 @@ from jax.sharding import Mesh, PartitionSpec
 from spin_jax.errors import UserError
 from spin_jax.models import cache as cache_lib
 from spin_jax.models.flash import flash_attention
+from spin_jax.models.gpu_attention import cudnn_attention, tokamax_attention, tokamax_refusal
 from spin_jax.models.tiled import tiled_attention
 from spin_jax.xla import gpu_capability
 
 # What config.model.attention may say; "auto" is the platform's kernel.
-ATTENTION = ("auto", "plain", "tiled", "flash", "cudnn")
+ATTENTION = ("auto", "plain", "tiled", "flash", "cudnn", "tokamax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Kernel:
     """A way to compute attention by tiles, the devices it is compiled for, and how its arguments lie on them.
 
     Attributes:
-        name: "tiled", "flash" or "cudnn".
-        mesh: the devices. On a mesh without TPUs flash is interpreted: exact, slow, for tests.
+        name: "tiled", "flash", "cudnn" or "tokamax".
+        mesh: the devices. Elsewhere than on TPUs flash is interpreted, and on CPUs tokamax is plain XLA: for tests.
         rows: mesh axes that the batch is split over.
         heads: mesh axis that query heads and kv heads are split over.
     """
@@ -50,12 +51,18 @@ def choose_kernel(
     Raises:
         UserError: a kernel was asked for by name that cannot run.
     """
-    device = mesh.devices.flat[0]
+    name = kernel_name(asked, mesh.devices.flat[0], head_dim, dtype)
+    return None if name == "plain" else Kernel(name, mesh, rows, heads)
+
+
+def kernel_name(asked: str, device: jax.Device, head_dim: int, dtype: jnp.dtype) -> str:
+    """The attention that `asked` means on a device; raises as `choose_kernel`. "auto" is plain where the platform's
+    kernel cannot run."""
     name = {"tpu": "flash", "gpu": "cudnn"}.get(device.platform, "tiled") if asked == "auto" else asked
     reason = _refusal(name, device, head_dim, dtype)
     if reason and asked != "auto":
         raise UserError(f"--config.model.attention={name} {reason}: write --config.model.attention=plain, or auto")
-    return None if reason or name == "plain" else Kernel(name, mesh, rows, heads)
+    return "plain" if reason else name
 
 
 def _refusal(name: str, device: jax.Device, head_dim: int, dtype: jnp.dtype) -> str | None:
@@ -63,6 +70,8 @@ def _refusal(name: str, device: jax.Device, head_dim: int, dtype: jnp.dtype) -> 
     platform = device.platform
     if name not in ATTENTION:
         return "is not an attention"
+    if name == "tokamax":
+        return tokamax_refusal(device, head_dim, dtype)
     if name == "flash" and platform == "gpu":
         return f"is a TPU kernel and these devices are of platform {platform!r}"
     if name == "flash" and device.device_kind in ("TPU v2", "TPU v3"):
@@ -109,6 +118,9 @@ def causal_attention(
         attention = functools.partial(flash_attention, interpret=kernel.mesh.devices.flat[0].platform != "tpu")
     elif kernel.name == "tiled":
         attention = tiled_attention
+    elif kernel.name == "tokamax":
+        on_gpu = kernel.mesh.devices.flat[0].platform == "gpu"
+        attention = functools.partial(tokamax_attention, implementation="mosaic_gpu" if on_gpu else "xla")
     else:
         attention = functools.partial(dot_product, implementation="cudnn")
     attention = functools.partial(attention, sliding_window=sliding_window)
@@ -198,4 +210,6 @@ def dot_product(
     cuDNN has no mask of this kind: it is written down, [B, 1, T, T], and no tile is skipped.
     """
     mask_B1TT = causal_mask(ends_BT, positions_BT, sliding_window)[:, None]
+    if implementation == "cudnn":
+        return cudnn_attention(q_BTNH, k_BTKH, v_BTKH, mask_B1TT)
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TT, implementation=implementation)
