@@ -12,8 +12,11 @@ setup(
     packages=find_packages(include=["spin_jax", "spin_jax.*"]),
     python_requires=">=3.11",
     install_requires=[
-        "jax>=0.10.0,<0.11.1",  # flax 0.12 subclasses a class that jax 0.11.1 removed
+        # Below the next minor version: each removes what an earlier one deprecated. On Python 3.11 jax ends at 0.10 and
+        # flax at 0.12.8; jax 0.11.1 removed a class that flax before 0.12.9 subclasses, and 0.12.9 asks for jax 0.11.1.
+        "jax>=0.10.0,<0.13",
         "flax>=0.12.7,<0.13",
+        'flax>=0.12.9; python_version >= "3.12"',
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.0,<0.13",
         "transformers>=5.0,<6",
