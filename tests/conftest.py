@@ -8,6 +8,9 @@ import threading
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight virtual CPU devices, so that sharded programs run for real in the default tests.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Compiling is most of what the tests do: without LLVM's passes programs for CPUs compile in half of the time, here and
+# in all processes that tests start. Those for TPUs are the same to the bit.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if threading.current_thread() is threading.main_thread():
@@ -16,7 +19,20 @@ if threading.current_thread() is threading.main_thread():
 import jax  # noqa: E402  (after the flags above)
 import pytest  # noqa: E402
 
+# Files that take minutes, the longest first; `--dist loadfile` would begin with those of the most tests.
+LONGEST = "processes self_play resume notebooks slots models kills docs benchmarks api generate low_rank step".split()
+
 jax.config.update("jax_numpy_rank_promotion", "raise")  # a silent [B] + [B, 1] is a wrong loss
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Two processes that share the files end together, if what is left in the end is short."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def _directory(variable: str, what: str) -> pathlib.Path:
@@ -33,6 +49,17 @@ def _directory(variable: str, what: str) -> pathlib.Path:
 def assets() -> pathlib.Path:
     """A directory with `data/` (real instruction sets) and `models/stories260k-hf`."""
     return _directory("SPIN_JAX_ASSETS", "a directory with data/ and models/")
+
+
+@pytest.fixture(autouse=True)
+def optimised_for_a_real_model(request):
+    """What computes for minutes is worth the passes."""
+    if "smollm2" not in request.fixturenames:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 
 
 @pytest.fixture(scope="session")

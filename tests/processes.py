@@ -51,7 +51,6 @@ def run_together(
     """
     variables = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # every process compiles: twice as fast
         "PYTHONPATH": str(ROOT),
     }
     if cache:

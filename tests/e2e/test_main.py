@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def command(*arguments: str, python: tuple[str, ...] = ("-m", "spin_jax.main")) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *python, *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=120
+        [sys.executable, *python, *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=300
     )
 
 
