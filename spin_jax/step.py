@@ -201,7 +201,7 @@ def make_step(objective: Objective, optimizer: optax.GradientTransformation, mic
     def step(state: TrainState, opponent: dict | None, batch: NamedTuple, scoring: jax.Array | bool = False):
         grads, metrics, logps = summed(state.params, opponent, batch, scoring)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             updated = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, healthy)
