@@ -20,7 +20,7 @@ class Worker:
     Args:
         contestant: the file's name, and options that are added to `settings`. With `huge_pages` the process asks Linux
             for pages of 2 MiB in the place of 4 KiB wherever it allocates that much.
-        arguments: the benchmark's `peer_python` and `threads`.
+        arguments: the benchmark's `peer_python` and `threads`, and on which `platform` jax is to run (none: a CPU).
 
     Attributes:
         versions: of the libraries that it runs on.
@@ -32,7 +32,7 @@ class Worker:
         python = sys.executable if name.startswith("spin_jax/") else arguments.peer_python
         environment = os.environ | {
             "OMP_NUM_THREADS": str(arguments.threads),
-            "JAX_PLATFORMS": "cpu",
+            "JAX_PLATFORMS": getattr(arguments, "platform", "cpu"),
             "XLA_FLAGS": "",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",

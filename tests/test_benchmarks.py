@@ -1,4 +1,5 @@
-"""benchmarks/train_step.py with real contestants, on a tiny model; and what packed_step.py says without a compiler."""
+"""benchmarks/train_step.py with real contestants, on a tiny model; what packed_step.py says without a compiler; and
+gpu.py, tiny and on a CPU."""
 
 import importlib.util
 import json
@@ -6,6 +7,7 @@ import math
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny_files
@@ -184,3 +186,55 @@ def test_steps_of_refilled_slots(monkeypatch):
     assert sampling.steps_when_refilled([3, 4], 8) == 4
     (row,) = sampling.by_cap([9, 1, 2, 9], 2, [6])
     assert (row["static"], row["refilled"], row["mean length"]) == (12, 9, 3.75)
+
+
+def test_gpu_in_one_command(tmp_path):
+    """All that does not need a GPU of a job of each kind that computes; the file has what was measured."""
+    script, parts = ROOT / "benchmarks/gpu.py", "--parts=machine,train/7b,attention,peers/train/7b"
+    flags = [parts, "--size=tiny", f"--json={tmp_path / 'gpu.json'}", "--patience=4"]
+    run = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    jobs = report["jobs"]
+    assert list(jobs) == ["machine", "train/7b", "attention", "peers/train/7b"] and report["platform"] == "cpu"
+    assert jobs["peers/train/7b"] == {"error": "left out: --peer_python has no trl"}
+    assert not any("error" in job for job in list(jobs.values())[:3]), jobs
+    assert {"card", "cudnn", "jax", "jaxlib", "nvidia-smi"} <= jobs["machine"].keys()
+    step = jobs["train/7b"]
+    assert step["pairs_per_second"] == pytest.approx(step["pairs"] / step["step_seconds"])
+    assert step["model_tflop_per_second"] == pytest.approx(step["model_tflop"] / step["step_seconds"])
+    assert step["constants"]["attention"] == "tiled" and step["options"]["lora_rank"] == 16
+    found = jobs["attention"]["lengths"]["128"]["paths"]
+    assert {"plain", "tiled"} <= found.keys() and jobs["attention"]["fastest_128"] in found
+    for path in found.values():
+        assert path["ms"] > 0 and all(0 < error < 0.02 for error in path["error"].values())
+    assert "train/7b " in run.stdout
+
+
+def test_gpu_jobs_that_fail_or_hang(monkeypatch, tmp_path):
+    """Their last words are kept, and nothing that they have started goes on."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    assert gpu.run_process([sys.executable, "-c", "print('fine')"], 60, tmp_path, {}) is None
+    assert gpu.run_process([sys.executable, "-c", "raise SystemExit('no card')"], 60, tmp_path, {}) == "no card\n"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    error = gpu.run_process([sys.executable, "-c", parent], 1.5, tmp_path, {})
+    assert error in ("stopped after 2 seconds\nbegun\n", "stopped after 2 seconds\n")
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()
+    script = [sys.executable, ROOT / "benchmarks/gpu.py", "--platform=cpu", "--parts=run", "--seconds=0"]
+    none = subprocess.run([*script, f"--json={tmp_path / 'none.json'}"], capture_output=True, text=True, timeout=60)
+    assert none.returncode == 1 and none.stderr == "nothing else is tried: a GPU is needed, or --size=tiny\n"
+    assert gpu.line({"seconds": 2.0, "error": "a\nb\n"}) == "    2 s  ERROR b"
+
+
+def test_gpu_is_done_in_eight_minutes(monkeypatch):
+    """With our jobs at their limits; the peers take what these leave."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    assert gpu.SECONDS <= 8 * 60
+    assert sum(job.seconds for name, job in gpu.JOBS.items() if not job.package and name != "run") <= gpu.SECONDS
+    assert all((ROOT / "benchmarks/gpu_parts" / f"{job.file}.py").exists() for job in gpu.JOBS.values())

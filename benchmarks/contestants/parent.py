@@ -16,7 +16,8 @@ class Parent:
     """The other end of stdin and stdout.
 
     Attributes:
-        settings: `model` (a directory), the contestant's own options, and what there is to do. train_step.py:
+        settings: `model` (a directory; where it has no weights some take random ones), the contestant's own options,
+            and what there is to do. train_step.py:
             `batches` (of pairs: `prompt`, `real`, `generated`, lists of token ids), `beta`, `learning_rate`,
             `clip_norm`; step i takes batch i, and after the last one the first again, and answers with `loss` (before
             the update) and `real_logp` (mean of log p(y|x) over the real responses, in nats). sampling.py: `prompts`
@@ -28,8 +29,8 @@ class Parent:
         os.dup2(2, 1)  # what a library prints is no answer
         self.settings = json.loads(sys.stdin.readline())
 
-    def ready(self, **versions: str) -> None:
-        """Model, data and optimizer are there; what the step runs on, for the report."""
+    def ready(self, **versions: object) -> None:
+        """Model, data and optimizer are there; what the step runs on, and what else is constant, for the report."""
         self._answer(versions)
 
     def wait(self) -> None:

@@ -1,7 +1,7 @@
 """This project's sampler as a contestant of sampling.py.
 
 Options: `batch_size` (slots), and `static`: prompts in batches of that size, each to its slowest response, where slots
-are refilled otherwise.
+are refilled otherwise; and, where it is given, `compute_dtype`.
 """
 
 import pathlib
@@ -10,9 +10,11 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import jaxlib  # noqa: E402
 import numpy as np  # noqa: E402
 from parent import Parent  # noqa: E402
+from spin_jax_step import load  # noqa: E402
 
 from spin_jax import models, programs, sharding  # noqa: E402
 from spin_jax.config import base_config  # noqa: E402
@@ -24,12 +26,15 @@ def main() -> None:
     parent = Parent()
     s = parent.settings
     settings = base_config().generate
-    settings.update(max_new_tokens=s["max_new_tokens"], batch_size=s["batch_size"])
+    prefill = s["batch_size"] if s["static"] else min(16, s["batch_size"])
+    settings.update(max_new_tokens=s["max_new_tokens"], batch_size=s["batch_size"], prefill_batch_size=prefill)
     if s["static"]:
-        settings.update(prefill_batch_size=s["batch_size"], tail_batch_size=s["batch_size"])
+        settings.tail_batch_size = s["batch_size"]
     mesh = sharding.one_device_mesh()
-    model, params = models.load(s["model"])
-    sampler = programs.make_sampler(model, settings, tuple(s["stop_ids"]), Compute(mesh=mesh))
+    compute = Compute(jnp.dtype(s.get("compute_dtype", "float32")), mesh=mesh)
+    model = models.read_config(s["model"])
+    params, _ = load(pathlib.Path(s["model"]), model, compute, cast=compute.dtype != jnp.float32)
+    sampler = programs.make_sampler(model, settings, tuple(s["stop_ids"]), compute)
     prompts = [Prompt(row, np.array(tokens, np.int32)) for row, tokens in enumerate(s["prompts"])]
     prompts.sort(key=lambda prompt: -len(prompt.tokens))
     size = s["batch_size"] if s["static"] else len(prompts)

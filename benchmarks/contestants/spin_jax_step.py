@@ -1,8 +1,9 @@
 """This project's training step as a contestant of train_step.py.
 
 Options: `compute_dtype` (params are float32 always), `opponent` ("stored" or "live"), `padded` (a row for each response
-in place of packed rows), `row_length` and `length_multiple` of packed rows, `remat` and `logits_chunk` of
-`config.model`.
+in place of packed rows), `row_length` and `length_multiple` of packed rows, `remat`, `logits_chunk` and, where it is
+given, `attention` of `config.model`. With packed rows and a stored opponent also `micro_batches`, and `lora_rank` for
+low-rank updates. Of random weights no log-probs are stored: the opponent's count as 0, which costs the same.
 """
 
 import itertools
@@ -24,26 +25,27 @@ from spin_jax.batches import Packing, plan_scoring, plan_training, put, spin_bat
 from spin_jax.config import base_config  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.score import score  # noqa: E402
-from spin_jax.step import make_optimizer, spin_objective  # noqa: E402
+from spin_jax.step import make_optimizer, on_adapters, spin_objective  # noqa: E402
 
 
 def main() -> None:
     parent = Parent()
     s = parent.settings
     config = base_config()
-    for field in ("compute_dtype", "remat", "logits_chunk"):
-        config.model[field] = s[field]
+    for field in ("compute_dtype", "remat", "logits_chunk", "attention"):
+        config.model[field] = s.get(field, config.model[field])
     mesh = sharding.one_device_mesh()
     placed = sharding.batch_sharding(mesh)
-    model = models.read_config(pathlib.Path(s["model"]))
-    _, params = models.load(s["model"], shardings=models.param_shardings(mesh, model))
+    parts, rank = s.get("micro_batches", 1), s.get("lora_rank", 0)
+    model = models.read_config(s["model"])
     compute = programs.make_compute(config.model, model, mesh)
-    packing = Packing(1, s["length_multiple"], s["row_length"])
+    params, is_random = load(pathlib.Path(s["model"]), model, compute, cast=bool(rank))
+    packing = Packing(parts, s["length_multiple"], s["row_length"])
     size, pairs = len(s["batches"][0]), [as_pair(ids) for batch in s["batches"] for ids in batch]
     opponent, logps = None, np.zeros((len(pairs), 2), np.float32)
     if s["opponent"] == "live":
         opponent = jax.tree.map(jnp.copy, models.for_compute(params, compute.dtype))
-    else:
+    elif not is_random:
         scorer, plan = programs.make_scorer(model, compute), plan_scoring(pairs, size, packing)
         logps = score(scorer, params, model, pairs, plan, sharding=placed, name="score")
     if s["padded"]:
@@ -57,17 +59,41 @@ def main() -> None:
             for rows, shape in zip(plan.batches, plan.shapes, strict=True)
         ]
         objective = spin_objective(model, compute, "logistic", s["beta"])
+    if rank:
+        opponent = params
+        params = programs.make_adapters(model, rank, mesh)(jax.random.key(0))
+        objective = on_adapters(objective, config.lora.alpha / rank, live=False)
     optimizer = make_optimizer("rmsprop", optax.constant_schedule(s["learning_rate"]), s["clip_norm"], 0.0)
-    init, train_step = programs.jit_training(objective, optimizer, 1, params, mesh)
+    init, train_step = programs.jit_training(objective, optimizer, parts, params, mesh)
     state = init(params)
-    parent.ready(jax=jax.__version__, jaxlib=jaxlib.__version__)
+    del params
+    device = jax.devices()[0]
+    rows = [] if s["padded"] else sorted({batch.rows.tokens_BT.shape for batch in batches})
+    kernel = compute.kernel.name if compute.kernel else "plain"
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    parent.ready(**versions, device=device.device_kind, attention=kernel, rows=rows)
     step = 0
     while True:
         parent.wait()
         batch = put(batches[step % len(batches)], placed)
         state, metrics, _ = jax.block_until_ready(train_step(state, opponent, batch))
-        parent.done(loss=float(metrics["loss"]), real_logp=float(metrics["logps/real"]))
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        parent.done(loss=float(metrics["loss"]), real_logp=float(metrics["logps/real"]), peak_on_device=peak)
         step += 1
+
+
+def load(directory: pathlib.Path, model: models.ModelConfig, compute: models.Compute, cast: bool) -> tuple[dict, bool]:
+    """(params, whether they are random). `cast`: in the compute dtype, without a float32 copy where they are random."""
+    shardings = models.param_shardings(compute.mesh, model)
+    if any(directory.glob("*.safetensors")):
+        _, params = models.load(directory, shardings=shardings)
+        return programs.make_resharding(model, compute)(params) if cast else params, False
+
+    def draw() -> dict:
+        params = models.init_params(model, jax.random.key(0))
+        return models.for_compute(params, compute.dtype) if cast else params
+
+    return jax.jit(draw, out_shardings=shardings)(), True
 
 
 def as_pair(ids: dict[str, list[int]]) -> Pair:

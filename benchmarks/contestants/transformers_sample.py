@@ -1,8 +1,10 @@
 """`transformers`' generate as a contestant of sampling.py: batches of prompts of like length, left-padded.
 
 Options: `batch_size` and `cache_implementation`: "dynamic", which is transformers' own choice
-and made anew, one longer, in every step, or "static".
+and made anew, one longer, in every step, or "static". Where they are given, `dtype` and `device`.
 """
+
+import pathlib
 
 import torch
 import transformers
@@ -12,7 +14,14 @@ from parent import Parent
 def main() -> None:
     parent = Parent()
     s = parent.settings
-    model = transformers.AutoModelForCausalLM.from_pretrained(s["model"], dtype=torch.float32)
+    directory, device = pathlib.Path(s["model"]), s.get("device", "cpu")
+    dtype = getattr(torch, s.get("dtype", "float32"))
+    if any(directory.glob("*.safetensors")):
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    else:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     prompts = sorted(s["prompts"], key=lambda tokens: -len(tokens))
     size, stop_ids = s["batch_size"], s["stop_ids"]
 
@@ -21,8 +30,8 @@ def main() -> None:
         width = max(map(len, batch))
         padding = [width - len(tokens) for tokens in batch]
         drawn = model.generate(
-            torch.tensor([[0] * pad + tokens for pad, tokens in zip(padding, batch, strict=True)]),
-            attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
+            torch.tensor([[0] * pad + tokens for pad, tokens in zip(padding, batch, strict=True)], device=device),
+            attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=device),
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -31,7 +40,7 @@ def main() -> None:
             cache_implementation=s["cache_implementation"],
             eos_token_id=stop_ids,
             pad_token_id=0,
-        )[:, width:]
+        )[:, width:].cpu()
         ends = torch.isin(drawn, torch.tensor(stop_ids))
         lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, drawn.shape[1])
         return int(lengths.sum()), drawn.shape[1]

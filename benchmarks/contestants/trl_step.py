@@ -3,9 +3,12 @@ chosen is the real response, rejected the generated one.
 
 Runs in an environment of its own (requirements-trl.txt). Options: `weights` ("float32" or "bfloat16"), `autocast` (to
 bfloat16), `precompute` (the reference's log-probs, as trl stores them), `micro_batch` (pairs, the
-others follow by accumulation; None is all), `compile` (torch.compile).
+others follow by accumulation; None is all), `compile` (torch.compile). For a GPU also `device` ("cuda"), `attention`
+(transformers' name of it), `liger` (its kernels for the layers) and `lora_rank`. Of random weights trl would hash all
+before it computes the reference's log-probs: they count as 0 instead, which costs the same.
 """
 
+import pathlib
 import tempfile
 
 import datasets
@@ -13,6 +16,7 @@ import torch
 import transformers
 import trl
 from parent import Parent
+from trl.trainer import dpo_trainer
 
 
 class Trainer(trl.DPOTrainer):
@@ -27,6 +31,12 @@ class Trainer(trl.DPOTrainer):
         return loss
 
 
+class TrainerOfRandom(Trainer):
+    def _precompute_ref_logps(self, dataset, *args, **kwargs):
+        zeros = [0.0] * len(dataset)
+        return dataset.add_column("ref_chosen_logps", zeros).add_column("ref_rejected_logps", zeros)
+
+
 class Clock(transformers.TrainerCallback):
     """From the first micro-batch to the update. Batches are collated before, which is not counted."""
 
@@ -38,9 +48,13 @@ class Clock(transformers.TrainerCallback):
         self._parent.wait()
 
     def on_step_end(self, *args, **kwargs):
+        peak = None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
         losses = self._trainer.losses
         logps = self._trainer._metrics["train"]["logps/chosen"][-len(losses) :]
-        self._parent.done(loss=float(sum(losses)), real_logp=float(sum(logps) / len(logps)))
+        self._parent.done(loss=float(sum(losses)), real_logp=float(sum(logps) / len(logps)), peak_on_device=peak)
 
 
 def main() -> None:
@@ -54,7 +68,15 @@ def main() -> None:
     size = len(s["batches"][0])
     pairs = s["micro_batch"] or size
     tokenizer = transformers.AutoTokenizer.from_pretrained(s["model"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(s["model"], dtype=s["weights"])
+    device, rank = s.get("device", "cpu"), s.get("lora_rank", 0)
+    model, is_random = load(pathlib.Path(s["model"]), s["weights"], s.get("attention"), device)
+    peft_config = None
+    if rank:
+        import peft
+
+        peft_config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    if is_random:
+        dpo_trainer.hash_module = lambda _: ""
     with tempfile.TemporaryDirectory() as directory:
         arguments = trl.DPOConfig(
             output_dir=directory,
@@ -73,21 +95,36 @@ def main() -> None:
             max_length=None,
             num_train_epochs=10**6,
             train_sampling_strategy="sequential",
-            use_cpu=True,
+            use_cpu=device == "cpu",
+            use_liger_kernel=s.get("liger", False),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             logging_steps=10**6,
         )
-        trainer = Trainer(
+        trainer = (TrainerOfRandom if is_random else Trainer)(
             model=model,
             args=arguments,
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
+            peft_config=peft_config,
         )
         trainer.add_callback(Clock(parent, trainer))
-        parent.ready(trl=trl.__version__, transformers=transformers.__version__, torch=torch.__version__)
+        versions = {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+        parent.ready(**versions, device=torch.cuda.get_device_name() if device == "cuda" else "cpu")
         trainer.train()
+
+
+def load(directory: pathlib.Path, dtype: str, attention: str | None, device: str):
+    """(model, whether its weights are random)"""
+    if any(directory.glob("*.safetensors")):
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype), False
+    config = transformers.AutoConfig.from_pretrained(directory)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attention
+        )
+    return model, True
 
 
 if __name__ == "__main__":
