@@ -33,6 +33,7 @@ from spin_jax.slices import GiB, find_slice  # noqa: E402
 
 PAIRS = 64
 WAYS, BATCHES = (8, 16, 32, 64), 400  # devices that split the rows; batches over which their fill is taken
+SHAPES = (1, 2, 3, 4, None)  # that the batches have at most (config.train.row_shapes)
 # Tokens: median and sigma of the logarithm. A model's answers are as long as those it was fine-tuned on.
 PROMPT, RESPONSE = (120, 0.9), (280, 0.6)
 
@@ -42,8 +43,11 @@ def main() -> None:
     parser.add_argument("slices", nargs="*", metavar="SLICE", default=["v5e-16"])
     for name in parser.parse_args().slices:
         config = load_config(f"{name},code")
-        fills = ", ".join(f"{fill(config, ways, BATCHES):.1%} on {ways} devices" for ways in WAYS)
-        print(f"{name}: over {BATCHES} batches of {PAIRS} pairs, rows are full to {fills}", flush=True)
+        print(f"{name}: how full rows are, over {BATCHES} batches of {PAIRS} pairs of at most so many shapes")
+        print(f"{'devices':8}" + "".join(f"{shapes or 'any':>8}" for shapes in SHAPES))
+        for ways in WAYS:
+            fills = [fill(config, ways, BATCHES, shapes) for shapes in SHAPES]
+            print(f"{ways:<8}" + "".join(f"{share:8.1%}" for share in fills), flush=True)
         lengths = draw(config, PAIRS)
         packed = report(config, name, lengths)
         config.spin.opponent = "live"
@@ -71,11 +75,11 @@ def load_config(argument: str) -> ConfigDict:
     return config
 
 
-def fill(config: ConfigDict, ways: int, batches: int) -> float:
+def fill(config: ConfigDict, ways: int, batches: int, shapes: int | None = None) -> float:
     """The share of all slots that is not padding, where so many devices split the rows of each batch."""
     lengths = draw(config, batches * PAIRS)
     pairs = [Pair(0, 0, *(np.zeros(tokens, np.int32) for tokens in pair), False, False) for pair in lengths]
-    packing = Packing(ways, config.train.length_multiple, config.train.row_length)
+    packing = Packing(ways, config.train.length_multiple, config.train.row_length, shapes or batches)
     return plan_training(pairs, np.arange(len(pairs)).reshape(batches, PAIRS), packing).fill
 
 

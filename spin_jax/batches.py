@@ -15,7 +15,7 @@ from spin_jax.data.pairs import Pair
 from spin_jax.errors import UserError
 from spin_jax.logprobs import Rows
 from spin_jax.models import ModelConfig, flops_per_token, unembed_flops
-from spin_jax.packing import Packed, best_fit, pack, round_up
+from spin_jax.packing import Packed, best_fit, few_lengths, pack, round_up
 from spin_jax.step import Batch, warmup_steps
 
 
@@ -107,13 +107,15 @@ class Packing:
 
     Attributes:
         ways: the number of rows is a multiple: devices that split them, times micro-batches.
-        multiple: tokens that a row's length is a multiple of; each length is a program to compile.
+        multiple: tokens that a row's length is a multiple of.
         row_length: tokens that rows have at most, on average; where a pair is longer, as many as it has.
+        shapes: that the batches of a stage have at most; each is a program to compile.
     """
 
     ways: int
     multiple: int
     row_length: int
+    shapes: int = 3
 
     def rows(self, sizes: np.ndarray) -> int:
         """The number of rows, one for all batches, that needs the fewest slots (rows times their length, summed over
@@ -134,9 +136,10 @@ class Packing:
             shortest = np.maximum(sizes.max(axis=1), sizes.sum(axis=1) / rows)
             if rows * (np.ceil(shortest / self.multiple) * self.multiple).sum() >= best_slots:
                 continue  # not even perfect packing would help
-            taken = [rows * pack(batch, rows, self.multiple).length for batch in sizes.tolist()]
-            if max(taken) <= bound and sum(taken) < best_slots:
-                best, best_slots = rows, sum(taken)
+            lengths = [pack(batch, rows, self.multiple).length for batch in sizes.tolist()]
+            taken = rows * sum(few_lengths(lengths, self.shapes))
+            if rows * max(lengths) <= bound and taken < best_slots:
+                best, best_slots = rows, taken
         return best
 
 
@@ -156,7 +159,7 @@ class Plan:
 
     Attributes:
         batches: for each batch, for each row, the numbers of its pairs.
-        shapes: of the batches; those of one length are of one shape.
+        shapes: of the batches, few of them different; those of one length are of one shape.
         fill: share of all slots that is not padding.
         saved: slots of a row for each response, padded to the longest of its batch, over the slots of the plan.
     """
@@ -176,16 +179,17 @@ class Plan:
 
 
 def plan_training(pairs: Sequence[Pair], order: np.ndarray, packing: Packing) -> Plan:
-    """Batch after batch of `order` [steps, batch_size], each in rows as short as its pairs allow.
+    """Batch after batch of `order` [steps, batch_size], in rows of the lengths that need the fewest slots in all.
 
     The number of rows is the same in all batches, so that the programs differ in the rows' length alone.
     """
     sizes = np.array([slots(pair) for pair in pairs])
     rows = packing.rows(sizes[order])
     packed = [pack(sizes[chosen].tolist(), rows, packing.multiple) for chosen in order]
+    lengths = few_lengths([length for length, _ in packed], packing.shapes)
     batches = [
         Packed(length, [[int(chosen[i]) for i in row] for row in in_rows])
-        for chosen, (length, in_rows) in zip(order, packed, strict=True)
+        for chosen, length, (_, in_rows) in zip(order, lengths, packed, strict=True)
     ]
     return _plan(pairs, batches, packing)
 

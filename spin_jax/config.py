@@ -118,9 +118,13 @@ def base_config() -> ConfigDict:
     # Pairs share rows, about this many tokens long. The longer, the fuller; on GPUs attention computes what no token
     # sees, too, which long rows have more of. 0: 4,096 where a kernel skips what no token sees (TPUs), else 1,024.
     c.train.row_length = 0
-    # a batch's rows are as short as its pairs allow, and a multiple of this many tokens long: each length is a compiled
-    # program, and half of it is lost in each row on average
+    # a batch's rows are as short as its pairs and the shapes below allow, and a multiple of this many tokens long: half
+    # of it is lost in each row on average
     c.train.length_multiple = 128
+    # shapes that a stage's batches have at most, chosen so that they need the fewest slots in all; each is a compiled
+    # program. With 3 in the place of 12 rows are 2% emptier (benchmarks/README.md), which is a minute in an hour; nine
+    # programs of a 7B model compile for ten minutes or more
+    c.train.row_shapes = 3
     # steps between Orbax checkpoints within an iteration; about two minutes of work lost at worst on the paper's
     # hardware
     c.train.checkpoint_every = 100

@@ -59,6 +59,7 @@ BOUNDS = {
     "train.clip_norm": (0, False, 1e30),
     "train.row_length": (0, True, LENGTH),
     "train.length_multiple": (1, True, LENGTH),
+    "train.row_shapes": (1, True, LENGTH),
     "train.checkpoint_every": (1, True, MAX_INT),
     "lora.rank": (0, True, 2**14),
     "lora.alpha": (0, False, MAX_INT),

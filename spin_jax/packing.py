@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Packed(NamedTuple):
     """Items in rows.
@@ -24,6 +26,24 @@ def pack(sizes: Sequence[int], rows: int, multiple: int) -> Packed:
     while len(filled := best_fit(sizes, length)) > rows:
         length += multiple
     return Packed(length, filled + [[] for _ in range(rows - len(filled))])
+
+
+def few_lengths(lengths: Sequence[int], most: int) -> list[int]:
+    """Each length raised to one of at most `most` of them, with the least sum that there is."""
+    distinct, counts = np.unique(lengths, return_counts=True)
+    before = np.r_[0, np.cumsum(counts)]
+    raised = distinct * (before[1:] - before[:-1, None])  # [i, j]: what is from distinct[i] to distinct[j], as the last
+    raised = np.where(raised > 0, raised, np.iinfo(np.int64).max // 2)
+    best, begins = np.r_[0, raised[0]], [np.zeros(len(distinct), int)]  # best[j]: of the first j distinct lengths
+    for _ in range(1, min(most, len(distinct))):
+        sums = best[:-1, None] + raised
+        begins.append(sums.argmin(axis=0))
+        best = np.r_[0, sums.min(axis=0)]
+    chosen, end = [], len(distinct)
+    while end:
+        chosen.insert(0, distinct[end - 1])
+        end = begins.pop()[end - 1]
+    return [int(chosen[place]) for place in np.searchsorted(chosen, lengths)]
 
 
 def round_up(number: float, multiple: int) -> int:

@@ -248,7 +248,7 @@ def make_packing(settings: ConfigDict, mesh: Mesh, micro_batches: int = 1) -> Pa
     """How `config.train` says that pairs are packed into rows on a mesh. For training `micro_batches` are those of the
     config; scoring keeps nothing for a backward pass, and takes a micro-batch's pairs at a time."""
     ways = sharding.ways(mesh, "rows") * micro_batches
-    return Packing(ways, settings.length_multiple, settings.row_length)
+    return Packing(ways, settings.length_multiple, settings.row_length, settings.row_shapes)
 
 
 def located(shapes, shardings):

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "train.length_multiple",
     "train.micro_batches",
     "train.row_length",
+    "train.row_shapes",
 )
 # These say where the model and the data are; what is there is compared itself.
 PATHS = ("model.path", "model.revision", "data.train", "data.split", "data.layout")

@@ -86,6 +86,23 @@ def test_a_training_plan_keeps_pairs_whole_and_batches_as_they_were(packing):
     assert plan_training(PAIRS, order, packing) == plan
 
 
+@pytest.mark.parametrize("ways, multiple, row_length", [(1, 16, 512), (4, 8, 1024), (16, 8, 10_000)])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stage_has_few_shapes_and_never_more_slots_than_with_fewer(ways, multiple, row_length, seed):
+    pairs, taken = random_pairs(300, seed), []
+    order = batch_order(len(pairs), 32, seed, 40)
+    for most in (1, 2, 3, 5, 1000):
+        packing = Packing(ways, multiple, row_length, most)
+        plan = plan_training(pairs, order, packing)
+        assert len(set(plan.shapes)) <= most
+        assert {shape.rows % ways for shape in plan.shapes} == {0}
+        for rows, shape in zip(plan.batches, plan.shapes, strict=True):
+            assert max(sum(slots(pairs[i]) for i in row) for row in rows) <= shape.length
+        taken.append(sum(shape.rows * shape.length for shape in plan.shapes))
+        assert taken[-1] <= len(order) * max(shape.rows * shape.length for shape in plan.shapes)
+    assert taken == sorted(taken, reverse=True) and taken[0] > taken[-1]
+
+
 def test_fill_and_what_padding_would_have_taken():
     order = batch_order(len(PAIRS), 64, 0, 12)
     plan = plan_training(PAIRS, order, Packing(4, 16, 1024))

@@ -1,9 +1,11 @@
 """Bin packing of token counts."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from spin_jax.packing import best_fit, pack, round_up
+from spin_jax.packing import best_fit, few_lengths, pack, round_up
 
 
 def sizes_of(seed: int, count: int = 200) -> list[int]:
@@ -46,6 +48,24 @@ def test_pack_finds_the_shortest_rows(rows, multiple):
     assert max(sum(sizes[item] for item in row) for row in packed) <= length
     shorter = length - multiple
     assert shorter < max(sizes) or len(best_fit(sizes, shorter)) > rows
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_few_lengths_are_the_best_of_all_choices(seed):
+    rng = np.random.default_rng(seed)
+    lengths, most = (8 * rng.integers(1, 9, rng.integers(1, 12))).tolist(), int(rng.integers(1, 6))
+    raised = few_lengths(lengths, most)
+    assert len(raised) == len(lengths) and len(set(raised)) <= most and set(raised) <= set(lengths)
+    assert all(long >= length for long, length in zip(raised, lengths, strict=True))
+    choices = [chosen for k in range(1, most + 1) for chosen in itertools.combinations(sorted(set(lengths)), k)]
+    whole = [chosen for chosen in choices if chosen[-1] == max(lengths)]
+    assert sum(raised) == min(sum(min(c for c in chosen if c >= x) for x in lengths) for chosen in whole)
+
+
+def test_few_lengths_of_one_is_the_longest_and_of_enough_as_they_were():
+    lengths = sizes_of(1)
+    assert few_lengths(lengths, 1) == [max(lengths)] * len(lengths)
+    assert few_lengths(lengths, len(set(lengths))) == few_lengths(lengths, 1000) == lengths
 
 
 def test_round_up():
