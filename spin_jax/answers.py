@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import auto, hosts, memory, models, programs
+from spin_jax import auto, compiled, hosts, memory, models, programs
 from spin_jax import config as config_lib
 from spin_jax.data.chat import ChatFormat
 from spin_jax.data.sources import Message, as_messages, load_prompts
@@ -66,6 +66,7 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
     data, out = config.data, expand(out)
     out = out if is_remote(out) else out.absolute()
     parts = out.with_name(f"{out.name}.parts")
+    compiled.keep(out)
     hosts.on_first(lambda: _check_free(out))
     prompts = hosts.on_first(lambda: load_prompts(data.train, split=data.split, layout=data.layout, turn=data.turn))
     described = hosts.on_each(lambda: models.describe(config.model.path, config.model.revision or None))

@@ -24,7 +24,7 @@ from spin_jax import compile_report, hlo, hlo_cost
 from spin_jax.compile_programs import Program
 from spin_jax.compile_report import Work, read_work
 from spin_jax.errors import UserError
-from spin_jax.files import write_whole
+from spin_jax.files import user_cache, write_whole
 from spin_jax.slices import Slice
 from spin_jax.xla import xla_options
 
@@ -37,7 +37,7 @@ _WITHOUT_A_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spin_jax" / "compile_check"
+CACHE = user_cache("compile_check")
 
 
 @dataclasses.dataclass(frozen=True)

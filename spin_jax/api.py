@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax.numpy as jnp
 from etils import epath
 
-from spin_jax import answers, memory, models, sharding
+from spin_jax import answers, compiled, memory, models, sharding
 from spin_jax.auto import choose
 from spin_jax.config import base_config, flatten, override, validate
 from spin_jax.data.chat import ChatFormat, load_chat
@@ -143,6 +143,7 @@ def load(
     Raises:
         UserError: one line on what is missing or not supported.
     """
+    compiled.keep()
     with memory.told("load", memory.for_loading()):
         directory = epath.Path(models.resolve(path_or_id, revision))
         vocab_size = models.read_config(directory).vocab_size

@@ -44,6 +44,11 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def user_cache(name: str) -> pathlib.Path:
+    """A directory of this user's, for what can be made anew; it need not be there."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spin_jax" / name
+
+
 # ---- written
 
 

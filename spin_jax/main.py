@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
-from spin_jax.files import expand, is_remote
+from spin_jax.files import expand
 from spin_jax.slices import GPU_MEMORY_SHARE
 
 flags.adopt_module_key_flags(command)
@@ -77,7 +77,6 @@ def main(argv: list[str]) -> int:
     hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _WORKDIR.value is None and hosts.are_several():
         raise UserError(f"several hosts need a workdir that all of them see: write --workdir=gs://BUCKET/{default}")
-    _keep_compiled(workdir)
     return stopping.exit_status(play)
 
 
@@ -110,18 +109,6 @@ def _check_mesh(config: ConfigDict, devices: int) -> None:
 
         mesh = AbstractMesh(tuple(auto.mesh_sizes(config, devices)), sharding.AXES)
         sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches or 1)
-
-
-def _keep_compiled(workdir: str) -> None:
-    """Programs that took more than a second to compile are kept in the workdir, which outlives a preempted machine and
-    is seen by all hosts; whoever sets JAX_COMPILATION_CACHE_DIR has another place in mind."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
-        if is_remote(workdir):
-            # jax derives from it where XLA keeps what it found in tuning for GPUs, and XLA's own files are local only.
-            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def _tell(rows: list[dict], workdir: str) -> None:

@@ -4,7 +4,6 @@
       config.json                    settings, data and model that the run was started with; a resumed run must agree
       lease.json                     whose the workdir is, while a run goes on in it
       tokens.npz                     the examples' token ids, for the next start
-      compiled/                      programs, for the next start of the command
       sft/                           the SFT stage, where the config asks for one
       iteration_T/
         generated/part-*.jsonl       responses of the opponent, batch by batch and process by process

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import hosts, memory, report, stages
+from spin_jax import compiled, hosts, memory, report, stages
 from spin_jax.config import STAGES
 from spin_jax.lease import held
 from spin_jax.run import Run, open_run
@@ -31,6 +31,7 @@ def self_play(
         train.Stopped: asked to stop; the same command goes on from there.
     """
     directory = hosts.on_each(lambda: make(workdir))
+    compiled.keep(directory)
     with held(directory, f"--workdir={directory}"):
         run = open_run(config, directory)
         run.profile = profile

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import tempfile
 import threading
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,6 +13,11 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # in all processes that tests start. Those for TPUs are the same to the bit.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Compiled programs are kept while tests run, for all of xdist's processes and those that tests start: the first
+    # process makes the directory, and the others find it here.
+    _COMPILED = tempfile.TemporaryDirectory(prefix="spin_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
 
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background without it

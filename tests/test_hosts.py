@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_files
+from etils import epath
 from jax.sharding import Mesh
 from processes import ROOT, free_port, run_command, run_together
 
-from spin_jax import hosts, models, workdir
+from spin_jax import compiled, hosts, models, workdir
 from spin_jax.batches import fetch, put
 from spin_jax.errors import UserError
 from spin_jax.models import safetensors
@@ -60,6 +61,9 @@ def exchange(arguments: tuple):
     address, processes, process, directory = arguments
     hosts.start(address, processes, process)
     assert hosts.are_several() and hosts.is_first() == (process == 0)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compiled.keep(epath.Path(directory) / "run")
+    assert jax.config.jax_compilation_cache_dir == f"{directory}/compiled", "beside the workdir, where all see it"
     assert hosts.gather({"me": process, "long": "x" * process * 5000}) == [
         {"me": 0, "long": ""},
         {"me": 1, "long": "x" * 5000},

@@ -13,18 +13,16 @@ from spin_jax.self_play import self_play
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run here compiles the same few programs: keep them on disk while the tests run."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+def compiled_once():
+    """Every run here, and every process that is started, compiles the same few programs in no time: they are kept all
+    the same. Elsewhere that costs more than it saves."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "0")
+        jax.config.update(name, 0)
+        yield
+    jax.config.update(name, before)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 
@@ -121,19 +120,19 @@ main.run()
 """
 
 
-def test_a_second_start_compiles_nothing_again(tmp_path, tiny_model, tiny_data, monkeypatch):
+def test_another_run_compiles_nothing_again(tmp_path, tiny_model, tiny_data, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # everything here is compiled in no time
     settings = tiny_files.SETTINGS | {"model.path": tiny_model, "data.train": tiny_data, "generate.max_new_tokens": 3}
     overrides = [f"--config.{field}={value}" for field, value in settings.items()]
-    arguments = ["--config=configs/base.py", f"--workdir={tmp_path}", "--stages=generate", *overrides]
+    arguments = ["--config=configs/base.py", "--stages=generate", *overrides]
     drawn = []
-    for found in ("0", r"\1"):
-        result = command(*arguments, python=("-c", COUNTING))
+    for name, found in (("first", "0"), ("second", r"\1")):
+        result = command(*arguments, f"--workdir={tmp_path / name}", python=("-c", COUNTING))
         assert re.search(rf"^asked: (\d+) found: {found}$", result.stdout, re.M), result.stdout + result.stderr
-        programs = sorted(path.name for path in (tmp_path / "compiled").iterdir())
-        drawn.append((programs, read_sampled(tmp_path / "iteration_0" / "generated" / "pairs.parquet")))
-        shutil.rmtree(tmp_path / "iteration_0")
+        programs = sorted(path.name for path in (tmp_path / "spin_jax" / "compiled").iterdir())
+        drawn.append((programs, read_sampled(tmp_path / name / "iteration_0" / "generated" / "pairs.parquet")))
     assert drawn[0][0] == drawn[1][0] and any(name.startswith("jit_decode-") for name in drawn[0][0])
     np.testing.assert_equal(drawn[0][1], drawn[1][1])
 
