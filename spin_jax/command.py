@@ -45,9 +45,15 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def log_plainly() -> None:
-    """What `spin_jax` has to tell goes to stderr as it is; of other packages, warnings alone."""
+    """What `spin_jax` has to tell goes to stderr, with the time where that is no terminal; of other packages, warnings
+    alone, and there no bars, which redraw themselves."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of every save at INFO
-    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+    form = "%(message)s"
+    if not sys.stderr.isatty():
+        form = "%(asctime)s %(message)s"
+        for switch in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(switch, "1")
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
     logging.getLogger("spin_jax").setLevel(logging.INFO)
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # without the line of code that warns
     # It advises to install torch, which nobody needs here.

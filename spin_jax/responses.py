@@ -14,12 +14,12 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from spin_jax import hosts, stopping
 from spin_jax.batches import put
 from spin_jax.errors import UserError
 from spin_jax.files import find, reading, write_whole
+from spin_jax.progress import Loop
 from spin_jax.sampling import MAX_RESPONSES, MAX_ROWS, Decoding, response_keys
 from spin_jax.sharding import batch_sharding, check_batch, ways
 from spin_jax.slots import Prompts, Report, Responses, Sampler, no_prompts, prefill_width, queue_places, slot_counts
@@ -119,7 +119,7 @@ def generate(
         iteration: t; other responses are drawn in every iteration.
         mesh: the decode mesh; its data axis splits slots and queue.
         directory: for `part-*.jsonl`, or None.
-        name: for the progress bar.
+        name: of the loop, where its progress is shown.
         progress: kept up to date, for who wants to look.
 
     Raises:
@@ -134,13 +134,14 @@ def generate(
     progress = progress or Progress()
     asked = [prompt for prompt in prompts if (prompt.row, prompt.number) not in answered]
     progress.responses = len(prompts) - len(asked)
-    with tqdm(total=len(prompts), desc=name, unit="response", disable=not hosts.is_first()) as bar:
+    with Loop(name, len(prompts), "response", progress.responses) as loop:
         for ended in _draw(sampler, params, asked, settings, seed, iteration, mesh, progress):
             responses.update(((answer.row, answer.number), answer) for answer in ended)
             parts.write(ended)
-            bar.update(progress.responses - bar.n)
-            rate = progress.tokens / max(bar.format_dict["elapsed"], 1e-3)
-            bar.set_postfix(tokens_per_second=f"{rate:.0f}", slots_busy=f"{progress.occupancy:.0%}")
+            rate = f"{progress.tokens / max(loop.elapsed, 1e-3):.0f}"
+            loop.advance(
+                progress.responses - loop.done, tokens_per_second=rate, slots_busy=f"{progress.occupancy:.0%}"
+            )
     if asked:
         _LOG.info(
             "%s: %d tokens in %d steps, slots %.1f%% busy, %.1f%% until prompts ran out",

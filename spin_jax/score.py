@@ -16,7 +16,6 @@ import jax
 import jaxlib
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from spin_jax import hosts, stopping
 from spin_jax.batches import HostBatch, Plan, everywhere, fetch, of_pairs, put, spin_batch
@@ -25,6 +24,7 @@ from spin_jax.errors import UserError
 from spin_jax.files import find, write_whole
 from spin_jax.losses import rewards
 from spin_jax.models import Compute, ModelConfig
+from spin_jax.progress import Loop
 from spin_jax.step import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -50,18 +50,16 @@ def score(
         UserError: a score is not finite; the message names the rows.
     """
     logps, done = np.zeros((len(pairs), 2), np.float32), parts.read() if parts else []
-    with tqdm(total=len(pairs), desc=name, unit="pair", disable=not hosts.is_first()) as bar:
-        for number, (rows, shape) in enumerate(zip(plan.batches, plan.shapes, strict=True)):
-            if number == len(done):
-                stopping.between_batches()
-                batch = spin_batch(model, pairs, rows, shape)
-                done.append(of_pairs(fetch(logprobs(params, put(batch.arrays, sharding))), rows))
-                check_finite(done[-1], batch.rows)
-                if parts:
-                    parts.keep(done)
-            chosen = list(itertools.chain(*rows))
-            logps[chosen] = done[number]
-            bar.update(len(chosen))
+    with Loop(name, len(pairs), "pair", sum(map(len, done))) as loop:
+        for rows, shape in list(zip(plan.batches, plan.shapes, strict=True))[len(done) :]:
+            stopping.between_batches()
+            batch = spin_batch(model, pairs, rows, shape)
+            done.append(of_pairs(fetch(logprobs(params, put(batch.arrays, sharding))), rows))
+            check_finite(done[-1], batch.rows)
+            if parts:
+                parts.keep(done)
+            loop.advance(len(done[-1]))
+    logps[list(itertools.chain(*itertools.chain(*plan.batches)))] = np.concatenate(done)
     return logps
 
 
@@ -93,7 +91,7 @@ def score_steps(
         UserError: a score is not finite; the message names the rows.
     """
     steps, done, scoring = len(plan.batches), parts.read(), everywhere(True, sharding.mesh)
-    with tqdm(total=steps, initial=len(done), desc=name, unit="step", disable=not hosts.is_first()) as bar:
+    with Loop(name, steps, "step", len(done)) as loop:
         pending = None
         for step in itertools.chain(range(len(done), steps), [None]):
             stopping.between_batches()
@@ -105,7 +103,7 @@ def score_steps(
                 done.append(of_pairs(fetch(scored), plan.batches[of_step]))
                 check_finite(done[-1], rows)
                 parts.keep(done)
-                bar.update(1)
+                loop.advance()
             pending = None if step is None else (step, batch.rows, logps)
     return state, np.stack(done)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import compiled, hosts, memory, report, stages
+from spin_jax import compiled, hosts, memory, outlook, progress, report, stages
 from spin_jax.config import STAGES
 from spin_jax.lease import held
 from spin_jax.run import Run, open_run
@@ -35,10 +35,12 @@ def self_play(
     with held(directory, f"--workdir={directory}"):
         run = open_run(config, directory)
         run.profile = profile
-        stages.fine_tune(run)
-        for t in range(config.iterations):
-            if not _iterate(run, t, only):
-                break
+        outlook.tell(run)
+        with progress.expected(outlook.loops(run, only)):
+            stages.fine_tune(run)
+            for t in range(config.iterations):
+                if not _iterate(run, t, only):
+                    break
         return hosts.on_first(lambda: report.read_results(directory))
 
 

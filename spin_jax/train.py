@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from spin_jax import hosts, stopping
 from spin_jax.batches import HostBatch, everywhere, put
@@ -17,6 +16,7 @@ from spin_jax.checkpoint import Checkpoints
 from spin_jax.errors import UserError
 from spin_jax.files import write_whole
 from spin_jax.metrics import MetricsWriter
+from spin_jax.progress import Loop
 from spin_jax.step import TrainState
 from spin_jax.stopping import Stopped
 
@@ -56,7 +56,7 @@ def fit(
         schedule: steps -> their learning rates, for the log.
         directory: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`, the last two from the first process.
         checkpoint_every: steps.
-        name: for the progress bar.
+        name: of the loop, where its progress is shown.
         start_loss: (l(0), how far from it the first step's loss may be); None: whatever it is.
 
     Raises:
@@ -120,7 +120,7 @@ class _StepLog:
         start_loss: tuple[float, float] | None,
     ):
         self._writer = MetricsWriter(directory, resume_step=start) if hosts.is_first() else None
-        self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=not hosts.is_first())
+        self._loop = Loop(name, steps, "step", start)
         # All at once and now: a sum between two steps would wait for the one that the device is at.
         self.learning_rates, self._passes = np.asarray(schedule(np.arange(steps))), passes
         self._start_loss = start_loss
@@ -130,10 +130,11 @@ class _StepLog:
         self.stop = False  # whether some process had been asked to stop when the last step read was dispatched
 
     def __enter__(self) -> "_StepLog":
+        self._loop.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
-        self._bar.close()
+        self._loop.__exit__(*exception)
         if self._writer:
             self._writer.close()
 
@@ -167,8 +168,7 @@ class _StepLog:
         if self._writer:
             row = values | batch.facts | {"learning_rate": float(self.learning_rates[step])} | rates
             self._writer.write(step + 1, row)
-        self._bar.update(1)
-        self._bar.set_postfix({short: f"{values[name]:.4g}" for short, name in _SHOWN.items() if name in values})
+        self._loop.advance(**{short: f"{values[name]:.4g}" for short, name in _SHOWN.items() if name in values})
         if not healthy:
             self.unhealthy = {"step": step + 1, "rows": batch.rows.tolist(), "loss": str(values["loss"])}
             self.unhealthy["grad_norm"] = str(values["grad_norm"])

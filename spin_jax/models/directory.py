@@ -100,6 +100,8 @@ def _download(repository: str, revision: str | None, fetched: Sequence[str]) -> 
     import huggingface_hub
 
     which = {"allow_patterns": list(fetched), "ignore_patterns": VARIANTS}
+    if fetched == FETCHED:
+        _LOG.info("%s: from the Hugging Face Hub, or what this machine has of it", repository)
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(repository, revision=revision, **which))
     except (OSError, ValueError) as error:  # every error of the Hub's client is one of the two

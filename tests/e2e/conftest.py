@@ -1,14 +1,17 @@
 """One tiny run, made once and looked at by many tests."""
 
+import contextlib
 import dataclasses
+import logging
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import pytest
 import tiny_files
 from ml_collections import ConfigDict
 
-from spin_jax import training_stage
+from spin_jax import progress, training_stage
 from spin_jax.self_play import self_play
 
 
@@ -43,11 +46,25 @@ class Finished:
     workdir: pathlib.Path
     rows: list[dict]  # of the summary
     trained_on: list[list[int]]  # by iteration, the rows of the data set that its batches held
+    told: list[str]  # what it logged
+
+
+@contextlib.contextmanager
+def listening(told: list[str]) -> Iterator[None]:
+    """Adds what is logged inside."""
+    log, handler = logging.getLogger("spin_jax"), logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield
+    log.removeHandler(handler)
+    log.setLevel(before)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, tiny_model, tiny_data) -> Finished:
-    trained_on, fit = [], training_stage.fit
+    trained_on, told, fit = [], [], training_stage.fit
 
     def watched(*args, steps, make_batch, **settings):
         trained_on.append([int(row) for step in range(steps) for row in make_batch(step).rows])
@@ -56,5 +73,7 @@ def finished(tmp_path_factory, tiny_model, tiny_data) -> Finished:
     config, workdir = tiny_files.make_config(tiny_model, tiny_data), tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_stage, "fit", watched)
-        rows = self_play(config, workdir)
-    return Finished(config, workdir, rows, trained_on)
+        patch.setattr(progress, "is_live", lambda: False)
+        with listening(told):
+            rows = self_play(config, workdir)
+    return Finished(config, workdir, rows, trained_on, told)

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 import signal
 
 import numpy as np
@@ -57,10 +58,20 @@ def run(tmp_path_factory, tiny_model, tiny_data):
 
 @pytest.fixture(scope="module")
 def long_run(run, tmp_path_factory) -> pathlib.Path:
-    """The workdir of a run by one process on two devices."""
+    """The workdir of a run by one process on two devices, with what it printed into a file."""
     workdir = tmp_path_factory.mktemp("long")
-    run(workdir, LONG, processes=1, devices=2)
+    (ended,) = run(workdir, LONG, processes=1, devices=2)
+    (workdir / "printed.log").write_text(ended.output)
     return workdir
+
+
+def test_what_is_printed_into_a_file_is_some_dozens_of_lines_with_their_time(long_run):
+    printed = (long_run / "printed.log").read_bytes().decode()
+    assert "\r" not in printed and "\b" not in printed
+    timed = re.findall(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)$", printed, re.M)
+    assert len(timed) <= 40  # of a run of 72 steps
+    (last,) = [line for _, line in timed if line.startswith("iteration 0: train: 72 of 72 steps, ")]
+    assert re.search(r"loss [\d.e-]+, margin [\d.e-]+, accuracy [\d.]+, .* a (second|step), took ", last)
 
 
 def responses(workdir: pathlib.Path, t: int) -> pyarrow.Table:

@@ -10,7 +10,7 @@ import pytest
 import tiny_files
 
 import spin_jax
-from spin_jax import models
+from spin_jax import models, outlook
 from spin_jax.data.pairs import read_sampled
 from spin_jax.errors import UserError
 from spin_jax.metrics import read_metrics
@@ -63,6 +63,48 @@ def given_pairs(tiny_data) -> list[dict]:
 
 
 # ---- what a run leaves behind
+
+
+def test_a_run_tells_what_it_is_about_to_do(finished):
+    """On eight devices, 16 rows and 8 held out; the second iteration has the pairs of the first as well."""
+    begins = next(i for i, line in enumerate(finished.told) if line.startswith("devices: "))
+    told = finished.told[begins : begins + 5]
+    assert told[0].startswith("devices: 8, processes: 1; training over fsdp 8; sampling over ")
+    assert told[1] == "computes in float32; attention tiled (auto: the kernel for a cpu)"
+    assert told[2].endswith("/model: 25,248 parameters, all of them trained; 16 rows to train on, 8 held out")
+    assert told[3] == "iterations: 2, of 2, 4 steps of 8 pairs"
+    assert told[4] == f"starts anew in {finished.workdir}"
+    run = open_run(finished.config, finished.workdir)
+    assert outlook._position(run) == f"goes on in {finished.workdir}: all iterations are trained"
+
+
+def test_a_run_knows_the_loops_that_it_makes(finished):
+    """And so how long it will take: in the second iteration, when each has been made once, and at its end nothing."""
+    ended = [line for line in finished.told if ", took " in line]
+    loops = outlook.loops(open_run(finished.config, finished.workdir))
+    assert [line.split(" of ")[0].rpartition(":")[0] for line in ended] == [loop.name for loop in loops]
+    assert all(line.endswith(" of the run left") for line in ended if line.startswith("iteration 1"))
+    assert ended[-1].endswith(", 0 s of the run left")
+
+
+@pytest.mark.parametrize(
+    ("gone", "position"),
+    [
+        (("iteration_0", "iteration_1"), "starts anew in {}"),
+        (("iteration_1/model", "iteration_1/scores", "iteration_1/generated"), "goes on in {}: iteration 1, generate"),
+        (("iteration_1/model", "iteration_1/scores"), "goes on in {}: iteration 1, score"),
+        (("iteration_1/model",), "goes on in {}: iteration 1, train"),
+        (("iteration_1/model", "to step 3"), "goes on in {}: iteration 1, train, from step 3"),
+    ],
+)
+def test_a_run_tells_what_it_goes_on_with(finished, tmp_path, gone, position):
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    for path in gone:
+        shutil.rmtree(tmp_path / "run" / path, ignore_errors=True)
+    if "to step 3" in gone:
+        (tmp_path / "run/iteration_1/checkpoints/3").mkdir(parents=True)
+    assert outlook._position(open_run(finished.config, tmp_path / "run")) == position.format(tmp_path / "run")
+
 
 
 def test_workdir_is_laid_out_as_documented(finished):
