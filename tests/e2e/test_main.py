@@ -39,9 +39,9 @@ GENERATE, CHECK = ("-m", "spin_jax.generate"), ("-m", "spin_jax.compile_check")
     "arguments, parts",
     [
         (["--workdir=never/made"], ["--config is missing: python -m spin_jax.main --workdir=never/made --config="]),
-        (["--config=configs/base.py"], ["spin_jax.main --config=configs/base.py --workdir=runs/base"]),
+        (["--config=configs/base.py"], ["--config.model.path is empty"]),
         (["--config=configs/nowhere.py", "--workdir=never/made"], ["--config=configs/nowhere.py: no such file"]),
-        (["--config=configs/zephyr_7b.py:v9-7", "--workdir=never/made"], ["'v9-7' is not a slice", "v4-32"]),
+        (["--config=configs/zephyr_7b.py:v9-7", "--workdir=never/made"], ["'v9-7' is not a slice", "v5e-16"]),
         ([*BASE, "--config.train.lerning_rate=(1e-6,)"], ["--config.train.learning_rate?"]),
         ([*BASE, "--config.seed=4294967296"], ["--config.seed=4294967296 must be at most 2147483647"]),
         ([*BASE, "--workdr=x"], ["--workdr is not a flag: did you mean --workdir?"]),
@@ -63,7 +63,7 @@ def test_a_mistake_in_the_command_is_one_line(arguments, parts):
         (CHECK, [], ["python -m spin_jax.compile_check --config=configs/zephyr_7b.py:v5e-16"]),
         (CHECK, ["--config=configs/zephyr_7b.py:v5e-16", "--lengths=\u00b2,1,1"], ["write PROMPT,REAL,GENERATED"]),
         (CHECK, ["--config=configs/zephyr_7b.py:v5e-16", "--json=never/made/x.json"], ["--json=never/made/x.json"]),
-        (CHECK, ["--config=configs/zephyr_7b.py", "--slice=v5e-16"], ["--config.mesh.fsdp=16"]),
+        (CHECK, ["--config=configs/zephyr_7b.py", "--slice=v5e-16", "--config.mesh.fsdp=3"], ["--config.mesh.fsdp=16"]),
     ],
 )
 def test_a_mistake_in_another_command_is_one_line(python, arguments, parts):
