@@ -85,19 +85,31 @@ def mesh_sizes(config: ConfigDict, total: int) -> list[int]:
 def _choose_slots(config: ConfigDict, model: ModelConfig, on: Target) -> None:
     """As many slots as the cache may fill half of the memory with that weights leave, within SLOTS."""
     settings = config.generate
-    ways = sharding.decode_ways(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
-    copies = on.slice.devices // ways
+    copies = _copies(config, model, on)
     if not settings.batch_size:
         slots = SLOTS if on.slice.chip.flops else SLOTS_CPU
         if on.slice.chip.hbm_bytes:
-            room = on.slice.chip.hbm_bytes - sum(sampling_bytes(config, model, ways, on).values())
-            slots = min(slots, _power_of_two(room / 2 / cache_bytes(config, model, ways, on)))
+            slots = min(slots, max(1, _slots_that_fit(config, model, on, 0.5)))
         if config.data.max_rows:
             asked = config.data.max_rows * settings.responses
             slots = min(slots, max(SLOTS_CPU, _power_of_two(asked / REFILLS / copies)))
         settings.batch_size = slots * copies
     if not settings.prefill_batch_size:
         settings.prefill_batch_size = min(PREFILL, settings.batch_size // copies) * copies
+
+
+def _copies(config: ConfigDict, model: ModelConfig, on: Target) -> int:
+    """Copies of the weights while sampling."""
+    return on.slice.devices // sharding.decode_ways(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
+
+
+def _slots_that_fit(config: ConfigDict, model: ModelConfig, on: Target, share: float) -> int:
+    """Slots of a copy of the weights, a power of two, whose cache takes a share of the memory that weights leave; 0 if
+    they leave none."""
+    ways = on.slice.devices // _copies(config, model, on)
+    room = on.slice.chip.hbm_bytes - sum(sampling_bytes(config, model, ways, on).values())
+    slots = share * room / cache_bytes(config, model, ways, on)
+    return _power_of_two(slots) if slots >= 1 else 0
 
 
 def sampling_bytes(config: ConfigDict, model: ModelConfig, ways: int, on: Target) -> dict[str, float]:
@@ -218,6 +230,8 @@ def check_memory(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.D
         _LOG.warning("%s: %s by an estimate, which may be too much", describe(devices), takes)
         return
     tries = []
+    if stage == "sampling" and (slots := _slots_that_fit(config, model, on, 0.8)):
+        tries.append(f"--config.generate.batch_size={slots * _copies(config, model, on)}")
     if not config.lora.rank:
         low_rank = config.copy_and_resolve_references()
         low_rank.lora.rank = 16
@@ -230,7 +244,7 @@ def check_memory(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.D
 
 def _largest_stage(config: ConfigDict, model: ModelConfig, on: Target) -> tuple[str, dict[str, float]]:
     """The stage that needs most, and its bytes a device by kind."""
-    ways = sharding.decode_ways(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
+    ways = on.slice.devices // _copies(config, model, on)
     slots = config.generate.batch_size * ways / on.slice.devices
     sampling = sampling_bytes(config, model, ways, on)
     sampling["cache"] = slots * cache_bytes(config, model, ways, on)

@@ -139,3 +139,14 @@ def test_dtype_and_attention_are_chosen_by_capability(devices, dtype, attention)
     mesh = types.SimpleNamespace(devices=np.array([[[device]]], object))  # of a mesh, the devices are asked their kind
     kernel = choose_kernel("auto", mesh, ("data",), "tensor", head_dim=64, dtype=compute_dtype("auto", device))
     assert (kernel and kernel.name) == attention
+
+
+def test_a_cache_that_is_too_large_is_told_how_many_slots_there_are():
+    config, model = shipped("tinyllama_1b", generate__batch_size=8192)
+    chosen = auto.choose(config, model, DEVICES["A100"])
+    with pytest.raises(
+        UserError, match=r"sampling takes .*cache.*try --config\.generate\.batch_size=(\d+), or"
+    ) as caught:
+        auto.check_memory(chosen, model, DEVICES["A100"])
+    chosen.generate.batch_size = int(re.search(r"batch_size=(\d+)", str(caught.value))[1])
+    auto.check_memory(chosen, model, DEVICES["A100"])

@@ -173,7 +173,7 @@ def test_command_says_what_would_fit(tmp_path):
 )
 def test_micro_batches_are_advised_while_each_device_has_a_pair(pairs, fsdp, micro_batches, advised):
     config = base_config()
-    config.mesh.fsdp = fsdp
+    config.mesh.update(fsdp=fsdp, tensor=1)
     config.train.update(batch_size=pairs, micro_batches=micro_batches)
     report = aot.Report("train step", {"optimizer": 6.0, "activations": 15.0}, 16.0, 1.0, 1.0, 1.0, None)
     found = re.findall(r"micro_batches=(\d+)", compile_check.advice(config, "v5e-16", report))

@@ -1,5 +1,6 @@
 """Memory that runs out, for real: on a device, and on the host."""
 
+import os
 import re
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def test_other_errors_are_none():
 
 def test_what_helps_is_what_is_not_set_already():
     changes = {"train.micro_batches": 8, "model.remat": "qkv", "generate.batch_size": 8, "lora.rank": 4}
+    changes |= {"generate.prefill_batch_size": 16}
     config = tiny_files.make_config("model", "data", changes)
     assert memory.for_training(config) == [
         "--config.model.remat=full",
@@ -118,11 +120,12 @@ def test_a_run_that_asks_for_too_much_ends_with_one_line(tmp_path):
     model = tiny_files.write_model(tmp_path / "model")
     data = tiny_files.write_jsonl(tmp_path / "rows.jsonl", tiny_files.make_rows())
     settings = tiny_files.SETTINGS | {"model.path": model, "data.train": data, "mesh.decode_tensor": 1}
-    settings |= {"generate.max_new_tokens": 1 << 20, "generate.batch_size": 64}  # the cache alone
+    settings |= {"generate.max_new_tokens": 1 << 20, "generate.batch_size": 32}  # the cache alone: 8 GiB
     flags = [f"--config.{field}={value}" for field, value in settings.items()]
     command = [sys.executable, "-c", LIMITED, f"--config={ROOT}/configs/base.py", f"--workdir={tmp_path}/run", *flags]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    one_device = os.environ | {"XLA_FLAGS": ""}
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=one_device)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
     assert re.match(r"spin_jax: generate: out of memory, [\d.]+ GiB asked for, [\d.]+ GiB there; ", last), last
-    assert "try, in this order: --config.generate.batch_size=32, --config.generate.prefill_batch_size=8, " in last
+    assert "try, in this order: --config.generate.batch_size=16, --config.generate.prefill_batch_size=8, " in last
