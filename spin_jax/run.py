@@ -189,7 +189,6 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
     described = hosts.on_each(lambda: models.describe(path, config.model.revision or None))
     given, config = config, hosts.on_first(lambda: auto.choose(config, described, jax.devices()))
     hosts.on_first(lambda: auto.check_memory(config, described, jax.devices()))
-    _LOG.info("%s: %s", auto.describe(jax.devices()), auto.what(given, config))
     source, model, chat, compute, decode = open_player(config, path)
     sharding.check_pairs(compute.mesh, config.train.batch_size, config.train.micro_batches)
     models.param_shardings(compute.mesh, model)
@@ -205,6 +204,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
             source,
             model.max_position_embeddings,
         )
+    _LOG.info("%s: %s", auto.describe(jax.devices()), auto.what(given, config))
     return Run(config, workdir, source, model, chat, train_examples, held_out, tokens, compute, decode)
 
 

@@ -57,15 +57,18 @@ def assets() -> pathlib.Path:
     return _directory("SPIN_JAX_ASSETS", "a directory with data/ and models/")
 
 
-@pytest.fixture(autouse=True)
-def optimised_for_a_real_model(request):
-    """What computes for minutes is worth the passes."""
-    if "smollm2" not in request.fixturenames:
-        yield
-        return
+@pytest.fixture
+def all_passes():
+    """Compile as a user does: for what computes for minutes, and for sums whose last digits depend on the passes."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+
+
+@pytest.fixture(autouse=True)
+def all_passes_for_a_real_model(request):
+    if "smollm2" in request.fixturenames:
+        request.getfixturevalue("all_passes")
 
 
 @pytest.fixture(scope="session")

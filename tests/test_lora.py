@@ -188,6 +188,7 @@ def two_steps(sizes: tuple[int, int, int], line: int = 0) -> tuple[dict, dict]:
     return jax.device_get((programs.make_merging(tiny.CONFIG, SCALE, mesh)(base, state.params), metrics))
 
 
+@pytest.mark.usefixtures("all_passes")
 @pytest.mark.parametrize("sizes, line", [((2, 2, 2), 0), ((1, 8, 1), 2)], ids=["three axes", "fsdp in lines of 2"])
 def test_eight_devices_train_what_one_does(sizes, line):
     alone, alone_metrics = two_steps((1, 1, 1))
