@@ -1,10 +1,9 @@
-"""Compiles shipped configs for TPU slices with the sizes that are chosen for each, and writes the tables of
-docs/compile_check.md and docs/hardware.md.
+"""Compiles the training step of shipped configs for TPU slices with the sizes that are chosen, and prints a table.
 
     python benchmarks/compile_table.py [--only=TEXT] [--json=FILE]
 
 All of it takes an hour on two cores the first time; what was compiled is remembered. With --only: the rows whose words
-hold the text are compiled and printed, and no document is written. Needs libtpu (pip install 'jax[tpu]'), and no TPU.
+hold the text. Needs libtpu (pip install 'jax[tpu]'), and no TPU. Of a T4 the estimate alone is printed.
 """
 
 import argparse
@@ -24,26 +23,13 @@ from spin_jax.config import override  # noqa: E402
 from spin_jax.models.known import known  # noqa: E402
 from spin_jax.slices import GiB, chip_of  # noqa: E402
 
-BEGIN, END = "<!-- made by benchmarks/compile_table.py -->", "<!-- end of what it made -->"
 LORA = "--config.lora.rank=16"
-# document -> rows of (config, slice, flags)
-ROWS = {
-    "docs/compile_check.md": [
-        ("zephyr_7b", "v4-8", LORA),
-        ("zephyr_7b", "v4-16", ""),
-        ("zephyr_7b", "v5e-8", ""),
-        ("zephyr_7b", "v5e-16", ""),
-        ("zephyr_7b", "v5e-32", ""),
-        ("zephyr_7b", "v5p-16", ""),
-        ("zephyr_7b", "v6e-8", ""),
-        ("zephyr_7b", "tpu7x-8", ""),
-        ("tinyllama_1b", "v5e-4", ""),
-        ("tinyllama_1b", "v6e-1", ""),
-    ],
-    "docs/hardware.md": [
-        ("smollm2_135m", name, flags) for name in ("t4-1", "v5e-1", "v6e-1", "v3-8", "v5e-8") for flags in ("", LORA)
-    ],
-}
+ROWS = [
+    ("zephyr_7b", "v4-8", LORA),
+    *[("zephyr_7b", name, "") for name in "v4-16 v5e-8 v5e-16 v5e-32 v5p-16 v6e-8 tpu7x-8".split()],
+    *[("tinyllama_1b", name, "") for name in ("v5e-4", "v6e-1")],
+    *[("smollm2_135m", name, flags) for name in "t4-1 v5e-1 v6e-1 v3-8 v5e-8".split() for flags in ("", LORA)],
+]  # (config, slice, flags)
 T4 = types.SimpleNamespace(platform="gpu", device_kind="Tesla T4", compute_capability="7.5", memory_stats=dict)
 PROGRAMS = "train step"
 COLUMNS = ("config", "slice", "chosen", "program", "GiB a chip", "estimated", "fits", "estimated s", "MFU")
@@ -55,16 +41,11 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="also write all that the compile check says")
     arguments = parser.parse_args()
     reports = []
-    for document, wanted in ROWS.items():
-        rows = []
-        for row in wanted:
-            if arguments.only in " ".join(row):
-                reports.append(check(*row))
-                made = cells(*row, reports[-1])
-                print(as_table(made), flush=True)
-                rows += made
-        if not arguments.only:
-            write(ROOT / document, f"{as_table([COLUMNS, ['---'] * len(COLUMNS), *rows])}\n\n{made_by(reports)}")
+    print(as_table([COLUMNS, ["---"] * len(COLUMNS)]))
+    for row in ROWS:
+        if arguments.only in " ".join(row):
+            reports.append(check(*row))
+            print(as_table(cells(*row, reports[-1])), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(reports, indent=1) + "\n")
 
@@ -112,15 +93,6 @@ def cells(config: str, slice_name: str, flags: str, report: dict) -> list[list[s
 
 def as_table(rows: list) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def made_by(reports: list[dict]) -> str:
-    return f"Compiled by {reports[-1]['compiler']}."
-
-
-def write(document: pathlib.Path, table: str) -> None:
-    before, rest = document.read_text().split(BEGIN)
-    document.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

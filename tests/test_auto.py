@@ -15,7 +15,7 @@ from spin_jax.config import override, validate
 from spin_jax.errors import UserError
 from spin_jax.models.attention import choose_kernel
 from spin_jax.models.known import known
-from spin_jax.slices import GiB
+from spin_jax.slices import TPUS, GiB, find_slice
 from spin_jax.xla import compute_dtype
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -150,3 +150,32 @@ def test_a_cache_that_is_too_large_is_told_how_many_slots_there_are():
         auto.check_memory(chosen, model, DEVICES["A100"])
     chosen.generate.batch_size = int(re.search(r"batch_size=(\d+)", str(caught.value))[1])
     auto.check_memory(chosen, model, DEVICES["A100"])
+
+
+def compiled_steps() -> list[tuple]:
+    """The rows of docs/compile_check.md: (config, slice, remat, micro-batches, GiB a chip that the compiler takes)."""
+    text = (ROOT / "docs/compile_check.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\S+) \| (\w+) \| (\d+) \| ([\d.]+) of [\d.]+ \| [\d.]+ \|$", text, re.M)
+    return [(config, name, remat, int(parts), float(size)) for config, name, remat, parts, size in rows]
+
+
+SCORING = 0.35  # GiB, since those rows were compiled
+
+
+@pytest.mark.parametrize(("name", "slice_name", "remat", "micro_batches", "gib"), compiled_steps())
+def test_the_estimate_is_near_to_what_the_compiler_takes(name, slice_name, remat, micro_batches, gib):
+    given = {"model__remat": remat, "train__micro_batches": micro_batches, "sft__epochs": 0.0}
+    config, model = shipped(name, **given)
+    target = find_slice(slice_name)
+    kind = next(tpu.kind for tpu in TPUS.values() if tpu.chip == target.chip)
+    devices = [Described("tpu", kind)] * target.devices
+    chosen = auto.choose(config, model, devices)
+    estimate = sum(auto.training_bytes(chosen, model, auto.target(chosen, model, devices)).values()) / GiB
+    if (slice_name, remat) == ("v5p-8", "projections"):  # not a policy that is chosen; the compiler takes what there is
+        assert estimate < gib
+    else:
+        assert estimate == pytest.approx(gib + SCORING, rel=0.07)
+
+
+def test_there_are_rows_to_compare_with():
+    assert len(compiled_steps()) >= 16
