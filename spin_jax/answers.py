@@ -50,7 +50,6 @@ _DECIDING = (
 )
 
 
-@memory.tells("generate", memory.for_sampling)
 def answer(config: ConfigDict, out: epath.PathLike) -> None:
     """Sample a response to each prompt of `config.data.train` from the model at `config.model.path`, into `out`.
 
@@ -70,8 +69,16 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
     hosts.on_first(lambda: _check_free(out))
     prompts = hosts.on_first(lambda: load_prompts(data.train, split=data.split, layout=data.layout, turn=data.turn))
     described = hosts.on_each(lambda: models.describe(config.model.path, config.model.revision or None))
-    config = hosts.on_first(lambda: auto.choose(config, described, jax.devices()))
-    player = open_player(config, config.model.path)
+    chosen = hosts.on_first(lambda: auto.choose(config, described, jax.devices(), run=False))
+    hosts.on_first(lambda: auto.check_memory(chosen, described, jax.devices(), trains=False, run=False))
+    _answer(chosen, out, parts, prompts)
+
+
+@memory.tells("generate", memory.for_sampling)
+def _answer(
+    config: ConfigDict, out: epath.Path, parts: epath.Path, prompts: Sequence[str | list[Message]] | None
+) -> None:
+    player, data = open_player(config, config.model.path), config.data
     tokens = hosts.on_first(lambda: _tokenise(player.chat, prompts, data))
     asked = [Prompt(row, ids, n) for row, ids in enumerate(tokens) for n in range(config.generate.responses)]
     with held(parts, f"--out={out}"):

@@ -95,7 +95,7 @@ class Model:
         config = base_config()
         config.generate.update(chosen)
         mesh = sharding.one_device_mesh()
-        config = choose(config, self.config, mesh.devices.flat)
+        config = choose(config, self.config, list(mesh.devices.flat), run=False)
         settings = config.generate
         settings.batch_size = min(settings.batch_size, 1 << (len(prompts) - 1).bit_length())
         compute = make_decode_compute(config, self.config, make_compute(config.model, self.config, mesh))

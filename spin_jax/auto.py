@@ -20,7 +20,7 @@ from spin_jax.errors import UserError, as_flag
 from spin_jax.models import ModelConfig, abstract_adapters, num_params
 from spin_jax.models.attention import kernel_name
 from spin_jax.packing import round_up
-from spin_jax.slices import GiB, Slice, found, tensor_ways
+from spin_jax.slices import CPU, GiB, Slice, found, tensor_ways
 from spin_jax.xla import compute_dtype
 
 _LOG = logging.getLogger(__name__)
@@ -40,14 +40,17 @@ PROGRAM = 0.3 * GiB  # of the step's code, and of buffers that are small beside 
 REFILLS = 8  # how often each slot is filled at least, where the number of prompts is known: else most idle in the end
 
 
-def choose(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]) -> ConfigDict:
+def choose(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> ConfigDict:
     """A copy of the config in which nothing is left to the devices, which are a run's or those of a described slice.
+
+    Args:
+        run: False where the model is only sampled from, and no f32 params are beside the copy that is.
 
     Raises:
         UserError: mesh and devices do not go together.
     """
-    on, chosen = target(config, model, devices), config.copy_and_resolve_references()
-    data, fsdp, tensor = mesh_sizes(config, on.slice.devices)
+    on, chosen = target(config, model, devices, run), config.copy_and_resolve_references()
+    data, fsdp, tensor = mesh_sizes(config, on.slice.devices, model.tensor_axes)
     chosen.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
     if not config.train.row_length:
         longest = ROW_LENGTH_TPU if on.attention == "flash" else ROW_LENGTH
@@ -61,21 +64,28 @@ class Target(NamedTuple):
     """Devices, and how a config computes on them."""
 
     slice: Slice
-    dtype: jnp.dtype
+    dtype: jnp.dtype  # of training
+    decode_dtype: jnp.dtype
     attention: str
+    run: bool  # as in `choose`
 
 
-def target(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]) -> Target:
+def target(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> Target:
     """What the config computes on; raises as `attention.kernel_name`."""
-    dtype = compute_dtype(config.model.compute_dtype, devices[0])
-    return Target(found(devices), dtype, kernel_name(config.model.attention, devices[0], model.head_dim, dtype))
+    dtypes = [compute_dtype(config.model.compute_dtype, devices[0], decoding) for decoding in (False, True)]
+    attention = kernel_name(config.model.attention, devices[0], model.head_dim, dtypes[0])
+    return Target(found(devices), *dtypes, attention, run)
 
 
-def mesh_sizes(config: ConfigDict, total: int) -> list[int]:
-    """The sizes of `config.mesh` on so many devices, none of them -1; raises as `sharding.mesh_sizes`."""
+def mesh_sizes(config: ConfigDict, total: int, tensor_axes: Sequence[int] = ()) -> list[int]:
+    """The sizes of `config.mesh` on so many devices, none of them -1; raises as `sharding.mesh_sizes`.
+
+    Args:
+        tensor_axes: of the model, which a chosen tensor axis divides.
+    """
     mesh, tensor = config.mesh, config.mesh.tensor
     if tensor == -1 and -1 in (mesh.data, mesh.fsdp):
-        tensor = tensor_ways(total, config.train.batch_size)
+        tensor = tensor_ways(total, config.train.batch_size, tensor_axes)
     return sharding.mesh_sizes(mesh.data, mesh.fsdp, tensor, total)
 
 
@@ -87,7 +97,7 @@ def _choose_slots(config: ConfigDict, model: ModelConfig, on: Target) -> None:
     settings = config.generate
     copies = _copies(config, model, on)
     if not settings.batch_size:
-        slots = SLOTS if on.slice.chip.flops else SLOTS_CPU
+        slots = SLOTS_CPU if on.slice.chip.name == CPU.name else SLOTS
         if on.slice.chip.hbm_bytes:
             slots = min(slots, max(1, _slots_that_fit(config, model, on, 0.5)))
         if config.data.max_rows:
@@ -113,16 +123,18 @@ def _slots_that_fit(config: ConfigDict, model: ModelConfig, on: Target, share: f
 
 
 def sampling_bytes(config: ConfigDict, model: ModelConfig, ways: int, on: Target) -> dict[str, float]:
-    """Bytes a device by kind while sampling, without the cache: params, and the copy that is sampled from, which `ways`
-    devices share."""
-    count = num_params(model)
-    return {"params": 4 * count / (config.mesh.fsdp * config.mesh.tensor), "copy": count * on.dtype.itemsize / ways}
+    """Bytes a device by kind while sampling, without the cache: in a run its params, and the copy that is sampled from,
+    which `ways` devices share."""
+    count, int8 = num_params(model), config.generate.weight_dtype == "int8"
+    held = {"params": 4 * count / (config.mesh.fsdp * config.mesh.tensor)} if on.run else {}
+    return held | {"copy": count * (1 if int8 else on.decode_dtype.itemsize) / ways}
 
 
 def cache_bytes(config: ConfigDict, model: ModelConfig, ways: int, on: Target) -> float:
     """Bytes a device of a slot's keys and values."""
     tokens = config.data.max_prompt_length + config.generate.max_new_tokens
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * tokens * on.dtype.itemsize / ways
+    head = model.head_dim + 4 if config.generate.cache_dtype == "int8" else model.head_dim * on.decode_dtype.itemsize
+    return 2 * model.num_layers * model.num_kv_heads * head * tokens / ways
 
 
 def _power_of_two(number: float) -> int:
@@ -212,15 +224,21 @@ def num_adapters(model: ModelConfig, rank: int) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_adapters(model, rank)))
 
 
-def check_memory(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]) -> None:
-    """Refuse a config, with nothing left open, whose run the devices cannot hold.
+def check_memory(
+    config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], trains: bool = True, run: bool = True
+) -> None:
+    """Refuse a config, with nothing left open, for which the devices are too little.
+
+    Args:
+        trains: whether a training step is among what they are to hold.
+        run: as in `choose`.
 
     Raises:
         UserError: with the arithmetic, and what they could hold.
     """
-    on = target(config, model, devices)
+    on = target(config, model, devices, run)
     limit = on.slice.chip.hbm_bytes
-    stage, of_kinds = _largest_stage(config, model, on)
+    stage, of_kinds = _largest_stage(config, model, on, trains)
     needed = sum(of_kinds.values())
     if not limit or needed <= SHARE * limit:
         return
@@ -232,23 +250,23 @@ def check_memory(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.D
     tries = []
     if stage == "sampling" and (slots := _slots_that_fit(config, model, on, 0.8)):
         tries.append(f"--config.generate.batch_size={slots * _copies(config, model, on)}")
-    if not config.lora.rank:
+    if trains and not config.lora.rank:
         low_rank = config.copy_and_resolve_references()
         low_rank.lora.rank = 16
-        size = sum(_largest_stage(low_rank, model, on)[1].values())
+        size = sum(_largest_stage(low_rank, model, on, trains)[1].values())
         if size <= SHARE * limit:
             tries.append(f"--config.lora.rank=16 with ten times the learning rate ({_gib(size)} GiB)")
     tries += [f"{on.slice.devices * math.ceil(needed / (SHARE * limit))} of these devices", "a smaller model"]
     raise UserError(f"{describe(devices)} are too little for {config.model.path}: {takes}; try {', or '.join(tries)}")
 
 
-def _largest_stage(config: ConfigDict, model: ModelConfig, on: Target) -> tuple[str, dict[str, float]]:
+def _largest_stage(config: ConfigDict, model: ModelConfig, on: Target, trains: bool) -> tuple[str, dict[str, float]]:
     """The stage that needs most, and its bytes a device by kind."""
-    ways = on.slice.devices // _copies(config, model, on)
-    slots = config.generate.batch_size * ways / on.slice.devices
+    copies = _copies(config, model, on)
+    ways = on.slice.devices // copies
     sampling = sampling_bytes(config, model, ways, on)
-    sampling["cache"] = slots * cache_bytes(config, model, ways, on)
-    stages = {"training": training_bytes(config, model, on), "sampling": sampling}
+    sampling["cache"] = config.generate.batch_size / copies * cache_bytes(config, model, ways, on)
+    stages = {"sampling": sampling} | ({"training": training_bytes(config, model, on)} if trains else {})
     return max(stages.items(), key=lambda stage: sum(stage[1].values()))
 
 

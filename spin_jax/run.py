@@ -170,8 +170,11 @@ class Run:
         )
 
 
-def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
+def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -> Run:
     """Check the config, then the data, then the model's description; load no weights.
+
+    Args:
+        trains: whether the devices are to hold a training step, too.
 
     Raises:
         UserError: one line for whatever is wrong.
@@ -188,7 +191,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
         path, train = hosts.on_first(lambda: toy.prepare(workdir / "toy", config.toy, config.seed))
     described = hosts.on_each(lambda: models.describe(path, config.model.revision or None))
     given, config = config, hosts.on_first(lambda: auto.choose(config, described, jax.devices()))
-    hosts.on_first(lambda: auto.check_memory(config, described, jax.devices()))
+    hosts.on_first(lambda: auto.check_memory(config, described, jax.devices(), trains))
     source, model, chat, compute, decode = open_player(config, path)
     sharding.check_pairs(compute.mesh, config.train.batch_size, config.train.micro_batches)
     models.param_shardings(compute.mesh, model)
@@ -204,7 +207,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike) -> Run:
             source,
             model.max_position_embeddings,
         )
-    _LOG.info("%s: %s", auto.describe(jax.devices()), auto.what(given, config))
+    _LOG.info(hosts.on_first(lambda: f"{auto.describe(jax.devices())}: {auto.what(given, config)}"))
     return Run(config, workdir, source, model, chat, train_examples, held_out, tokens, compute, decode)
 
 

@@ -33,7 +33,7 @@ def self_play(
     directory = hosts.on_each(lambda: make(workdir))
     compiled.keep(directory)
     with held(directory, f"--workdir={directory}"):
-        run = open_run(config, directory)
+        run = open_run(config, directory, trains=bool({"score", "train"} & set(only)))
         run.profile = profile
         outlook.tell(run)
         with progress.expected(outlook.loops(run, only)):

@@ -197,18 +197,23 @@ def _torus(chips: int, axes: int) -> tuple[int, ...]:
 
 def found(devices: Sequence[Any]) -> Slice:
     """The slice that `jax.devices()` are, without a topology."""
-    return Slice(len(devices), chip_of(devices[0], len(devices)))
+    host = [device for device in devices if _process_of(device) == _process_of(devices[0])]
+    return Slice(len(devices), chip_of(devices[0], len(host)))
+
+
+def _process_of(device: Any) -> int:
+    return getattr(device, "process_index", 0)
 
 
 def chip_of(device: Any, beside: int = 1) -> Chip:
     """What is known of a device by its kind; of a GPU its memory is asked, and CPU devices share the machine's.
 
     Args:
-        beside: how many devices there are.
+        beside: how many devices its process has.
     """
     if device.platform == "cpu":
         return dataclasses.replace(CPU, hbm_bytes=host_bytes() / beside)
-    if tpus := [one.chip for one in TPUS.values() if one.kind == device.device_kind]:
+    if tpus := [one.chip for one in TPUS.values() if device.device_kind in (one.kind, one.chip.name)]:
         return tpus[0]
     gpus = (GPUS[name] for name, (pattern, *_) in _GPUS.items() if re.search(pattern, device.device_kind))
     chip = next(gpus, Chip(device.device_kind, 0))
@@ -216,12 +221,15 @@ def chip_of(device: Any, beside: int = 1) -> Chip:
     return dataclasses.replace(chip, hbm_bytes=limit) if limit else chip
 
 
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroups v2, v1
+
+
 def host_bytes() -> float:
     """Memory that this process may have, as far as the system says; 0 if it does not. A quarter is left to all else."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
-    container = pathlib.Path("/sys/fs/cgroup/memory.max")
-    if container.exists() and (text := container.read_text().strip()).isdecimal():
-        limits.append(int(text))
+    for container in map(pathlib.Path, _CONTAINER_LIMITS):
+        if container.exists() and (text := container.read_text().strip()).isdecimal():
+            limits.append(int(text))
     return 0.75 * min(limits, default=0)
 
 
@@ -237,11 +245,11 @@ def use_slice(config: ConfigDict, name: str) -> None:
         config.mesh.update(data=1, fsdp=devices // tensor, tensor=tensor)
 
 
-def tensor_ways(devices: int, batch_size: int) -> int:
+def tensor_ways(devices: int, batch_size: int, tensor_axes: Sequence[int] = ()) -> int:
     """Over how many devices heads and MLP are split: none, as everything over fsdp has the least exposed traffic for 7B
     models, as far as each device has two pairs of a batch to fill a row with. (On v5e-64 rows of one pair each are 55%
     full, and a step of zephyr_7b takes twice as long.) Up to eight devices are left to fsdp."""
     ways = 1
-    while devices // ways > max(8, batch_size // 2) and devices % (2 * ways) == 0:
+    while devices // ways > max(8, batch_size // 2) and math.gcd(devices, *tensor_axes) % (2 * ways) == 0:
         ways *= 2
     return ways

@@ -179,3 +179,46 @@ def test_the_estimate_is_near_to_what_the_compiler_takes(name, slice_name, remat
 
 def test_there_are_rows_to_compare_with():
     assert len(compiled_steps()) >= 16
+
+
+def test_only_sampling_needs_no_params_beside_the_copy():
+    config, model = shipped("zephyr_7b")
+    small = [Described("gpu", "NVIDIA A100-SXM4-40GB", 30 * GiB, "8.0")]
+    assert auto.choose(config, model, small).generate.batch_size == 1  # f32 params alone are 27 GiB
+    alone = auto.choose(config, model, small, run=False)
+    assert alone.generate.batch_size == 32  # 160 MiB of cache a slot, in half of 16.5 GiB
+    auto.check_memory(alone, model, small, trains=False, run=False)
+    with pytest.raises(UserError, match=r"1 x T4 of 13\.0 GiB are too little .*: sampling takes 27\.\d GiB"):
+        of_t4 = auto.choose(config, model, DEVICES["T4"], run=False)
+        auto.check_memory(of_t4, model, DEVICES["T4"], trains=False, run=False)
+
+
+def test_int8_counts_as_int8():
+    given = {"generate__cache_dtype": "int8", "generate__weight_dtype": "int8", "generate__batch_size": 1536}
+    config, model = shipped("zephyr_7b", **given)
+    chosen = auto.choose(config, model, DEVICES["v5e-16"])
+    auto.check_memory(chosen, model, DEVICES["v5e-16"])
+    chosen.generate.cache_dtype = "auto"
+    with pytest.raises(UserError, match="cache 15"):
+        auto.check_memory(chosen, model, DEVICES["v5e-16"])
+
+
+def test_what_is_not_trained_is_not_counted():
+    config, model = shipped("tinyllama_1b")
+    chosen = auto.choose(config, model, DEVICES["T4"])
+    with pytest.raises(UserError, match="training takes"):
+        auto.check_memory(chosen, model, DEVICES["T4"])
+    auto.check_memory(chosen, model, DEVICES["T4"], trains=False)
+
+
+def test_a_chosen_tensor_axis_divides_the_model():
+    config, model = shipped("smollm2_135m")  # 9 heads, 3 of them for keys and values
+    chosen = auto.choose(config, model, DEVICES["v5e-16"])
+    assert (chosen.mesh.fsdp, chosen.mesh.tensor) == (16, 1)
+
+
+@pytest.mark.parametrize(("devices", "slots"), [("unknown", 512), ("cpu", 32)])
+def test_an_unknown_accelerator_is_none_the_less_one(devices, slots):
+    config, model = shipped("tinyllama_1b")
+    chosen = auto.choose(config, model, DEVICES[devices] if devices in DEVICES else LAPTOP)
+    assert chosen.generate.batch_size == slots

@@ -18,7 +18,7 @@ import yaml
 from absl.testing import flagsaver
 
 from spin_jax import command as command_lib
-from spin_jax import compile_check, generate, main, toy  # noqa: F401  (they define their flags)
+from spin_jax import compile_check, generate, main, toy  # noqa: F401  (main defines its flags)
 from spin_jax import config as config_lib
 from spin_jax.data.sources import LAYOUTS, load_examples
 from spin_jax.errors import UserError
@@ -134,6 +134,10 @@ def reads_as(path: pathlib.Path, layout: str) -> bool:
         return False
 
 
+def checked_config():
+    return compile_check.config_and_slice()[0]
+
+
 @pytest.mark.parametrize(("where", "command"), commands() + launched_commands())
 def test_bash_blocks(where, command, monkeypatch):
     """Our own commands are parsed with the real flags and their config is validated; others are known ones."""
@@ -152,7 +156,12 @@ def test_bash_blocks(where, command, monkeypatch):
         monkeypatch.chdir(ROOT)
         with flagsaver.flagsaver():
             assert command_lib.parse_flags(words[2:]) == words[2:3], "every word but the first is a flag"
-            config_lib.validate(generate.sampling_config() if words[2] == "spin_jax.generate" else command_lib.config())
+            configs = {
+                "main": command_lib.config,
+                "generate": generate.sampling_config,
+                "compile_check": checked_config,
+            }
+            config_lib.validate(configs[words[2].removeprefix("spin_jax.")]())
     else:
         assert words[2] in ("venv", "pip", "pytest", "http.server"), f"{where}: {command}"
 

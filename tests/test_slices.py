@@ -1,6 +1,7 @@
 """Names of slices, and devices as they are found, described by what JAX says of them."""
 
 import dataclasses
+import types
 
 import pytest
 
@@ -100,3 +101,9 @@ def test_slices_that_are_large_enough():
 )
 def test_each_device_has_two_pairs(devices, batch_size, ways):
     assert tensor_ways(devices, batch_size) == ways
+
+
+def test_kinds_have_two_spellings_and_hosts_their_own_memory():
+    assert chip_of(Described("tpu", "TPU v5p")) == TPUS["v5p"].chip
+    hosts = [types.SimpleNamespace(platform="cpu", device_kind="cpu", process_index=i // 2) for i in range(8)]
+    assert found(hosts).chip.hbm_bytes == found(hosts[:2]).chip.hbm_bytes
