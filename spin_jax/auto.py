@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from spin_jax import sharding
 from spin_jax.config import flatten
 from spin_jax.errors import UserError, as_flag
-from spin_jax.models import ModelConfig, abstract_adapters, num_params
+from spin_jax.models import ModelConfig, flops_per_token, kept_numbers, num_adapter_params, num_params
 from spin_jax.models.attention import kernel_name
 from spin_jax.packing import round_up
 from spin_jax.slices import CPU, GiB, Slice, found, tensor_ways
@@ -95,7 +95,7 @@ def mesh_sizes(config: ConfigDict, total: int, tensor_axes: Sequence[int] = ()) 
 def _choose_slots(config: ConfigDict, model: ModelConfig, on: Target) -> None:
     """As many slots as the cache may fill half of the memory with that weights leave, within SLOTS."""
     settings = config.generate
-    copies = _copies(config, model, on)
+    copies = on.slice.devices // _ways(config, model, on)
     if not settings.batch_size:
         slots = SLOTS_CPU if on.slice.chip.name == CPU.name else SLOTS
         if on.slice.chip.hbm_bytes:
@@ -108,33 +108,31 @@ def _choose_slots(config: ConfigDict, model: ModelConfig, on: Target) -> None:
         settings.prefill_batch_size = min(PREFILL, settings.batch_size // copies) * copies
 
 
-def _copies(config: ConfigDict, model: ModelConfig, on: Target) -> int:
-    """Copies of the weights while sampling."""
-    return on.slice.devices // sharding.decode_ways(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
+def _ways(config: ConfigDict, model: ModelConfig, on: Target) -> int:
+    """Devices that share a copy of the weights while sampling."""
+    return sharding.decode_ways(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
 
 
 def _slots_that_fit(config: ConfigDict, model: ModelConfig, on: Target, share: float) -> int:
     """Slots of a copy of the weights, a power of two, whose cache takes a share of the memory that weights leave; 0 if
     they leave none."""
-    ways = on.slice.devices // _copies(config, model, on)
-    room = on.slice.chip.hbm_bytes - sum(sampling_bytes(config, model, ways, on).values())
-    slots = share * room / cache_bytes(config, model, ways, on)
+    room = on.slice.chip.hbm_bytes - sum(sampling_bytes(config, model, on).values())
+    slots = share * room / cache_bytes(config, model, on)
     return _power_of_two(slots) if slots >= 1 else 0
 
 
-def sampling_bytes(config: ConfigDict, model: ModelConfig, ways: int, on: Target) -> dict[str, float]:
-    """Bytes a device by kind while sampling, without the cache: in a run its params, and the copy that is sampled from,
-    which `ways` devices share."""
+def sampling_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[str, float]:
+    """Bytes a device by kind while sampling, without the cache: a run's params, and the copy that is sampled from."""
     count, int8 = num_params(model), config.generate.weight_dtype == "int8"
     held = {"params": 4 * count / (config.mesh.fsdp * config.mesh.tensor)} if on.run else {}
-    return held | {"copy": count * (1 if int8 else on.decode_dtype.itemsize) / ways}
+    return held | {"copy": count * (1 if int8 else on.decode_dtype.itemsize) / _ways(config, model, on)}
 
 
-def cache_bytes(config: ConfigDict, model: ModelConfig, ways: int, on: Target) -> float:
+def cache_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> float:
     """Bytes a device of a slot's keys and values."""
     tokens = config.data.max_prompt_length + config.generate.max_new_tokens
     head = model.head_dim + 4 if config.generate.cache_dtype == "int8" else model.head_dim * on.decode_dtype.itemsize
-    return 2 * model.num_layers * model.num_kv_heads * head * tokens / ways
+    return 2 * model.num_layers * model.num_kv_heads * head * tokens / _ways(config, model, on)
 
 
 def _power_of_two(number: float) -> int:
@@ -171,7 +169,7 @@ def training_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[s
     mesh, train = config.mesh, config.train
     shards, count = mesh.fsdp * mesh.tensor, num_params(model)
     adamw = "adamw" in (train.optimizer, config.sft.optimizer if config.sft.epochs or config.sft.control else "")
-    trained = num_adapters(model, config.lora.rank) if config.lora.rank else count
+    trained = num_adapter_params(model, config.lora.rank) if config.lora.rank else count
     held = {"params": 4 * trained, "optimizer": (8 if adamw else 4) * trained}
     held["gradients"] = 4 * trained * (2 if train.micro_batches > 1 else 1)
     if config.lora.rank or config.spin.opponent == "live":
@@ -190,14 +188,9 @@ def training_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[s
             3 * 4 * tokens * max(train.row_length, prompt + real + generated) * model.num_heads / mesh.tensor
         )
     if mesh.fsdp > 1:
-        needed["gathered weights"] = 2 * layer_numbers(model) * on.dtype.itemsize / mesh.tensor
+        layer = flops_per_token(model, 0) / (2 * model.num_layers)  # two FLOPs for each number in its matrices
+        needed["gathered weights"] = 2 * layer * on.dtype.itemsize / mesh.tensor
     return needed
-
-
-def layer_numbers(model: ModelConfig) -> int:
-    """Numbers in the matrices of a layer."""
-    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim  # q and o, k and v
-    return model.hidden_size * (heads + 3 * model.intermediate_size)
 
 
 def longest_pair(config: ConfigDict) -> tuple[int, int, int]:
@@ -207,21 +200,6 @@ def longest_pair(config: ConfigDict) -> tuple[int, int, int]:
     generated = data.max_length if data.layout == "pairs" else config.generate.max_new_tokens
     prompt = max(1, min(data.max_prompt_length, data.max_length - generated))
     return prompt, data.max_length - prompt, min(generated, data.max_length - prompt)
-
-
-def kept_numbers(model: ModelConfig, remat: str) -> int:
-    """Numbers a token and layer that a remat policy keeps, see `models.REMAT_POLICIES`."""
-    heads, mlp, hidden = model.num_heads * model.head_dim, model.intermediate_size, model.hidden_size
-    qkv = heads + 2 * model.num_kv_heads * model.head_dim
-    attended = qkv + heads + hidden
-    of_policy = {"full": 0, "qkv": qkv, "attention": attended, "gate": attended + mlp, "mlp": attended + 2 * mlp}
-    of_policy |= {"projections": qkv + hidden + 2 * mlp, "none": attended + 5 * mlp + 10 * hidden}
-    return hidden + of_policy[remat]
-
-
-def num_adapters(model: ModelConfig, rank: int) -> int:
-    """Numbers in the low-rank updates of a rank."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_adapters(model, rank)))
 
 
 def check_memory(
@@ -249,7 +227,7 @@ def check_memory(
         return
     tries = []
     if stage == "sampling" and (slots := _slots_that_fit(config, model, on, 0.8)):
-        tries.append(f"--config.generate.batch_size={slots * _copies(config, model, on)}")
+        tries.append(f"--config.generate.batch_size={slots * on.slice.devices // _ways(config, model, on)}")
     if trains and not config.lora.rank:
         low_rank = config.copy_and_resolve_references()
         low_rank.lora.rank = 16
@@ -262,10 +240,8 @@ def check_memory(
 
 def _largest_stage(config: ConfigDict, model: ModelConfig, on: Target, trains: bool) -> tuple[str, dict[str, float]]:
     """The stage that needs most, and its bytes a device by kind."""
-    copies = _copies(config, model, on)
-    ways = on.slice.devices // copies
-    sampling = sampling_bytes(config, model, ways, on)
-    sampling["cache"] = config.generate.batch_size / copies * cache_bytes(config, model, ways, on)
+    slots = config.generate.batch_size * _ways(config, model, on) / on.slice.devices
+    sampling = sampling_bytes(config, model, on) | {"cache": slots * cache_bytes(config, model, on)}
     stages = {"sampling": sampling} | ({"training": training_bytes(config, model, on)} if trains else {})
     return max(stages.items(), key=lambda stage: sum(stage[1].values()))
 

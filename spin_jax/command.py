@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError, as_flag, quoted
 from spin_jax.fields import check_names, did_you_mean
-from spin_jax.slices import is_slice
+from spin_jax.slices import GPU_MEMORY_SHARE, is_slice
 
 EXIT_MISTAKE = 2
 
@@ -37,6 +37,7 @@ _CHANGES = flags.DEFINE_multi_string(
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Parses the flags and runs `main`: a user's mistake is one line on stderr, anything else a traceback."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:

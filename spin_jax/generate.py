@@ -13,7 +13,6 @@ from spin_jax import interrupts
 if __name__ == "__main__":
     interrupts.end_at_once()  # before what takes longer to import
 
-import os
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -21,7 +20,6 @@ from ml_collections import ConfigDict
 from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
-from spin_jax.slices import GPU_MEMORY_SHARE
 
 flags.adopt_module_key_flags(command)
 _PROMPTS = flags.DEFINE_string("prompts", None, "The prompts: a JSONL file, or what else --config.data.train may be.")
@@ -35,7 +33,6 @@ def main(argv: list[str]) -> int:
     # Only now: what follows imports jax and finds the devices, which a wrong flag should not wait for.
     from spin_jax import answers, hosts, stopping
 
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     hosts.start(None, None, None)
     return stopping.exit_status(lambda: answers.answer(config, _OUT.value))
 

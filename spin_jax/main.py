@@ -23,7 +23,6 @@ from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
 from spin_jax.files import expand
-from spin_jax.slices import GPU_MEMORY_SHARE
 
 flags.adopt_module_key_flags(command)
 _WORKDIR = flags.DEFINE_string(
@@ -73,7 +72,6 @@ def main(argv: list[str]) -> int:
         if hosts.is_first():
             _tell(rows, workdir)
 
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _WORKDIR.value is None and hosts.are_several():
         raise UserError(f"several hosts need a workdir that all of them see: write --workdir=gs://BUCKET/{default}")

@@ -87,8 +87,7 @@ def _model(run: Run) -> str:
     params, rank = models.num_params(run.model), run.config.lora.rank
     trained = "all of them trained"
     if rank:
-        adapters = jax.tree.leaves(models.abstract_adapters(run.model, rank))
-        trained = f"{sum(array.size for array in adapters):,} in updates of rank {rank} trained"
+        trained = f"{models.num_adapter_params(run.model, rank):,} in updates of rank {rank} trained"
     rows = f"{len(run.train_examples):,} rows to train on, {len(run.held_out_examples):,} held out"
     return f"{run.source}: {params:,} parameters, {trained}; {rows}"
 

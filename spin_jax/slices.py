@@ -96,7 +96,7 @@ TPUS = {
 }
 _ALIASES = {"v5litepod": "v5e"}  # Google's name of the type
 
-# XLA takes a share of a GPU's memory when it starts, and main.py asks for this one.
+# XLA takes a share of a GPU's memory when it starts, and our commands ask for this one.
 GPU_MEMORY_SHARE = 0.92
 # By the first pattern that is found in a device's kind, such as "NVIDIA A100-SXM4-80GB"; data sheets, dense matmuls.
 _GPUS = {

@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight virtual CPU devices, so that sharded programs run for real in the default tests.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Compiling is most of what the tests do: without LLVM's passes programs for CPUs compile in half of the time, here and
-# in all processes that tests start. Those for TPUs are the same to the bit.
+# in all processes that tests start.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -26,7 +26,7 @@ import jax  # noqa: E402  (after the flags above)
 import pytest  # noqa: E402
 
 # Files that take minutes, the longest first; `--dist loadfile` would begin with those of the most tests.
-LONGEST = "processes self_play resume notebooks slots models kills docs benchmarks api generate low_rank step".split()
+LONGEST = "programs processes main score benchmarks self_play kills slots generate notebooks sharding low_rank".split()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # a silent [B] + [B, 1] is a wrong loss
 

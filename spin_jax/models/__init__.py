@@ -1,7 +1,7 @@
 """The Llama family: configs, pure functions on params, Hugging Face directories in and out."""
 
 from spin_jax.models.cache import NOWHERE, Columns, columns_axis, init_cache
-from spin_jax.models.compute import REMAT_POLICIES, Compute
+from spin_jax.models.compute import REMAT_POLICIES, Compute, kept_numbers
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.directory import describe, downloaded, read_config, resolve, uploaded
 from spin_jax.models.huggingface import holds, load, save
@@ -19,7 +19,7 @@ from spin_jax.models.llama import (
     unembed,
     unembed_flops,
 )
-from spin_jax.models.lora import abstract_adapters, adapter_shardings, attach, init_adapters, merge
+from spin_jax.models.lora import abstract_adapters, adapter_shardings, attach, init_adapters, merge, num_adapter_params
 
 __all__ = [
     "NOWHERE",
@@ -42,9 +42,11 @@ __all__ = [
     "init_adapters",
     "init_cache",
     "init_params",
+    "kept_numbers",
     "load",
     "logical_axes",
     "merge",
+    "num_adapter_params",
     "num_params",
     "param_shardings",
     "quantise",

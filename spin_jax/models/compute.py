@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from spin_jax.models.attention import Kernel
+from spin_jax.models.config import ModelConfig
 from spin_jax.models.tiled import kept_bits
 from spin_jax.models.tiles import RESIDUALS
 from spin_jax.sharding import constrain, fitting, gathered, spec
@@ -41,6 +42,16 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     # All of that but the kernel's result: every matmul is spared [(N + 2K) H + 2D + 2F].
     "projections": _save(QKV, ATTENDED, GATE, UP),
 }
+
+
+def kept_numbers(config: ModelConfig, remat: str) -> int:
+    """Numbers a token and layer that a policy keeps: those in brackets above, and the layer's input ("none": about)."""
+    heads, mlp, hidden = config.num_heads * config.head_dim, config.intermediate_size, config.hidden_size
+    qkv = heads + 2 * config.num_kv_heads * config.head_dim
+    attended = qkv + heads + hidden
+    beside = {"full": 0, "qkv": qkv, "attention": attended, "gate": attended + mlp, "mlp": attended + 2 * mlp}
+    beside |= {"projections": qkv + hidden + 2 * mlp, "none": attended + 5 * mlp + 10 * hidden}
+    return hidden + beside[remat]
 
 
 @dataclasses.dataclass(frozen=True)

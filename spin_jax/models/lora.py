@@ -51,6 +51,11 @@ def merge(params: dict, adapters: dict, scale: float) -> dict:
     return replace(params, each_weight(add, params, adapters))
 
 
+def num_adapter_params(config: ModelConfig, rank: int) -> int:
+    """How many numbers the low-rank updates have."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_adapters(config, rank)))
+
+
 def abstract_adapters(config: ModelConfig, rank: int) -> dict:
     """The tree of `init_adapters` as jax.ShapeDtypeStruct: no memory, no compute."""
 
