@@ -191,7 +191,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -
         path, train = hosts.on_first(lambda: toy.prepare(workdir / "toy", config.toy, config.seed))
     described = hosts.on_each(lambda: models.describe(path, config.model.revision or None))
     given, config = config, hosts.on_first(lambda: auto.choose(config, described, jax.devices()))
-    hosts.on_first(lambda: auto.check_memory(config, described, jax.devices(), trains))
+    hosts.on_first(lambda: _is_finished(config, workdir) or auto.check_memory(config, described, jax.devices(), trains))
     source, model, chat, compute, decode = open_player(config, path)
     sharding.check_pairs(compute.mesh, config.train.batch_size, config.train.micro_batches)
     models.param_shardings(compute.mesh, model)
@@ -209,6 +209,13 @@ def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -
         )
     _LOG.info(hosts.on_first(lambda: f"{auto.describe(jax.devices())}: {auto.what(given, config)}"))
     return Run(config, workdir, source, model, chat, train_examples, held_out, tokens, compute, decode)
+
+
+def _is_finished(config: ConfigDict, workdir: epath.Path) -> bool:
+    """Whether there is nothing left to train: a finished run is looked at on smaller devices, too."""
+    last = workdir / f"iteration_{config.iterations - 1}"
+    models_of_last = [last / "model"] + ([last / "control" / "model"] if config.sft.control else [])
+    return all((model / "config.json").exists() for model in models_of_last)
 
 
 class Player(NamedTuple):

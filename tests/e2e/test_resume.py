@@ -10,7 +10,7 @@ import pytest
 import tiny_files
 
 import spin_jax
-from spin_jax import lease
+from spin_jax import lease, slices
 from spin_jax.data.pairs import read_model
 from spin_jax.errors import UserError
 from spin_jax.report import read_summary
@@ -142,6 +142,15 @@ def test_sizes_that_change_no_result_may_change(workdir, tiny_model, tiny_data):
     sizes = {"batch_size": 16, "prefill_batch_size": 8, "tail_batch_size": 1, "prompt_bucket": 64}
     changes = {f"generate.{name}": size for name, size in sizes.items()}
     assert changes_accepted(workdir, tiny_model, tiny_data, **changes)
+
+
+def test_a_finished_run_is_looked_at_on_devices_that_could_not_make_it(
+    finished, workdir, tiny_model, tiny_data, monkeypatch
+):
+    monkeypatch.setattr(slices, "host_bytes", lambda: 2**20)
+    assert self_play(finished.config, workdir) == read_summary(workdir)
+    config = tiny_files.make_config(tiny_model, tiny_data, {"iterations": 3})
+    assert "are too little" in refusal(config, workdir)
 
 
 def test_settings_are_fixed_by_what_was_made_with_them(finished, workdir, tiny_model, tiny_data):
