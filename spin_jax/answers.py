@@ -38,16 +38,7 @@ from spin_jax.workdir import check_alike, check_shared
 _LOG = logging.getLogger(__name__)
 
 # Of config.generate, what a response depends on. The others are sizes.
-_DECIDING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_new_tokens",
-    "min_new_tokens",
-    "stop_strings",
-    "weight_dtype",
-    "cache_dtype",
-)
+_DECIDING = ("temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens", "stop_strings")
 
 
 def answer(config: ConfigDict, out: epath.PathLike) -> None:
@@ -87,9 +78,10 @@ def _answer(
         hosts.on_first(lambda: note_settings(parts, _settings(config, player, tokens)))
         codec = player.chat.codec
         stops_SV = stop_table(codec.tokenizer, config.generate.stop_strings, player.model.vocab_size, codec.silent)
+        sampler = programs.make_sampler(player.model, config.generate, player.chat.stop_ids, player.decode, stops_SV)
         responses = generate(
-            programs.make_sampler(player.model, config.generate, player.chat.stop_ids, player.decode, stops_SV),
-            hosts.on_each(lambda: _load_params(player, config.generate.weight_dtype)),
+            sampler,
+            hosts.on_each(lambda: sampler.laid_out(_load_params(player))),
             asked,
             config.generate,
             seed=config.seed,
@@ -139,13 +131,10 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _load_params(player: Player, weight_dtype: str) -> dict:
+def _load_params(player: Player) -> dict:
     """In the compute dtype, laid out for sampling: there is no f32 copy, as training has one."""
     shardings = models.param_shardings(player.decode.mesh, player.model)
-    params = models.load(player.source, dtype=player.decode.dtype, shardings=shardings)[1]
-    if weight_dtype == "int8":
-        params = programs.make_resharding(player.model, player.decode, weight_dtype)(params)
-    return params
+    return models.load(player.source, dtype=player.decode.dtype, shardings=shardings)[1]
 
 
 def _finish(

@@ -102,7 +102,7 @@ class Model:
         with memory.told("sample", _FOR_SAMPLE):
             responses = generate(
                 make_sampler(self.config, settings, self.chat.stop_ids, compute),
-                models.for_compute(self.params, compute.dtype),
+                self.params,
                 [Prompt(i, ids) for i, ids in enumerate(ask(self.chat, read_prompts(prompts), "prompt "))],
                 settings,
                 seed=seed,

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from spin_jax import sharding
 from spin_jax.config import flatten
 from spin_jax.errors import UserError, as_flag
-from spin_jax.models import ModelConfig, flops_per_token, kept_numbers, num_adapter_params, num_params
+from spin_jax.models import ModelConfig, cache_dtype, flops_per_token, kept_numbers, num_adapter_params, num_params
 from spin_jax.models.attention import kernel_name
 from spin_jax.packing import round_up
 from spin_jax.slices import CPU, GiB, Slice, found, tensor_ways
@@ -64,17 +64,17 @@ class Target(NamedTuple):
     """Devices, and how a config computes on them."""
 
     slice: Slice
-    dtype: jnp.dtype  # of training
-    decode_dtype: jnp.dtype
+    dtype: jnp.dtype  # of matmuls
+    cache_dtype: jnp.dtype  # of keys and values, while sampling
     attention: str
     run: bool  # as in `choose`
 
 
 def target(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> Target:
     """What the config computes on; raises as `attention.kernel_name`."""
-    dtypes = [compute_dtype(config.model.compute_dtype, devices[0], decoding) for decoding in (False, True)]
-    attention = kernel_name(config.model.attention, devices[0], model.head_dim, dtypes[0])
-    return Target(found(devices), *dtypes, attention, run)
+    dtype = compute_dtype(config.model.compute_dtype, devices[0])
+    attention = kernel_name(config.model.attention, devices[0], model.head_dim, dtype)
+    return Target(found(devices), dtype, cache_dtype(dtype, devices[0].platform), attention, run)
 
 
 def mesh_sizes(config: ConfigDict, total: int, tensor_axes: Sequence[int] = ()) -> list[int]:
@@ -122,17 +122,21 @@ def _slots_that_fit(config: ConfigDict, model: ModelConfig, on: Target, share: f
 
 
 def sampling_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[str, float]:
-    """Bytes a device by kind while sampling, without the cache: a run's params, and the copy that is sampled from."""
-    count, int8 = num_params(model), config.generate.weight_dtype == "int8"
-    held = {"params": 4 * count / (config.mesh.fsdp * config.mesh.tensor)} if on.run else {}
-    return held | {"copy": count * (1 if int8 else on.decode_dtype.itemsize) / _ways(config, model, on)}
+    """Bytes a device by kind while sampling, without the cache: a run's params, and the copy that is sampled from. One
+    CPU samples from another copy than the files are loaded into (`slots.Decoder.by_layer`)."""
+    count, held = num_params(model), {}
+    if on.run:
+        held["params"] = 4 * count / (config.mesh.fsdp * config.mesh.tensor)
+    elif on.slice.chip.name == CPU.name and on.slice.devices == 1:
+        held["loaded"] = count * on.dtype.itemsize
+    return held | {"copy": count * on.dtype.itemsize / _ways(config, model, on)}
 
 
 def cache_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> float:
     """Bytes a device of a slot's keys and values."""
     tokens = config.data.max_prompt_length + config.generate.max_new_tokens
-    head = model.head_dim + 4 if config.generate.cache_dtype == "int8" else model.head_dim * on.decode_dtype.itemsize
-    return 2 * model.num_layers * model.num_kv_heads * head * tokens / _ways(config, model, on)
+    of_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * on.cache_dtype.itemsize
+    return of_token * tokens / _ways(config, model, on)
 
 
 def _power_of_two(number: float) -> int:

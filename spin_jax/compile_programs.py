@@ -25,7 +25,6 @@ from spin_jax.models import (
     flops_per_token,
     for_compute,
     param_shardings,
-    quantised_shardings,
     unembed_flops,
 )
 from spin_jax.models.flash import heads_and_tile
@@ -96,9 +95,6 @@ def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute,
     shards, size, cap = sharding.ways(compute.mesh, "rows"), settings.batch_size, settings.max_new_tokens
     places = slots_lib.queue_places(settings.prefill_batch_size, size, shards)
     width = slots_lib.prefill_width(config.data.max_prompt_length, settings.prompt_bucket)
-    resharding = programs.make_resharding(model, compute, settings.weight_dtype)
-    laid_out = quantised_shardings if settings.weight_dtype == "int8" else param_shardings
-    copy = programs.located(resharding.eval_shape(params), laid_out(compute.mesh, model))
     sampler = programs.make_sampler(model, settings, (model.vocab_size - 1,), compute)
     rows = sampler.start.eval_shape(size, places, width)
     slots, queue = jax.tree.map(
@@ -114,11 +110,11 @@ def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute,
     drawn = size * (flops_per_token(model, width + (cap + 1) / 2) + unembed_flops(model))
     beside = {"params": params}
     return [
-        Program("resharding", resharding, (params,), ("params",), {}, 0.0),
+        Program("resharding", sampler.copy, (params,), ("params",), {}, 0.0),
         Program(
             "prefill",
             sampler.prefill,
-            (copy, queue, prompts),
+            (sampler.abstract_params, queue, prompts),
             ("sampling params", "queue", "batch"),
             beside | {"cache": slots},
             prefill,
@@ -126,7 +122,7 @@ def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute,
         Program(
             "decode step",
             sampler.decode,
-            (copy, slots, queue, decoding, more),
+            (sampler.abstract_params, slots, queue, decoding, more),
             ("sampling params", "cache", "queue", "batch", "batch"),
             beside,
             drawn,

@@ -26,7 +26,7 @@ def base_config() -> ConfigDict:
     c.model.path = ""  # SFT model: Hugging Face directory or Hub id; "toy:" makes a tiny one
     c.model.revision = ""  # Hub revision (branch, tag or commit); "" is the default branch
     # of activations and matmuls, which add up in float32: "float32" | "bfloat16" | "auto", which is bfloat16, but on a
-    # CPU without instructions for it (xla.matmul_dtype)
+    # CPU without instructions for it (xla.compute_dtype)
     c.model.compute_dtype = "auto"
     # attention of whole rows: "plain" jax.numpy | "tiled", for CPUs | "flash", a TPU kernel | "cudnn", a GPU kernel |
     # "tokamax", for Hopper GPUs, with the extra of that name | "auto": the platform's, but never tokamax, which we have
@@ -90,11 +90,6 @@ def base_config() -> ConfigDict:
     c.generate.tail_batch_size = 8
     # prompts are padded to this many tokens, or a double of it; one compiled program each
     c.generate.prompt_bucket = 64
-    # of the weights of attention and MLP while sampling: "auto", the compute dtype | "int8", half the bytes of bfloat16
-    # and another model by so much (benchmarks/README.md has how much)
-    c.generate.weight_dtype = "auto"
-    # of keys and values: "auto", the compute dtype | "int8", with a scale a token and head: half the memory of bfloat16
-    c.generate.cache_dtype = "auto"
 
     c.spin = ConfigDict()
     c.spin.loss = "logistic"  # one of losses.LOSSES; the paper's choice

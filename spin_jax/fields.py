@@ -15,8 +15,6 @@ CHOICES = {
     "data.turn": ("last", "first"),
     "data.template": ("chat", "paper"),
     "data.long_prompts": ("keep_end", "skip"),
-    "generate.weight_dtype": ("auto", "int8"),
-    "generate.cache_dtype": ("auto", "int8"),
     "spin.loss": ("logistic", "hinge", "exponential", "correlation"),
     "spin.opponent": ("stored", "live"),
     "sft.optimizer": ("adamw", "rmsprop"),

@@ -102,7 +102,7 @@ def _os_error(error: Exception) -> int | None:
 
 
 def _free(path: epath.PathLike) -> str:
-    """" (12.3 MB are free there)", of the disk that holds a path or will."""
+    """ " (12.3 MB are free there)", of the disk that holds a path or will."""
     if is_remote(path):
         return ""
     there = next(parent for parent in (pathlib.Path(path), *pathlib.Path(path).absolute().parents) if parent.exists())

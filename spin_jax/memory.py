@@ -72,8 +72,6 @@ def for_sampling(config: ConfigDict) -> list[str]:
     """What makes sampling need less; the first two change no response."""
     settings = config.generate
     tries = [f"--config.generate.{name}={settings[name] // 2}" for name in _HALVED if settings[name] > 1]
-    if settings.cache_dtype != "int8":
-        tries.append("--config.generate.cache_dtype=int8")
     return [*tries, "more devices", "a smaller --config.generate.max_new_tokens or --config.data.max_prompt_length"]
 
 
@@ -104,7 +102,7 @@ _HALVED = ("batch_size", "prefill_batch_size")
 
 
 def _numbers(error: BaseException) -> str:
-    """", 4.00 GiB asked for, 1.92 GiB there", as far as that is known."""
+    """ ", 4.00 GiB asked for, 1.92 GiB there", as far as that is known."""
     texts = []
     while error:
         texts.append(str(error))

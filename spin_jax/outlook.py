@@ -66,19 +66,17 @@ def _devices(run: Run) -> str:
 
 
 def _computation(run: Run) -> str:
-    settings, compute, decode = run.config.model, run.compute, run.decode
+    settings, compute = run.config.model, run.compute
     kind = compute.mesh.devices.flat[0].device_kind
-    dtypes = [np.dtype(dtype).name for dtype in (compute.dtype, decode.dtype)]
-    line = f"computes in {dtypes[0]}"
+    dtype = np.dtype(compute.dtype).name
+    line = f"computes in {dtype}"
     if settings.compute_dtype == "auto":
-        has = "has instructions for it" if dtypes[0] == "bfloat16" else "has no instructions for bfloat16"
+        has = "has instructions for it" if dtype == "bfloat16" else "has no instructions for bfloat16"
         line += f" (auto: a {kind} {has})"
-    if dtypes[1] != dtypes[0]:
-        line += f", samples in {dtypes[1]} (auto: a {kind} is faster at it)"
     kernel = compute.kernel.name if compute.kernel else "plain"
     line += f"; attention {kernel}"
     if settings.attention == "auto":
-        none = f"no kernel for a {kind}, {dtypes[0]} and a head_dim of {run.model.head_dim}"
+        none = f"no kernel for a {kind}, {dtype} and a head_dim of {run.model.head_dim}"
         line += f" (auto: {f'the kernel for a {kind}' if compute.kernel else none})"
     return line
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -29,8 +28,7 @@ from spin_jax.models import (
     init_adapters,
     merge,
     param_shardings,
-    quantise,
-    quantised_shardings,
+    split_layers,
 )
 from spin_jax.models.attention import choose_kernel
 from spin_jax.step import (
@@ -65,17 +63,14 @@ def make_decode_compute(config: ConfigDict, model: ModelConfig, compute: Compute
     """The same for sampling, on the decode mesh of the same devices."""
     ways = sharding.decode_ways(compute.mesh.size, config.mesh.decode_tensor, model.tensor_axes)
     mesh = sharding.decode_mesh(compute.mesh, ways)
-    dtype = compute_dtype(config.model.compute_dtype, mesh.devices.flat[0], decoding=True)
-    return dataclasses.replace(compute, dtype=dtype, kernel=None, mesh=mesh, line=0)
+    return dataclasses.replace(compute, kernel=None, mesh=mesh, line=0)
 
 
 @functools.cache
-def make_resharding(model: ModelConfig, compute: Compute, weight_dtype: str = "auto") -> Callable:
-    """params -> a copy in the compute dtype, or with weights in int8, laid out for `compute.mesh`: once an iteration,
-    not once a decode step."""
-    function, shardings = (quantise, quantised_shardings) if weight_dtype == "int8" else (for_compute, param_shardings)
-    laid_out = shardings(compute.mesh, model)
-    return _jit(compute.mesh, functools.partial(function, dtype=compute.dtype), out_shardings=laid_out)
+def make_resharding(model: ModelConfig, compute: Compute) -> Callable:
+    """params -> a copy in the compute dtype, laid out for `compute.mesh`."""
+    copy = functools.partial(for_compute, dtype=compute.dtype)
+    return _jit(compute.mesh, copy, out_shardings=param_shardings(compute.mesh, model))
 
 
 def make_sampler(
@@ -87,8 +82,7 @@ def make_sampler(
 ) -> slots_lib.Sampler:
     """The sampler of `config.generate`; `stops_SV` from `stop_strings.stop_table`."""
     truncate = settings.top_p < 1 or settings.top_k > 0
-    dtype = jnp.dtype(jnp.int8 if settings.cache_dtype == "int8" else compute.dtype)
-    decoder = slots_lib.Decoder(model, settings.max_new_tokens, truncate, compute, dtype)
+    decoder = slots_lib.Decoder(model, settings.max_new_tokens, truncate, compute)
     return dataclasses.replace(_sampler(decoder), stop_ids=stop_ids, stops_SV=stops_SV)
 
 
@@ -105,7 +99,14 @@ def _sampler(decoder: slots_lib.Decoder) -> slots_lib.Sampler:
     def make(function: Callable, **options) -> Callable:
         return _jit(mesh, functools.partial(function, decoder), **options)
 
+    if decoder.by_layer:
+        cast = functools.partial(for_compute, dtype=decoder.compute.dtype)
+        copy, laid_out = _jit(mesh, lambda params: split_layers(cast(params)), out_shardings=whole), whole
+    else:
+        copy, laid_out = make_resharding(decoder.model, decoder.compute), param_shardings(mesh, decoder.model)
     return slots_lib.Sampler(
+        copy=copy,
+        abstract_params=located(copy.eval_shape(abstract_params(decoder.model)), laid_out),
         start=make(slots_lib.start, static_argnums=(0, 1, 2), out_shardings=rows),
         prefill=make(slots_lib.prefill, donate_argnums=1, out_shardings=queue),
         decode=make(slots_lib.decode, donate_argnums=(1, 2), out_shardings=(slots, queue, ended, whole)),

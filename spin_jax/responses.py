@@ -112,7 +112,7 @@ def generate(
 
     Args:
         sampler: from `programs.make_sampler`.
-        params: as `programs.make_resharding` lays them out.
+        params: of the model, in any dtype and layout.
         prompts: what to answer.
         settings: `config.generate`.
         seed: of the run.
@@ -139,9 +139,7 @@ def generate(
             responses.update(((answer.row, answer.number), answer) for answer in ended)
             parts.write(ended)
             rate = f"{progress.tokens / max(loop.elapsed, 1e-3):.0f}"
-            loop.advance(
-                progress.responses - loop.done, tokens_per_second=rate, slots_busy=f"{progress.occupancy:.0%}"
-            )
+            loop.advance(progress.responses - loop.done, tokens_per_second=rate, slots_busy=f"{progress.occupancy:.0%}")
     if asked:
         _LOG.info(
             "%s: %d tokens in %d steps, slots %.1f%% busy, %.1f%% until prompts ran out",
@@ -180,6 +178,7 @@ def _draw(
     fit, it shows at once, and prompts that are prefilled or decoded together are of like length."""
     if not asked:
         return
+    params = sampler.laid_out(params)
     asked = sorted(asked, key=lambda prompt: -len(prompt.tokens))
     widths = [prefill_width(len(prompt.tokens), settings.prompt_bucket) for prompt in asked]
     decoding, shards, sharding = (

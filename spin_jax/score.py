@@ -29,6 +29,9 @@ from spin_jax.step import TrainState
 
 _LOG = logging.getLogger(__name__)
 
+# Of the step's arithmetic: raised where a change of the code sums in another order, so that older scores are made anew.
+VERSION = 2
+
 
 def score(
     logprobs: Callable,
@@ -131,7 +134,7 @@ def scores_key(
 ) -> str:
     """A hash of all that decides the bits of scores: token ids, batches, programs, devices, and the model as
     `models.fingerprint` identifies it. Scores of another key are not those that this run would make."""
-    digest = hashlib.sha256(json.dumps(model).encode())
+    digest = hashlib.sha256(json.dumps([VERSION, model]).encode())
     for pair in pairs:
         for tokens in (pair.prompt, pair.real, pair.generated):
             digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())

@@ -24,7 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from spin_jax.models import NOWHERE, Columns, Compute, ModelConfig, columns_axis, forward, init_cache, unembed
+from spin_jax.models import (
+    NOWHERE,
+    Columns,
+    Compute,
+    ModelConfig,
+    cache_dtype,
+    columns_axis,
+    forward,
+    init_cache,
+    rows_axis,
+    unembed,
+)
 from spin_jax.sampling import Decoding, next_tokens, token_keys, token_logprobs
 from spin_jax.sharding import spec, ways
 
@@ -38,14 +49,12 @@ class Decoder:
         max_new_tokens: C.
         truncate: whether top-p and top-k are looked at; they cost some passes over the logits every step.
         compute: its mesh that of `sharding.decode_mesh`.
-        cache_dtype: of keys and values; int8 or the compute dtype.
     """
 
     model: ModelConfig
     max_new_tokens: int
     truncate: bool
     compute: Compute
-    cache_dtype: jnp.dtype
 
     def prompt_columns(self, width: int) -> int:
         """P for prompts of up to `width` tokens: what is further back than a sliding window is not kept."""
@@ -56,8 +65,14 @@ class Decoder:
         """R, likewise."""
         return min(self.max_new_tokens, self.model.sliding_window or self.max_new_tokens)
 
+    @property
+    def by_layer(self) -> bool:
+        """Whether params and cache have arrays of their own for each layer."""
+        return self.compute.on_one_cpu
+
     def cache(self, rows: int, columns: int) -> dict:
-        return init_cache(self.model, rows, columns, self.cache_dtype, self.compute.mesh)
+        dtype = cache_dtype(self.compute.dtype, self.compute.platform)
+        return init_cache(self.model, rows, columns, dtype, self.compute.mesh, by_layer=self.by_layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +80,8 @@ class Sampler:
     """The programs of this module, jitted by `programs.make_sampler`; those that take slots or a queue donate them.
 
     Attributes:
+        copy: params -> what the others take in their place: once an iteration, not once a decode step.
+        abstract_params: the tree of what `copy` gives, as jax.ShapeDtypeStruct with shardings.
         start: (slots, places, width) -> Slots, Queue: nothing in them.
         prefill: (params, queue, prompts) -> Queue.
         decode: (params, slots, queue, decoding, more) -> Slots, Queue, Responses, Report.
@@ -73,6 +90,8 @@ class Sampler:
         shrink: (slots, kept) -> Slots, Responses, Report; donates nothing, as no array stays as large as it was.
     """
 
+    copy: Callable
+    abstract_params: dict
     start: Callable
     prefill: Callable
     decode: Callable
@@ -80,6 +99,19 @@ class Sampler:
     shrink: Callable
     stop_ids: tuple[int, ...] = ()
     stops_SV: np.ndarray | None = None
+
+    def laid_out(self, params: dict) -> dict:
+        """`copy` of the model's params, or they themselves where they are as it would make them."""
+
+        def alike(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> bool:
+            if not isinstance(x, jax.Array) or x.dtype != wanted.dtype:
+                return False
+            return x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
+
+        if jax.tree.structure(params) == jax.tree.structure(self.abstract_params):
+            if all(jax.tree.leaves(jax.tree.map(alike, params, self.abstract_params))):
+                return params
+        return self.copy(params)
 
 
 class Responses(NamedTuple):
@@ -120,7 +152,7 @@ class Row(NamedTuple):
     """What a queue and a slot both know of a prompt, for each of B.
 
     Attributes:
-        cache: from `models.init_cache`, without its positions' axis of layers: of P or P + R columns.
+        cache: from `models.init_cache`, of P or P + R columns.
         hidden_BD: the final hidden state of the last token, which the next one is drawn from.
         keys_B2: uint32.
         prompts_B: int32, the prompt's tokens.
@@ -204,7 +236,7 @@ def _no_responses(decoder: Decoder, rows: int) -> Responses:
 
 def specs(tree):
     """Where the arrays lie that a device has rows of: all but scalars; a cache's have an axis of layers in front, and
-    its heads are split."""
+    its heads are split. (A cache by layer is on one device, where all specs are alike.)"""
 
     def of(path: tuple, x: jax.Array) -> PartitionSpec:
         if getattr(path[-1], "key", "positions") != "positions":
@@ -223,10 +255,11 @@ def prefill(decoder: Decoder, params: dict, queue: Queue, prompts: Prompts) -> Q
     hidden_QWD, cache = forward(decoder.model, params, prompts.tokens_QW, positions_QW, cache, compute=decoder.compute)
     new_Q = prompts.lengths_Q > 0
 
-    def replaced(name: str, old: jax.Array) -> jax.Array:
-        rows, axis = (0 if name == "positions" else 1), columns_axis(name)
+    def replaced(path: tuple, old: jax.Array, new: jax.Array) -> jax.Array:
+        name = path[0].key
+        rows, axis = rows_axis(name, old), columns_axis(name, old)
         kept = min(width, old.shape[axis])
-        new = jax.lax.slice_in_dim(cache[name], width - kept, width, axis=axis)
+        new = jax.lax.slice_in_dim(new, width - kept, width, axis=axis)
         new = jnp.concatenate([jax.lax.slice_in_dim(old, 0, old.shape[axis] - kept, axis=axis), new], axis)
         if name == "positions":  # what an earlier, longer prompt left in the columns before
             new = jnp.where((jnp.arange(new.shape[1]) < new.shape[1] - kept)[None], NOWHERE, new)
@@ -237,7 +270,7 @@ def prefill(decoder: Decoder, params: dict, queue: Queue, prompts: Prompts) -> Q
 
     row = queue.row
     row = Row(
-        {name: replaced(name, x) for name, x in row.cache.items()},
+        jax.tree_util.tree_map_with_path(replaced, row.cache, cache),
         *map(chosen, (hidden_QWD[:, -1], prompts.keys_Q2, prompts.lengths_Q), row[1:]),
     )
     return Queue(row, chosen(prompts.asked_Q, queue.asked_Q), queue.pending_Q | new_Q)
@@ -320,8 +353,9 @@ def _columns(decoder: Decoder, row: Row, running_B: jax.Array, steps: jax.Array)
     """The ring's next column is written; columns in front of the longest prompt of a running slot are not read."""
     prompt_columns = row.cache["positions"].shape[1] - decoder.ring
     starts = [0]
-    # Halves, as a branch each is compiled; below 32 columns there is nothing to save.
-    while (remaining := (prompt_columns - starts[-1]) // 2) >= 32:
+    # Halves, as a branch each is compiled; below 32 columns there is nothing to save. By layer nothing is either: what
+    # is read from a column on is copied first.
+    while not decoder.by_layer and (remaining := (prompt_columns - starts[-1]) // 2) >= 32:
         starts.append(prompt_columns - remaining)
     empty = prompt_columns - jnp.max(jnp.where(running_B, row.prompts_B, 0))
     start = jnp.sum(empty >= jnp.array(starts[1:], jnp.int32)) if len(starts) > 1 else 0
@@ -387,7 +421,8 @@ def _admit(slots: Slots, queue: Queue, ended: Responses) -> tuple[Slots, Queue, 
         ended = jax.tree.map(lambda to, of: to.at[place].set(of[slot]), ended, slots.responses)
         new = Responses(queue.asked_Q[place], *(jnp.zeros(x.shape[1:], x.dtype) for x in slots.responses[1:]))
         responses = jax.tree.map(lambda to, of: to.at[slot].set(of), slots.responses, new)
-        cache = {name: _moved(name, x, queue.row.cache[name], slot, place) for name, x in slots.row.cache.items()}
+        moved = functools.partial(_moved, slot, place)
+        cache = jax.tree_util.tree_map_with_path(moved, slots.row.cache, queue.row.cache)
         rest = (to.at[slot].set(of[place]) for to, of in zip(slots.row[1:], queue.row[1:], strict=True))
         slots = slots._replace(
             row=Row(cache, *rest),
@@ -400,19 +435,23 @@ def _admit(slots: Slots, queue: Queue, ended: Responses) -> tuple[Slots, Queue, 
     return jax.lax.while_loop(waiting, one, (slots, queue, ended))
 
 
-def _moved(name: str, to: jax.Array, of: jax.Array, slot: jax.Array, place: jax.Array) -> jax.Array:
+def _moved(slot: jax.Array, place: jax.Array, path: tuple, to: jax.Array, of: jax.Array) -> jax.Array:
     """A slot's array of a cache with a place's in its first columns, and nothing in the others that anybody sees."""
+    name = path[0].key
     if name == "positions":
         return to.at[slot].set(jnp.full(to.shape[1], NOWHERE).at[: of.shape[1]].set(of[place]))
-    taken = jax.lax.dynamic_slice_in_dim(of, place, 1, axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(to, taken, slot, axis=1)
+    rows = rows_axis(name, to)
+    taken = jax.lax.dynamic_slice_in_dim(of, place, 1, axis=rows)
+    return jax.lax.dynamic_update_slice_in_dim(to, taken, slot, axis=rows)
 
 
 def _split(kept: int, slots: Slots) -> tuple[Slots, Responses]:
     """The first `kept` slots, the running ones in front, and the responses of the others."""
     order_B = jnp.argsort(~slots.running_B)
     first, others = order_B[:kept], order_B[kept:]
-    cache = {name: x[first] if name == "positions" else x[:, first] for name, x in slots.row.cache.items()}
+    cache = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.take(x, first, axis=rows_axis(path[0].key, x)), slots.row.cache
+    )
     row = Row(cache, *(x[first] for x in slots.row[1:]))
     left = slots._replace(
         row=row,

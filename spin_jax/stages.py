@@ -74,7 +74,7 @@ def generate_responses(run: Run, t: int) -> None:
     stops_SV = stop_table(codec.tokenizer, settings.stop_strings, run.model.vocab_size, codec.silent)
     responses = generate(
         programs.make_sampler(run.model, settings, run.chat.stop_ids, run.decode, stops_SV),
-        programs.make_resharding(run.model, run.decode, settings.weight_dtype)(run.params(run.start_of(t))),
+        run.params(run.start_of(t)),
         [Prompt(e.row, run.asked(e.row), n) for e in examples for n in range(settings.responses)],
         settings,
         seed=run.config.seed,

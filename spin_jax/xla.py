@@ -51,12 +51,11 @@ _TPU_GENERATIONS: dict[str, dict[str, bool | int]] = {
 _CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 
 
-def compute_dtype(asked: str, device: jax.Device, decoding: bool = False) -> jnp.dtype:
+def compute_dtype(asked: str, device: jax.Device) -> jnp.dtype:
     """The dtype of matmuls' operands; sums are float32. `asked` of "auto" is bfloat16, which loses nothing to speak of,
     where the device has instructions for it, and float32 elsewhere.
 
-    GPUs have them from compute capability 8.0 on (a T4 has not, and float16 would need its loss scaled). On a CPU with
-    them training takes less time; decoding takes longer, as XLA converts what it reads of a bfloat16 cache anew.
+    GPUs have them from compute capability 8.0 on: a T4 has not, and float16 would need its loss scaled.
     """
     if asked != "auto":
         return jnp.dtype(asked)
@@ -64,8 +63,6 @@ def compute_dtype(asked: str, device: jax.Device, decoding: bool = False) -> jnp
         return jnp.dtype(jnp.bfloat16 if gpu_capability(device) >= (8, 0) else jnp.float32)
     if device.platform != "cpu":
         return jnp.dtype(jnp.bfloat16)
-    if decoding:
-        return jnp.dtype(jnp.float32)
     found = pathlib.Path("/proc/cpuinfo")
     flags = set(found.read_text().split()) if found.exists() else set()
     return jnp.dtype(jnp.bfloat16 if flags & _CPU_BFLOAT16 else jnp.float32)

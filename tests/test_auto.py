@@ -193,16 +193,6 @@ def test_only_sampling_needs_no_params_beside_the_copy():
         auto.check_memory(of_t4, model, DEVICES["T4"], trains=False, run=False)
 
 
-def test_int8_counts_as_int8():
-    given = {"generate__cache_dtype": "int8", "generate__weight_dtype": "int8", "generate__batch_size": 1536}
-    config, model = shipped("zephyr_7b", **given)
-    chosen = auto.choose(config, model, DEVICES["v5e-16"])
-    auto.check_memory(chosen, model, DEVICES["v5e-16"])
-    chosen.generate.cache_dtype = "auto"
-    with pytest.raises(UserError, match="cache 15"):
-        auto.check_memory(chosen, model, DEVICES["v5e-16"])
-
-
 def test_what_is_not_trained_is_not_counted():
     config, model = shipped("tinyllama_1b")
     chosen = auto.choose(config, model, DEVICES["T4"])

@@ -130,18 +130,6 @@ def test_sampling_contestants_in_turn(files, tmp_path):
     assert (short["cap"], short["static"], short["refilled"]) == (4, 4, 4) and long["mean length"] > 4
 
 
-def test_int8_costs_something_and_little(files, tmp_path):
-    flags = [flag.replace("--pairs", "--data") for flag in files] + ["--rows=4", f"--json={tmp_path / 'int8.json'}"]
-    run = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/int8.py", *flags], capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    report = json.loads((tmp_path / "int8.json").read_text())
-    weights, cache, both = (report[name] for name in ("int8 weights", "int8 cache", "both"))
-    assert weights["nats"] == cache["nats"] == both["nats"]  # the model's own
-    assert all(0 < one["KL"] < 0.1 and abs(one["change"]) < 0.1 for one in (weights, cache, both))
-
-
 def test_rounding_is_nothing_in_the_steps_own_program(tmp_path):
     model = tiny_files.write_model(tmp_path / "model")
     rows = [{"instruction": f"count to {i}", "response": "one two three four"[: 4 + i]} for i in range(16)]

@@ -102,7 +102,7 @@ def test_smollm2_matches_transformers(smollm2, variant, tmp_path):
 # ---- One computation by two routes
 
 
-@pytest.mark.parametrize("keys", ["k", "kT"])  # of TPUs and GPUs, and of CPUs
+@pytest.mark.parametrize("keys", ["k", "kT", "kT by layer"])  # of TPUs and GPUs, of CPUs, and of one CPU
 @pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3"])
 def test_cache_gives_the_uncached_hidden_states(family, keys):
     """Rows with prompts of different lengths: one right-padded prefill, then each row goes on from its own position."""
@@ -110,10 +110,14 @@ def test_cache_gives_the_uncached_hidden_states(family, keys):
     expected_BTD, _ = forward(config, params, tokens_BT)
     prompt_lengths_B, slots = np.asarray([9, 5]), 24
 
-    cache = models.init_cache(config, 2, slots)
-    if keys not in cache:
+    keys, _, by_layer = keys.partition(" ")
+    cache = models.init_cache(config, 2, slots, by_layer=bool(by_layer))
+    if by_layer:
+        params = models.split_layers(params)
+    elif keys not in cache:
         cache[keys] = cache.pop("kT" if keys == "k" else "k").swapaxes(3, 4)
-    cache |= {name: cache[name] + 100.0 for name in (keys, "v")}  # what an earlier use left behind must not matter
+    # What an earlier use left behind must not matter.
+    cache |= jax.tree.map(lambda x: x + 100.0, {name: cache[name] for name in (keys, "v")})
     positions_BT = np.where(np.arange(9) < prompt_lengths_B[:, None], np.arange(9), models.NOWHERE)
     prefill_BTD, cache = forward(config, params, tokens_BT[:, :9], positions_BT, cache)
     for row, length in enumerate(prompt_lengths_B):

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from spin_jax.errors import UserError
 from spin_jax.models import Compute
 from spin_jax.programs import make_sampler
 from spin_jax.responses import Progress, Prompt, Response, generate
+from spin_jax.sampling import Decoding
 from spin_jax.slots import Sampler, prefill_width, queue_places, slot_counts
 
 SEED = 42
@@ -169,13 +172,44 @@ def test_seed_iteration_row_and_number_each_give_another_response():
     assert as_lists(draw(asked[2:], **endless)) == as_lists(first)[2:]
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_decode_step_on_one_cpu_copies_neither_weights_nor_cache(dtype, all_passes):
+    model = dataclasses.replace(tiny.CONFIG, num_layers=3)
+    by = make_sampler(model, settings(), STOP_IDS, dataclasses.replace(ONE_DEVICE, dtype=jnp.dtype(dtype)))
+    slots, _ = by.start.eval_shape(4, 3, 64)
+    decoding = jax.eval_shape(lambda: Decoding.of(settings(), STOP_IDS))
+    kept = jax.ShapeDtypeStruct((), jnp.int32)
+    program = by.drain.lower(by.abstract_params, slots, decoding, kept).compile().as_text()
+    layer = jax.tree.leaves(by.abstract_params["layers"][0]) + [slots.row.cache["v"][0], slots.row.cache["kT"][0]]
+    of_layer = {x.size for x in layer if x.ndim > 1}
+    made = re.findall(r"= \w+\[([\d,]+)\]\S* (\S+)\(", program)
+    copies = [(sizes, by) for sizes, by in made if by in ("copy", "transpose", "convert", "dynamic-slice")]
+    assert not [copy for copy in copies if math.prod(map(int, copy[0].split(","))) in of_layer]
+    caches = [by for sizes, by in made if math.prod(map(int, sizes.split(","))) == layer[-1].size]
+    assert caches.count("dynamic-update-slice") == 2 * model.num_layers  # each cache is written in place, once
+
+
+def test_bfloat16_matmuls_beside_a_float32_cache_draw_what_the_model_says(all_passes):
+    """Log-probs of the drawn tokens, by the program that scores them, in the same dtype."""
+    compute = dataclasses.replace(ONE_DEVICE, dtype=jnp.dtype(jnp.bfloat16))
+    by = make_sampler(tiny.CONFIG, settings(), STOP_IDS, compute)
+    assert by.start.eval_shape(4, 3, 64)[0].row.cache["v"][0].dtype == jnp.float32
+    for prompt, response in zip(prompts(), draw(by=by), strict=True):
+        row = np.concatenate([prompt.tokens, response.tokens])[None]
+        hidden_1TD, _ = models.forward(tiny.CONFIG, tiny.params(), row, compute=compute)
+        logits_1TV = models.unembed(tiny.CONFIG, tiny.params(), hidden_1TD, compute)
+        logprobs_T = jax.nn.log_softmax(logits_1TV[0])[np.arange(row.size - 1), row[0, 1:]]
+        expected = logprobs_T[-len(response.tokens) :]
+        np.testing.assert_allclose(response.logprobs, expected, atol=0.1)  # bfloat16 has 8 bits, logits are up to 8
+
+
 def test_a_sliding_window_keeps_what_it_sees_and_no_more():
     """Prompts and responses longer than the window, whose ring comes round."""
     config = dataclasses.replace(tiny.CONFIG, sliding_window=5)
     chosen = settings(temperature=0.0)
     by = make_sampler(config, chosen, (), ONE_DEVICE)
     slots, queue = by.start.eval_shape(4, 3, 128)
-    assert slots.row.cache["v"].shape[3] == 10 and queue.row.cache["v"].shape[3] == 5
+    assert slots.row.cache["v"][0].shape[2] == 10 and queue.row.cache["v"][0].shape[2] == 5
     params = tiny.host_params()
     responses = generate(by, params, prompts(), chosen, seed=0, iteration=0, mesh=ONE_DEVICE.mesh)
     for prompt, response in zip(prompts(), responses, strict=True):

@@ -35,6 +35,7 @@ def main() -> None:
     model = models.read_config(s["model"])
     params, _ = load(pathlib.Path(s["model"]), model, compute, cast=compute.dtype != jnp.float32)
     sampler = programs.make_sampler(model, settings, tuple(s["stop_ids"]), compute)
+    params = sampler.laid_out(params)
     prompts = [Prompt(row, np.array(tokens, np.int32)) for row, tokens in enumerate(s["prompts"])]
     prompts.sort(key=lambda prompt: -len(prompt.tokens))
     size = s["batch_size"] if s["static"] else len(prompts)

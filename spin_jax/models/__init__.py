@@ -1,12 +1,11 @@
 """The Llama family: configs, pure functions on params, Hugging Face directories in and out."""
 
-from spin_jax.models.cache import NOWHERE, Columns, columns_axis, init_cache
+from spin_jax.models.cache import NOWHERE, Columns, cache_dtype, columns_axis, init_cache, rows_axis
 from spin_jax.models.compute import REMAT_POLICIES, Compute, kept_numbers
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.directory import describe, downloaded, read_config, resolve, uploaded
 from spin_jax.models.huggingface import holds, load, save
 from spin_jax.models.identity import fingerprint
-from spin_jax.models.int8 import quantise, quantised_shardings
 from spin_jax.models.llama import (
     abstract_params,
     flops_per_token,
@@ -16,6 +15,7 @@ from spin_jax.models.llama import (
     logical_axes,
     num_params,
     param_shardings,
+    split_layers,
     unembed,
     unembed_flops,
 )
@@ -31,6 +31,7 @@ __all__ = [
     "abstract_params",
     "adapter_shardings",
     "attach",
+    "cache_dtype",
     "columns_axis",
     "describe",
     "downloaded",
@@ -49,11 +50,11 @@ __all__ = [
     "num_adapter_params",
     "num_params",
     "param_shardings",
-    "quantise",
-    "quantised_shardings",
     "read_config",
     "resolve",
+    "rows_axis",
     "save",
+    "split_layers",
     "unembed",
     "unembed_flops",
     "uploaded",

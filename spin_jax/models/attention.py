@@ -133,31 +133,20 @@ def causal_attention(
 
 
 def attend_cached(
-    q_BTNH: jax.Array, cache: dict, layer: jax.Array, mask_BTS: jax.Array, columns: cache_lib.Columns
+    q_BTNH: jax.Array, cache: dict, layer: jax.Array | None, mask_BTS: jax.Array, columns: cache_lib.Columns
 ) -> jax.Array:
-    """`attend` to what a layer has in a cache, of which nothing before the first column that counts is read."""
+    """`attend` to what a layer has in a cache, in its dtype; columns before the first that counts are not read."""
 
     def from_column(first: int, q_BTNH: jax.Array, cache: dict, mask_BTS: jax.Array) -> jax.Array:
         seen = cache_lib.read(cache, layer, first)
-        kT, v = (seen[name].astype(q_BTNH.dtype) for name in ("kT", "v"))
-        return attend(q_BTNH, kT, v, mask_BTS[:, :, first:], seen.get("k_scale"), seen.get("v_scale"))
+        return attend(q_BTNH.astype(seen["v"].dtype), seen["kT"], seen["v"], mask_BTS[:, :, first:])
 
     branches = [functools.partial(from_column, first) for first in columns.starts]
-    return jax.lax.switch(columns.start, branches, q_BTNH, cache, mask_BTS)
+    return jax.lax.switch(columns.start, branches, q_BTNH, cache, mask_BTS).astype(q_BTNH.dtype)
 
 
-def attend(
-    q_BTNH: jax.Array,
-    k_BKHS: jax.Array,
-    v_BKSH: jax.Array,
-    mask_BTS: jax.Array,
-    k_scale_BKS: jax.Array | None = None,
-    v_scale_BKS: jax.Array | None = None,
-) -> jax.Array:
-    """softmax(q k / sqrt(H)) v, [B, T, N, H]. Each of the K key heads serves G query heads without being repeated.
-
-    Scales belong to a token's whole key or value: they are multiplied into its scores and weights, which are fewer.
-    """
+def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """softmax(q k / sqrt(H)) v, [B, T, N, H]. Each of the K key heads serves G query heads without being repeated."""
     batch, length, heads, head_dim = q_BTNH.shape
     kv_heads, seen = v_BKSH.shape[1:3]
     # M is G and T as one axis: XLA on CPUs knows a batched matmul by one axis a side, and is slow at any other.
@@ -165,13 +154,9 @@ def attend(
     q_BKMH = q_BKMH.reshape(batch, kv_heads, -1, head_dim)
     scores_BKMS = jnp.einsum("BKMH,BKHS->BKMS", q_BKMH, k_BKHS, preferred_element_type=jnp.float32)
     scores_BKGTS = scores_BKMS.reshape(batch, kv_heads, -1, length, seen) * head_dim**-0.5
-    if k_scale_BKS is not None:
-        scores_BKGTS *= k_scale_BKS[:, :, None, None]
     # A finite minimum: a query that sees nothing (beyond its cache) gives numbers nobody reads, not NaNs that spread.
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    if v_scale_BKS is not None:
-        weights_BKGTS *= v_scale_BKS[:, :, None, None]
     weights_BKMS = weights_BKGTS.reshape(batch, kv_heads, -1, seen).astype(v_BKSH.dtype)
     out_BKGTH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH).reshape(batch, kv_heads, -1, length, head_dim)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)

@@ -76,9 +76,12 @@ class Compute:
     line: int = 0
 
     @property
+    def platform(self) -> str:
+        return (self.mesh.devices.flat[0] if self.mesh else jax.devices()[0]).platform
+
+    @property
     def on_one_cpu(self) -> bool:
-        devices = self.mesh.devices.flat if self.mesh else jax.devices()[:1]
-        return len(devices) == 1 and devices[0].platform == "cpu"
+        return self.platform == "cpu" and (self.mesh is None or self.mesh.size == 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
@@ -105,7 +108,10 @@ def _einsum(expression: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype
     """einsum, which sums in f32 whatever it is given and gives `dtype`."""
     if compute.on_one_cpu:
         # XLA's matmuls of bfloat16 are faster where the result is f32 (`benchmarks/matmuls.py`): those use a CPU's
-        # instructions for them.
+        # instructions for them. Two summed axes are taken in their letters' alphabetical order, and transposed first
+        # where that is not the order in memory: letters are renamed by where they stand.
+        letters = {letter: chr(ord("a") + i) for i, letter in enumerate(dict.fromkeys(re.sub("[,>-]", "", expression)))}
+        expression = expression.translate(str.maketrans(letters))
         return jnp.einsum(expression, left, right, preferred_element_type=jnp.float32).astype(dtype)
     return jnp.einsum(expression, left, right, preferred_element_type=dtype)
 
@@ -191,28 +197,6 @@ def project_adapted(
     low = project(f"{x_axes},{w_axes[:inputs]}R->{low_axes}", x, weight.a, a_axes, compute, x.dtype)
     update = project(f"{low_axes},R{w_axes[inputs:]}->{y_axes}", low, weight.b, b_axes, compute, out_dtype)
     return project(expression, x, jax.lax.stop_gradient(weight.w), axes, compute, out_dtype) + update
-
-
-class Quantised(NamedTuple):
-    """A weight as int8 numbers times a scale for each of the matmul's outputs, in its place in a tree of params.
-
-    Attributes:
-        w: int8 [*inputs, *outputs].
-        scale: f32 [*outputs].
-    """
-
-    w: jax.Array
-    scale: jax.Array
-
-
-def project_quantised(
-    expression: str, x: jax.Array, weight: Quantised, compute: Compute, out_dtype: jnp.dtype
-) -> jax.Array:
-    """`project` of a quantised weight, for sampling: it is not differentiated, nor split over fsdp."""
-    # Cast as it is read: without the barrier XLA takes the cast out of the loop over layers, and keeps a cast model.
-    w = jax.lax.optimization_barrier(weight.w).astype(x.dtype)
-    y = _einsum(expression, x, w, jnp.float32, compute)
-    return (y * weight.scale.reshape((1,) * (y.ndim - weight.scale.ndim) + weight.scale.shape)).astype(out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -29,11 +29,9 @@ from spin_jax.models.compute import (
     UP,
     Adapted,
     Compute,
-    Quantised,
     kept,
     project,
     project_adapted,
-    project_quantised,
     swiglu,
     written,
 )
@@ -54,8 +52,6 @@ def _param(rngs: nnx.Rngs, dtype: jnp.dtype, init: Callable, *axes: tuple[str | 
 
 def _project(expression: str, x: jax.Array, param: nnx.Param, compute: Compute) -> jax.Array:
     weight, axes = param.get_value(), param.get_metadata("logical_axes")
-    if isinstance(weight, Quantised):
-        return project_quantised(expression, x, weight, compute, x.dtype)
     return (project_adapted if isinstance(weight, Adapted) else project)(expression, x, weight, axes, compute, x.dtype)
 
 
@@ -113,7 +109,7 @@ class Attention(nnx.Module):
             self.k_norm = param(_ones, head_dim)
 
     def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array, compute: Compute
+        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None, compute: Compute
     ) -> tuple[jax.Array, dict | None]:
         dtype, config = x_BTD.dtype, self.config
         q_BTNH = _project("BTD,DNH->BTNH", x_BTD, self.q, compute)
@@ -165,7 +161,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array, compute: Compute
+        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None, compute: Compute
     ) -> tuple[jax.Array, dict | None]:
         with jax.named_scope("attention"):
             attended_BTD, cache = self.attention(
@@ -184,7 +180,8 @@ class DecoderLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Token ids to final-normed hidden states. `layers` is one DecoderLayer whose params have a leading axis L."""
+    """Token ids to final-normed hidden states. `layers` is one DecoderLayer whose params have a leading axis L, or that
+    of the first layer where they are a tuple."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.config = config
@@ -197,6 +194,7 @@ class Llama(nnx.Module):
 
     def __call__(
         self,
+        layers: dict | tuple[dict, ...],
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
         ends_BT: jax.Array | None,
@@ -213,7 +211,18 @@ class Llama(nnx.Module):
             tokens = tokens._replace(columns=columns, mask_BTS=mask_BTS)
             seen = {"positions": positions_BS}
             cache = {name: x for name, x in cache.items() if name != "positions"}
-        layer_def, stacked_layers = nnx.split(self.layers)
+        with jax.named_scope("embed"):
+            x_BTD = self.embed(tokens_BT, compute)
+        run_layers = self._one_by_one if isinstance(layers, tuple) else self._scanned
+        x_BTD, cache = run_layers(layers, x_BTD, tokens, cache, compute)
+        with jax.named_scope("final_norm"):
+            normed_BTD = rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps, compute)
+            return normed_BTD, cache and cache | seen
+
+    def _scanned(
+        self, layers: dict, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, compute: Compute
+    ) -> tuple[jax.Array, dict | None]:
+        layer_def = nnx.graphdef(self.layers)
 
         def apply_layer(carry: tuple, indexed_layer: tuple) -> tuple[tuple, None]:
             x_BTD, cache = carry
@@ -225,14 +234,21 @@ class Llama(nnx.Module):
         if compute.remat != "none":
             # Inside a scan there is nothing to eliminate a recomputation against, so no barrier is needed.
             apply_layer = jax.checkpoint(apply_layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
-        with jax.named_scope("embed"):
-            x_BTD = self.embed(tokens_BT, compute)
         # The cache is carried, not scanned over: a scan would stack each layer's slice into a new copy of the whole.
-        indices_L = jnp.arange(config.num_layers, dtype=jnp.int32)
-        (x_BTD, cache), _ = jax.lax.scan(apply_layer, (x_BTD, cache), (indices_L, stacked_layers))
-        with jax.named_scope("final_norm"):
-            normed_BTD = rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps, compute)
-            return normed_BTD, cache and cache | seen
+        indices_L = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x_BTD, cache), _ = jax.lax.scan(apply_layer, (x_BTD, cache), (indices_L, layers))
+        return x_BTD, cache
+
+    def _one_by_one(
+        self, layers: tuple[dict, ...], x_BTD: jax.Array, tokens: Tokens, cache: dict, compute: Compute
+    ) -> tuple[jax.Array, dict]:
+        """For sampling, with a cache by layer."""
+        layer_def, caches = nnx.graphdef(self.layers), []
+        for layer, *of_layer in zip(layers, *cache.values(), strict=True):
+            of_layer = dict(zip(cache, of_layer, strict=True))
+            x_BTD, of_layer = nnx.merge(layer_def, layer)(x_BTD, tokens, of_layer, None, compute)
+            caches.append(of_layer)
+        return x_BTD, {name: tuple(of_layer[name] for of_layer in caches) for name in cache}
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, compute: Compute = Compute()) -> jax.Array:  # noqa: B008
@@ -272,9 +288,9 @@ def forward(
     """Runs the decoder up to and including its final norm; `unembed` turns the result into logits.
 
     Args:
-        params: nested dict as `init_params` returns it, or as `models.lora.attach` does. Matmuls run in
-            `compute.dtype`, each layer cast as it is reached; norms, rotations and softmax run in f32 whatever the
-            dtypes.
+        params: nested dict as `init_params` returns it, or as `models.lora.attach` or, with a cache by layer,
+            `split_layers` does. Matmuls run in `compute.dtype`, each layer cast as it is reached; norms, rotations and
+            softmax run in f32 whatever the dtypes.
         tokens_BT: int32. Rows are padded on the right, where causality keeps the padding from the tokens.
         positions_BT: int32, the place of each token in its sequence; 0, 1, ... if None.
         cache: what earlier calls have seen, from `init_cache`. A token sees the columns whose position is not ahead of
@@ -288,8 +304,10 @@ def forward(
     """
     if positions_BT is None:
         positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-    model = nnx.merge(_split_abstract(config)[0], params)
-    return model(tokens_BT, positions_BT, ends_BT, cache, columns, compute)
+    layers = params["layers"]
+    some_layer = layers[0] if isinstance(layers, tuple) else layers
+    model = nnx.merge(_split_abstract(config)[0], params | {"layers": some_layer})
+    return model(layers, tokens_BT, positions_BT, ends_BT, cache, columns, compute)
 
 
 def unembed(config: ModelConfig, params: dict, hidden_XD: jax.Array, compute: Compute = Compute()) -> jax.Array:  # noqa: B008
@@ -328,6 +346,13 @@ def for_compute(params: dict, dtype: jnp.dtype) -> dict:
         return x if "norm" in path[-1].key else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def split_layers(params: dict) -> dict:
+    """params with a tuple of each layer's own arrays in the place of the axis L: see `init_cache(by_layer=True)`."""
+    layers = params["layers"]
+    count = len(jax.tree.leaves(layers)[0])
+    return params | {"layers": tuple(jax.tree.map(lambda x: x[layer], layers) for layer in range(count))}  # noqa: B023
 
 
 @functools.cache
