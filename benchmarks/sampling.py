@@ -23,17 +23,26 @@ from contest import Worker, is_runnable, machine, spread  # noqa: E402
 from spin_jax.data.chat import chat_format  # noqa: E402
 from spin_jax.data.sources import as_messages, load_prompts  # noqa: E402
 
-# name -> (file in contestants/, options); all in float32. /N: responses decoded together.
+SIZES = (4, 8, 16, 32, 64)
+# name -> (file in contestants/, options). /N: responses decoded together; float32, or with -bf16 matmuls in bfloat16
+# (transformers: weights and all else).
 CONTESTANTS: dict[str, tuple[str, dict]] = {
-    **{f"spin_jax/{size}": ("spin_jax_sample", {"batch_size": size, "static": False}) for size in (8, 16, 32, 64)},
-    **{
-        f"spin_jax/{size}-static": ("spin_jax_sample", {"batch_size": size, "static": True}) for size in (8, 16, 32, 64)
-    },
-    **{
-        f"transformers/{size}{suffix}": ("transformers_sample", {"batch_size": size, "cache_implementation": cache})
-        for size in (4, 8, 16, 32, 64)
-        for suffix, cache in (("", "dynamic"), ("-static-cache", "static"))
-    },
+    f"{who}/{size}{suffix}": (f"{who}_sample", {"batch_size": size} | options)
+    for who, variants in {
+        "spin_jax": {
+            "": {"static": False},
+            "-bf16": {"static": False, "compute_dtype": "bfloat16"},
+            "-static": {"static": True},
+        },
+        "transformers": {
+            "": {"cache_implementation": "dynamic"},
+            "-bf16": {"cache_implementation": "dynamic", "dtype": "bfloat16"},
+            "-static-cache": {"cache_implementation": "static"},
+        },
+        "ctranslate2": {"": {"dtype": "float32"}},
+    }.items()
+    for size in SIZES
+    for suffix, options in variants.items()
 }
 
 
@@ -67,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("contestants", nargs="*", metavar="CONTESTANT", help=f"of {', '.join(CONTESTANTS)}")
     parser.add_argument("--model", type=pathlib.Path, required=True, help="Hugging Face directory")
     parser.add_argument("--prompts", required=True, help="what `python -m spin_jax.generate --prompts` takes")
-    parser.add_argument("--peer_python", help="python of an environment with requirements-trl.txt, for transformers")
+    parser.add_argument("--peer_python", help="python with requirements-trl.txt, for all but spin_jax")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--count", type=int, default=128, help="prompts, the file's first")
     parser.add_argument("--cap", type=int, default=256, help="tokens of a response at most")
