@@ -31,14 +31,12 @@ from spin_jax.files import expand, is_remote, write_whole
 from spin_jax.lease import held
 from spin_jax.responses import Prompt, Response, generate, note_settings, warn_if_endless
 from spin_jax.run import Player, open_player
+from spin_jax.schema import FIELDS
 from spin_jax.stop_strings import stop_table
 from spin_jax.tokens import ask
 from spin_jax.workdir import check_alike, check_shared
 
 _LOG = logging.getLogger(__name__)
-
-# Of config.generate, what a response depends on. The others are sizes.
-_DECIDING = ("temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens", "stop_strings")
 
 
 def answer(config: ConfigDict, out: epath.PathLike) -> None:
@@ -116,7 +114,8 @@ def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: Co
 
 def _settings(config: ConfigDict, player: Player, tokens: Sequence[np.ndarray]) -> dict[str, object]:
     """What decides a response, by the name that a refusal gives it."""
-    decoding = {f"--config.generate.{field}": config.generate[field] for field in _DECIDING}
+    fields = config_lib.flatten(config)
+    decoding = {f"--config.{name}": fields[name] for name, field in FIELDS.items() if field.decodes}
     decoding["--config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
     model = models.fingerprint(player.source) | {"stop ids": list(player.chat.stop_ids)}
     decoding |= {f"model ({part})": content for part, content in model.items()}

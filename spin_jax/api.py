@@ -13,15 +13,15 @@ from etils import epath
 
 from spin_jax import answers, compiled, memory, models, sharding
 from spin_jax.auto import choose
-from spin_jax.config import base_config, flatten, override, validate
+from spin_jax.config import base_config, override, validate
 from spin_jax.data.chat import ChatFormat, load_chat
 from spin_jax.data.sources import Message, read_prompts
 from spin_jax.errors import UserError
-from spin_jax.fields import check_field
 from spin_jax.files import expand, is_remote, write_whole, writing
 from spin_jax.lease import held
 from spin_jax.programs import make_compute, make_decode_compute, make_sampler
 from spin_jax.responses import Prompt, generate
+from spin_jax.schema import FIELDS
 from spin_jax.self_play import self_play
 from spin_jax.tokens import ask
 from spin_jax.workdir import make
@@ -89,9 +89,8 @@ class Model:
         if isinstance(prompts, str):
             raise UserError("prompts must be a list: write [prompt] for one")
         chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        schema = flatten(base_config())
-        for field, value in {"seed": seed, **{f"generate.{name}": value for name, value in chosen.items()}}.items():
-            check_field(field, value, schema[field])
+        for name, value in {"seed": seed, **{f"generate.{name}": value for name, value in chosen.items()}}.items():
+            FIELDS[name].check(name, value)
         config = base_config()
         config.generate.update(chosen)
         mesh = sharding.one_device_mesh()

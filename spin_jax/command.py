@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError, as_flag, quoted
 from spin_jax.fields import check_names, did_you_mean
+from spin_jax.schema import FIELDS
 from spin_jax.slices import GPU_MEMORY_SHARE, is_slice
 
 EXIT_MISTAKE = 2
@@ -28,7 +29,7 @@ _CONFIG = flags.DEFINE_string("config", None, "A file of configs/, with its argu
 _CHANGES = flags.DEFINE_multi_string(
     "config.section.field",
     [],
-    "Changes a field, as --config.train.batch_size=8. All fields are in spin_jax/config.py; of one, the last counts.",
+    "Changes a field, as --config.train.batch_size=8; of one, the last counts. `python -m spin_jax.schema` lists all.",
 )
 
 
@@ -70,7 +71,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         words = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
         rest = flags.FLAGS([argv[0], *_gathered(words)])
     except flags.UnrecognizedFlagError as error:
-        known = [*flags.FLAGS, *(f"config.{field}" for field in _schema())]
+        known = [*flags.FLAGS, *(f"config.{field}" for field in FIELDS)]
         advice = did_you_mean(error.flagname, known, "--")
         raise UserError(f"--{error.flagname} is not a flag{advice}") from None
     except flags.Error as error:
@@ -137,14 +138,9 @@ def config_file() -> str:
     return _CONFIG.value or ""
 
 
-def _schema() -> dict[str, object]:
-    return config_lib.flatten(config_lib.base_config())
-
-
 def _default(field: str) -> object:
-    schema = _schema()
-    check_names([field], schema)
-    return schema[field]
+    check_names([field], FIELDS)
+    return FIELDS[field].default
 
 
 def _read(text: str, default: object) -> object:
@@ -164,7 +160,7 @@ def _load(name: str) -> ConfigDict:
     file, colon, argument = name.partition(":")
     if not os.path.exists(file) or os.path.isdir(file):
         what = "is a directory" if os.path.isdir(file) else "no such file"
-        is_field = name.partition("=")[0] in _schema()
+        is_field = name.partition("=")[0] in FIELDS
         advice = f"did you mean --config.{name}?" if is_field else f"write a file, as --config={_like(file)}"
         raise UserError(f"--config={quoted(name)}: {what}; {advice}")
     try:

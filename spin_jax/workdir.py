@@ -14,31 +14,9 @@ from spin_jax import config as config_lib
 from spin_jax import hosts, models
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
+from spin_jax.fields import BY_ITERATION, CONTENT, FREE
 from spin_jax.files import expand, find, is_remote, reading, write_whole
-
-# Fields that may differ when a run is resumed: they change speed, memory or the length of the run, and no finished
-# artefact. A name that ends in a dot is a section.
-MAY_CHANGE = (
-    "iterations",
-    "mesh.",
-    "model.attention",
-    "model.remat",
-    "model.logits_chunk",
-    "generate.batch_size",
-    "generate.prefill_batch_size",
-    "generate.tail_batch_size",
-    "generate.prompt_bucket",
-    "sft.control",
-    "train.checkpoint_every",
-    "train.length_multiple",
-    "train.micro_batches",
-    "train.row_length",
-    "train.row_shapes",
-)
-# These say where the model and the data are; what is there is compared itself.
-PATHS = ("model.path", "model.revision", "data.train", "data.split", "data.layout")
-# One value an iteration: only those of iterations that have begun to train are fixed.
-PER_ITERATION = ("spin.beta", "train.learning_rate")
+from spin_jax.schema import FIELDS
 
 # What a stage has made by which it has begun; a training stage begins with its first checkpoint.
 _TRAINED = ("checkpoints/[0-9]*", "model/config.json")
@@ -133,17 +111,14 @@ def check_settings(config: ConfigDict, workdir: epath.Path) -> None:
 
 def _is_fixed(field: str, now: dict, before: dict, workdir: epath.Path) -> bool:
     """Whether something in the workdir was made with a field's old value."""
-    if _is_one_of(field, MAY_CHANGE) or (field in PATHS and "start" in before):
+    rule = FIELDS[field].resume
+    if rule == FREE or (rule == CONTENT and "start" in before):
         return False
-    if field in PER_ITERATION:
+    if rule == BY_ITERATION:
         begun = itertools.takewhile(lambda t: _has(workdir / f"iteration_{t}", _TRAINED), itertools.count())
         was = before[field] or [None]  # a note that somebody has emptied
         return any(config_lib.at_iteration(now[field], t) != config_lib.at_iteration(was, t) for t in begun)
-    return _has(workdir, next((made for name, made in _STAGES if _is_one_of(field, [name])), _ANYTHING))
-
-
-def _is_one_of(field: str, names: Sequence[str]) -> bool:
-    return any(field == name or (name.endswith(".") and field.startswith(name)) for name in names)
+    return _has(workdir, next((made for prefix, made in _STAGES if field.startswith(prefix)), _ANYTHING))
 
 
 def _has(directory: epath.Path, patterns: Sequence[str]) -> bool:

@@ -7,8 +7,8 @@ import pytest
 
 from spin_jax.config import at_iteration, base_config, flatten, override, validate
 from spin_jax.errors import UserError
-from spin_jax.fields import BOUNDS, CHOICES
 from spin_jax.sampling import MAX_RESPONSES
+from spin_jax.schema import FIELDS, listing
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 TOY = {"model.path": "toy:", "data.train": "toy:"}
@@ -108,10 +108,10 @@ def test_weight_decay_is_for_every_optimizer_that_runs(changes, optimizer):
         validate(make_config(changes))
 
 
-@pytest.mark.parametrize("field", BOUNDS)
+@pytest.mark.parametrize("field", [name for name, field in FIELDS.items() if field.bounds])
 def test_numbers_have_bounds(field):
     """Of every kind of number that cannot be meant, a refusal that names field and bound."""
-    lowest, inclusive, highest = BOUNDS[field]
+    lowest, highest, inclusive = FIELDS[field].bounds
     default = flatten(base_config())[field]
     below, above = f"{'at least' if inclusive else 'above'} {lowest}", f"at most {highest}"
     one_below = lowest - 1 if inclusive else lowest
@@ -132,13 +132,25 @@ def test_numbers_have_bounds(field):
 
 
 def test_responses_have_the_number_of_what_can_be_addressed():
-    assert BOUNDS["generate.responses"][2] == MAX_RESPONSES
+    assert FIELDS["generate.responses"].bounds.highest == MAX_RESPONSES
 
 
-@pytest.mark.parametrize("field", CHOICES)
+@pytest.mark.parametrize("field", [name for name, field in FIELDS.items() if field.choices])
 def test_a_word_that_is_no_choice_is_refused_with_the_choices(field):
-    assert refusal({field: "zzz"}) == f"--config.{field}=zzz is not one of {', '.join(CHOICES[field])}"
-    assert flatten(base_config())[field] in CHOICES[field]
+    assert refusal({field: "zzz"}) == f"--config.{field}=zzz is not one of {', '.join(FIELDS[field].choices)}"
+    assert FIELDS[field].default in FIELDS[field].choices
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_says_what_it_is_and_may_have_its_default(name):
+    field = FIELDS[name]
+    field.check(name, field.default)
+    assert field.doc.endswith(".") and not field.doc.startswith(" ") and "  " not in field.doc
+    assert f"--config.{name}=" in listing() and field.doc.split()[0] in listing()
+    # Every number has a bound; of the mesh's, -1 is the devices', and `validate` knows what goes together.
+    numbers = field.default if isinstance(field.default, tuple) else (field.default,)
+    if any(type(number) in (int, float) for number in numbers) and not name.startswith("mesh."):
+        assert field.bounds
 
 
 def test_a_word_that_is_nearly_a_choice_is_told_it():
@@ -166,7 +178,7 @@ def test_a_word_that_is_nearly_a_choice_is_told_it():
         ),
         ("sft.control", 1, "--config.sft.control=1 must be True or False: write it as --config.sft.control=False"),
         ("data.train", None, '--config.data.train=None must be text: write it as --config.data.train=""'),
-        ("train", 1, "--config.train is not a field: it holds fields, such as --config.train.batch_size"),
+        ("train", 1, "--config.train is not a field: it holds fields, such as --config.train.epochs"),
     ],
 )
 def test_a_value_of_another_kind_is_refused(field, value, message):

@@ -43,7 +43,7 @@ CONFIG_FILES = [
     ),
     (
         "BASE.unlock().__delattr__('spin')",
-        "--config.spin.beta is missing",
+        "--config.spin.loss is missing",
         "start the config from spin_jax.config.base_config()",
     ),
     ("BASE.seed = 2**63", "--config.seed=9223372036854775808 must be at most 2147483647", ""),
