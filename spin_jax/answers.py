@@ -32,6 +32,7 @@ from spin_jax.lease import held
 from spin_jax.responses import Prompt, Response, generate, note_settings, warn_if_endless
 from spin_jax.run import Player, open_player
 from spin_jax.schema import FIELDS
+from spin_jax.slices import check_slice
 from spin_jax.stop_strings import stop_table
 from spin_jax.tokens import ask
 from spin_jax.workdir import check_alike, check_shared
@@ -58,6 +59,7 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
     hosts.on_first(lambda: _check_free(out))
     prompts = hosts.on_first(lambda: load_prompts(data.train, split=data.split, layout=data.layout, turn=data.turn))
     described = hosts.on_each(lambda: models.describe(config.model.path, config.model.revision or None))
+    hosts.on_first(lambda: check_slice(config, jax.devices()))
     chosen = hosts.on_first(lambda: auto.choose(config, described, jax.devices(), run=False))
     hosts.on_first(lambda: auto.check_memory(chosen, described, jax.devices(), trains=False, run=False))
     _answer(chosen, out, parts, prompts)
@@ -68,6 +70,8 @@ def _answer(
     config: ConfigDict, out: epath.Path, parts: epath.Path, prompts: Sequence[str | list[Message]] | None
 ) -> None:
     player, data = open_player(config, config.model.path), config.data
+    there, dtype = auto.describe(jax.devices()), np.dtype(player.decode.dtype).name
+    _LOG.info("%s: %s; computes in %s, %d slots", there, player.source, dtype, config.generate.batch_size)
     tokens = hosts.on_first(lambda: _tokenise(player.chat, prompts, data))
     asked = [Prompt(row, ids, n) for row, ids in enumerate(tokens) for n in range(config.generate.responses)]
     with held(parts, f"--out={out}"):

@@ -50,7 +50,7 @@ def choose(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]
         UserError: mesh and devices do not go together.
     """
     on, chosen = target(config, model, devices, run), config.copy_and_resolve_references()
-    data, fsdp, tensor = mesh_sizes(config, on.slice.devices, model.tensor_axes)
+    data, fsdp, tensor = mesh_sizes(config, on.slice.devices, model.tensor_axes, model.hidden_size)
     chosen.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
     if not config.train.row_length:
         longest = ROW_LENGTH_TPU if on.attention == "flash" else ROW_LENGTH
@@ -77,16 +77,23 @@ def target(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]
     return Target(found(devices), dtype, cache_dtype(dtype, devices[0].platform), attention, run)
 
 
-def mesh_sizes(config: ConfigDict, total: int, tensor_axes: Sequence[int] = ()) -> list[int]:
+def mesh_sizes(config: ConfigDict, total: int, tensor_axes: Sequence[int] = (), hidden_size: int = 0) -> list[int]:
     """The sizes of `config.mesh` on so many devices, none of them -1; raises as `sharding.mesh_sizes`.
 
     Args:
-        tensor_axes: of the model, which a chosen tensor axis divides.
+        tensor_axes, hidden_size: of the model, which chosen tensor and fsdp axes divide; with `config.mesh.data=1`, the
+            default, the devices that do not fit in hold copies.
     """
-    mesh, tensor = config.mesh, config.mesh.tensor
-    if tensor == -1 and -1 in (mesh.data, mesh.fsdp):
+    data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    if tensor == -1 and -1 in (data, fsdp):
         tensor = tensor_ways(total, config.train.batch_size, tensor_axes)
-    return sharding.mesh_sizes(mesh.data, mesh.fsdp, tensor, total)
+    if (data, fsdp) == (1, -1) and total % tensor == 0:
+        fsdp = math.gcd(total // tensor, hidden_size)
+        data = total // (tensor * fsdp)
+    elif (data, tensor) == (1, -1) and total % fsdp == 0:
+        tensor = math.gcd(total // fsdp, *tensor_axes)
+        data = total // (tensor * fsdp)
+    return sharding.mesh_sizes(data, fsdp, tensor, total)
 
 
 # ---- sampling
@@ -100,7 +107,7 @@ def _choose_slots(config: ConfigDict, model: ModelConfig, on: Target) -> None:
         slots = SLOTS_CPU if on.slice.chip.name == CPU.name else SLOTS
         if on.slice.chip.hbm_bytes:
             slots = min(slots, max(1, _slots_that_fit(config, model, on, 0.5)))
-        if config.data.max_rows:
+        if on.run and config.data.max_rows:  # else all of a file's prompts are answered
             asked = config.data.max_rows * settings.responses
             slots = min(slots, max(SLOTS_CPU, _power_of_two(asked / REFILLS / copies)))
         settings.batch_size = slots * copies
@@ -238,8 +245,10 @@ def check_memory(
         size = sum(_largest_stage(low_rank, model, on, trains)[1].values())
         if size <= SHARE * limit:
             tries.append(f"--config.lora.rank=16 with ten times the learning rate ({_gib(size)} GiB)")
-    tries += [f"{on.slice.devices * math.ceil(needed / (SHARE * limit))} of these devices", "a smaller model"]
-    raise UserError(f"{describe(devices)} are too little for {config.model.path}: {takes}; try {', or '.join(tries)}")
+    if on.slice.chip.name != CPU.name:
+        tries.append(f"{on.slice.devices * math.ceil(needed / (SHARE * limit))} of these devices")
+    tries.append("a smaller model, such as configs/smollm2_135m.py has")
+    raise UserError(f"{describe(devices)}: too little for {config.model.path}: {takes}; try {', or '.join(tries)}")
 
 
 def _largest_stage(config: ConfigDict, model: ModelConfig, on: Target, trains: bool) -> tuple[str, dict[str, float]]:

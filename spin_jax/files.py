@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,7 +47,10 @@ def is_remote(path: epath.PathLike) -> bool:
 
 def user_cache(name: str) -> pathlib.Path:
     """A directory of this user's, for what can be made anew; it need not be there."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spin_jax" / name
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if cache.startswith("~"):  # a user without a home, as in some containers
+        cache = os.path.join(tempfile.gettempdir(), f"cache-of-{os.getuid()}")
+    return pathlib.Path(cache) / "spin_jax" / name
 
 
 # ---- written

@@ -10,6 +10,7 @@ other; elsewhere --coordinator says where process 0 is.
 
 import os
 import pathlib
+import sys
 
 from spin_jax import interrupts
 
@@ -107,6 +108,9 @@ def _check_mesh(config: ConfigDict, devices: int) -> None:
 
         mesh = AbstractMesh(tuple(auto.mesh_sizes(config, devices)), sharding.AXES)
         sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches or 1)
+        sizes = ", ".join(f"{axis} {ways}" for axis, ways in mesh.shape.items())
+        what = f"checked the flags, and a mesh of {devices} devices ({sizes}); not the memory, which needs the devices"
+        print(what, file=sys.stderr)
 
 
 def _tell(rows: list[dict], workdir: str) -> None:

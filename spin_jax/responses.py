@@ -138,7 +138,7 @@ def generate(
         for ended in _draw(sampler, params, asked, settings, seed, iteration, mesh, progress):
             responses.update(((answer.row, answer.number), answer) for answer in ended)
             parts.write(ended)
-            rate = f"{progress.tokens / max(loop.elapsed, 1e-3):.0f}"
+            rate = f"{progress.tokens / max(loop.elapsed, 1e-3):.3g}"
             loop.advance(progress.responses - loop.done, tokens_per_second=rate, slots_busy=f"{progress.occupancy:.0%}")
     if asked:
         _LOG.info(

@@ -42,6 +42,7 @@ from spin_jax.data.pairs import Pair
 from spin_jax.data.sources import Example, Examples, Skip, drawn, load_examples, split_examples
 from spin_jax.errors import UserError
 from spin_jax.files import writing
+from spin_jax.slices import check_slice
 from spin_jax.tokens import Tokenised, tokenise_once
 
 _LOG = logging.getLogger(__name__)
@@ -190,6 +191,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -
 
         path, train = hosts.on_first(lambda: toy.prepare(workdir / "toy", config.toy, config.seed))
     described = hosts.on_each(lambda: models.describe(path, config.model.revision or None))
+    hosts.on_first(lambda: check_slice(config, jax.devices()))
     given, config = config, hosts.on_first(lambda: auto.choose(config, described, jax.devices()))
     hosts.on_first(lambda: _is_finished(config, workdir) or auto.check_memory(config, described, jax.devices(), trains))
     source, model, chat, compute, decode = open_player(config, path)

@@ -258,7 +258,14 @@ FIELDS: dict[str, Field] = {
     ),
     "mesh.tensor": Field(
         -1,
-        "Devices that split heads, MLP and vocabulary; -1: as few as leave each device two pairs of a batch.",
+        "Devices that split heads, MLP and vocabulary. -1: one, but more where devices would not have two pairs of a "
+        "batch each, or one each on up to eight devices.",
+        resume=FREE,
+    ),
+    "mesh.slice": Field(
+        "",
+        "The slice that the config is for, such as v5e-16 (spin_jax/slices.py): a run on other devices is refused. A "
+        "config's argument sets it, with the sizes above. '': any devices.",
         resume=FREE,
     ),
     "mesh.decode_tensor": Field(

@@ -234,7 +234,7 @@ def host_bytes() -> float:
 
 
 def use_slice(config: ConfigDict, name: str) -> None:
-    """Set the mesh of `config` for a slice, so that a run on other devices is refused; "" leaves it to the devices.
+    """Set the mesh of `config` for a slice; a run on other devices is refused. "" leaves it to the devices.
 
     Raises:
         UserError: no such slice.
@@ -242,14 +242,31 @@ def use_slice(config: ConfigDict, name: str) -> None:
     if name:
         devices = find_slice(name).devices
         tensor = tensor_ways(devices, config.train.batch_size)
-        config.mesh.update(data=1, fsdp=devices // tensor, tensor=tensor)
+        config.mesh.update(data=1, fsdp=devices // tensor, tensor=tensor, slice=name)
+
+
+def check_slice(config: ConfigDict, devices: Sequence[Any]) -> None:
+    """Refuse devices that are not those of the slice that a config was made for.
+
+    Raises:
+        UserError: the slice, what is there, and what to do.
+    """
+    if not config.mesh.slice:
+        return
+    wanted, there = find_slice(config.mesh.slice), found(devices)
+    if wanted.chip.name != there.chip.name or there.devices % wanted.devices:
+        raise UserError(
+            f"{config.mesh.slice} is {wanted.devices} x {wanted.chip.name}, and here are {there.devices} x "
+            f"{there.chip.name}: start on that slice, or leave {config.mesh.slice} out of --config"
+        )
 
 
 def tensor_ways(devices: int, batch_size: int, tensor_axes: Sequence[int] = ()) -> int:
     """Over how many devices heads and MLP are split: none, as everything over fsdp has the least exposed traffic for 7B
     models, as far as each device has two pairs of a batch to fill a row with. (On v5e-64 rows of one pair each are 55%
-    full, and a step of zephyr_7b takes twice as long.) Up to eight devices are left to fsdp."""
+    full, and a step of zephyr_7b takes twice as long.) Up to eight devices are left to fsdp, with a pair for each."""
     ways = 1
-    while devices // ways > max(8, batch_size // 2) and math.gcd(devices, *tensor_axes) % (2 * ways) == 0:
+    most = min(batch_size, max(8, batch_size // 2))
+    while devices // ways > most and math.gcd(devices, *tensor_axes) % (2 * ways) == 0:
         ways *= 2
     return ways

@@ -1,5 +1,6 @@
 """Sizes that are left to the devices, for devices as they are described, and the bytes that they rest on."""
 
+import dataclasses
 import pathlib
 import re
 import runpy
@@ -82,7 +83,7 @@ def test_what_is_given_stays():
             "T4",
             "zephyr_7b",
             {},
-            r"1 x T4 of 13\.0 GiB are too little for alignment-handbook/zephyr-7b-sft-full: training takes 1\d\d\.\d "
+            r"1 x T4 of 13\.0 GiB: too little for alignment-handbook/zephyr-7b-sft-full: training takes 1\d\d\.\d "
             r"GiB of each \(params 27\.0, optimizer 27\.0, gradients 54\.0, .*\); try 10 of these devices, or a ",
         ),
         (
@@ -118,7 +119,7 @@ def test_what_fits_is_not_refused(devices, name, changes, caplog):
 def test_a_laptop_is_told_its_own_memory():
     config, model = shipped("zephyr_7b")
     chosen = auto.choose(config, model, LAPTOP * 8)  # which share what there is
-    with pytest.raises(UserError, match=r"8 x CPU of \d+\.\d GiB are too little for"):
+    with pytest.raises(UserError, match=r"8 x CPU of \d+\.\d GiB: too little for"):
         auto.check_memory(chosen, model, LAPTOP * 8)
 
 
@@ -188,7 +189,7 @@ def test_only_sampling_needs_no_params_beside_the_copy():
     alone = auto.choose(config, model, small, run=False)
     assert alone.generate.batch_size == 32  # 160 MiB of cache a slot, in half of 16.5 GiB
     auto.check_memory(alone, model, small, trains=False, run=False)
-    with pytest.raises(UserError, match=r"1 x T4 of 13\.0 GiB are too little .*: sampling takes 27\.\d GiB"):
+    with pytest.raises(UserError, match=r"1 x T4 of 13\.0 GiB: too little .*: sampling takes 27\.\d GiB"):
         of_t4 = auto.choose(config, model, DEVICES["T4"], run=False)
         auto.check_memory(of_t4, model, DEVICES["T4"], trains=False, run=False)
 
@@ -199,6 +200,16 @@ def test_what_is_not_trained_is_not_counted():
     with pytest.raises(UserError, match="training takes"):
         auto.check_memory(chosen, model, DEVICES["T4"])
     auto.check_memory(chosen, model, DEVICES["T4"], trains=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [({}, (3, 2, 1)), ({"mesh__fsdp": 2}, (1, 2, 3)), ({"mesh__fsdp": 1}, (2, 1, 3)), ({"mesh__tensor": 3}, (1, 2, 3))],
+)
+def test_devices_that_do_not_divide_the_model_hold_copies(given, sizes):
+    config, model = shipped("smollm2_135m", **given)
+    model = dataclasses.replace(model, hidden_size=64, num_heads=3, num_kv_heads=3)
+    assert tuple(auto.mesh_sizes(config, 6, model.tensor_axes, model.hidden_size)) == sizes
 
 
 def test_a_chosen_tensor_axis_divides_the_model():

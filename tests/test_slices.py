@@ -5,8 +5,22 @@ import types
 
 import pytest
 
+from spin_jax.config import base_config
 from spin_jax.errors import UserError
-from spin_jax.slices import GPUS, TPUS, V5E, Chip, GiB, chip_of, find_slice, found, smallest, tensor_ways
+from spin_jax.slices import (
+    GPUS,
+    TPUS,
+    V5E,
+    Chip,
+    GiB,
+    check_slice,
+    chip_of,
+    find_slice,
+    found,
+    smallest,
+    tensor_ways,
+    use_slice,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +111,22 @@ def test_slices_that_are_large_enough():
 
 
 @pytest.mark.parametrize(
-    ("devices", "batch_size", "ways"), [(1, 64, 1), (8, 8, 1), (32, 64, 1), (64, 64, 2), (256, 64, 8), (16, 16, 2)]
+    ("devices", "batch_size", "ways"),
+    [(1, 64, 1), (8, 8, 1), (8, 4, 2), (32, 64, 1), (64, 64, 2), (256, 64, 8), (16, 16, 2)],
 )
 def test_each_device_has_two_pairs(devices, batch_size, ways):
     assert tensor_ways(devices, batch_size) == ways
+
+
+@pytest.mark.parametrize(("name", "devices"), [("v5e-8", 8), ("v5e-8", 16), ("h100-8", 8)])
+def test_a_config_for_a_slice_is_for_that_slice(name, devices):
+    config = base_config()
+    use_slice(config, name)
+    kinds = {"v5e-8": Described("tpu", "TPU v5 lite"), "h100-8": Described("gpu", "NVIDIA H100 80GB HBM3")}
+    check_slice(config, [kinds[name]] * devices)
+    for others in ([kinds[name]] * 4, [kinds["h100-8" if name == "v5e-8" else "v5e-8"]] * devices):
+        with pytest.raises(UserError, match=f"{name} is 8 x .*, and here are .*: start on that slice, or leave {name}"):
+            check_slice(config, others)
 
 
 def test_kinds_have_two_spellings_and_hosts_their_own_memory():

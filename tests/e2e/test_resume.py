@@ -150,7 +150,7 @@ def test_a_finished_run_is_looked_at_on_devices_that_could_not_make_it(
     monkeypatch.setattr(slices, "host_bytes", lambda: 2**20)
     assert self_play(finished.config, workdir) == read_summary(workdir)
     config = tiny_files.make_config(tiny_model, tiny_data, {"iterations": 3})
-    assert "are too little" in refusal(config, workdir)
+    assert ": too little for" in refusal(config, workdir)
 
 
 def test_settings_are_fixed_by_what_was_made_with_them(finished, workdir, tiny_model, tiny_data):
