@@ -188,8 +188,11 @@ def training_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[s
     needed = {kind: size / shards for kind, size in held.items()}
     pairs = math.ceil(train.batch_size / (mesh.data * mesh.fsdp * train.micro_batches))
     prompt, real, generated = longest_pair(config)
-    tokens = round_up(pairs * (prompt + real + generated - 2), train.length_multiple)
-    kept = model.num_layers * kept_numbers(model, config.model.remat)
+    of_pair = prompt + real + generated - 2
+    rows = math.ceil(pairs / max(1, train.row_length // of_pair))  # as short as they can be, and as full
+    tokens = rows * round_up(math.ceil(pairs / rows) * of_pair, train.length_multiple)
+    lanes = 128 if on.slice.chip.name.startswith("TPU") else 1
+    kept = model.num_layers * kept_numbers(model, config.model.remat, lanes)
     needed["activations"] = tokens * (kept + 2 * model.intermediate_size) * on.dtype.itemsize / mesh.tensor
     logits = pairs * min(real + generated, config.model.logits_chunk or math.inf) * model.vocab_size
     needed["program"] = PROGRAM

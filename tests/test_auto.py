@@ -178,8 +178,33 @@ def test_the_estimate_is_near_to_what_the_compiler_takes(name, slice_name, remat
         assert estimate == pytest.approx(gib + SCORING, rel=0.07)
 
 
+def chosen_steps() -> list[tuple]:
+    """The rows of that document's other table: (config, rank, slice, remat, micro-batches, slots, GiB a chip)."""
+    lines = (ROOT / "docs/compile_check.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    steps = [row for row in rows if len(row) == 9 and row[-1].endswith("%") and " of " in row[5]]
+    names = [row[0].partition(", rank ") for row in steps]
+    return [
+        (config, int(rank or 0), *row[1:3], *map(int, row[3:5]), float(row[5].split()[0]))
+        for (config, _, rank), row in zip(names, steps, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("name", "rank", "slice_name", "remat", "parts", "slots", "gib"), chosen_steps())
+def test_what_is_chosen_for_a_slice_is_what_was_compiled(name, rank, slice_name, remat, parts, slots, gib):
+    config, model = shipped(name, lora__rank=rank)
+    target = find_slice(slice_name)
+    kind = next(tpu.kind for tpu in TPUS.values() if tpu.chip == target.chip)
+    devices = [Described("tpu", kind)] * target.devices
+    chosen = auto.choose(config, model, devices)
+    assert (chosen.model.remat, chosen.train.micro_batches, chosen.generate.batch_size) == (remat, parts, slots)
+    estimate = sum(auto.training_bytes(chosen, model, auto.target(chosen, model, devices)).values()) / GiB
+    # Above rather than below; of small programs less is known.
+    assert -0.05 * gib < estimate - gib < max(0.07 * gib, 0.75)
+
+
 def test_there_are_rows_to_compare_with():
-    assert len(compiled_steps()) >= 16
+    assert len(compiled_steps()) >= 16 and len(chosen_steps()) >= 16
 
 
 def test_only_sampling_needs_no_params_beside_the_copy():

@@ -44,10 +44,15 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
-def kept_numbers(config: ModelConfig, remat: str) -> int:
-    """Numbers a token and layer that a policy keeps: those in brackets above, and the layer's input ("none": about)."""
-    heads, mlp, hidden = config.num_heads * config.head_dim, config.intermediate_size, config.hidden_size
-    qkv = heads + 2 * config.num_kv_heads * config.head_dim
+def kept_numbers(config: ModelConfig, remat: str, lanes: int = 1) -> int:
+    """Numbers a token and layer that a policy keeps: those in brackets above, and the layer's input ("none": about).
+
+    Args:
+        lanes: heads are padded to a multiple of so many numbers: 128 on TPUs.
+    """
+    head_dim, mlp, hidden = -(-config.head_dim // lanes) * lanes, config.intermediate_size, config.hidden_size
+    heads = config.num_heads * head_dim
+    qkv = heads + 2 * config.num_kv_heads * head_dim
     attended = qkv + heads + hidden
     beside = {"full": 0, "qkv": qkv, "attention": attended, "gate": attended + mlp, "mlp": attended + 2 * mlp}
     beside |= {"projections": qkv + hidden + 2 * mlp, "none": attended + 5 * mlp + 10 * hidden}
