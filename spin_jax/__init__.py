@@ -4,6 +4,11 @@ The Python surface is `load`, `spin`, the `Model` that both return, and `answer`
 `python -m spin_jax.main` and `python -m spin_jax.generate`.
 """
 
+import os
+
+# transformers advises to install torch, which nobody needs here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 _EXPORTS = ("Model", "answer", "load", "spin")
 __all__ = ["Model", "UserError", "answer", "load", "spin"]
 

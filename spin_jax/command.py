@@ -58,8 +58,6 @@ def log_plainly() -> None:
     absl_logging.get_absl_handler().setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
     logging.getLogger("spin_jax").setLevel(logging.INFO)
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # without the line of code that warns
-    # It advises to install torch, which nobody needs here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def parse_flags(argv: list[str]) -> list[str]:

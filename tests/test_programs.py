@@ -39,10 +39,9 @@ def compiled(slice_name: str, program: str, layers: int = 0, **fields):
 
 
 @tpu.needs_libtpu
-@pytest.mark.parametrize("slice_name", ["v5e-16", "v6e-16"])
-def test_a_training_step_wastes_nothing_on_the_way(slice_name):
+def test_a_training_step_wastes_nothing_on_the_way():
     """No windowed einsum, no gradient summed in bfloat16, no weight that the chip waits for."""
-    traffic = compiled(slice_name, "train step", layers=2).work.traffic
+    traffic = compiled("v5e-16", "train step", layers=2).work.traffic
     assert not [one for one in traffic if one.kind == "collective-permute"]
     summed = [one for one in traffic if one.kind in ("all-reduce", "reduce-scatter")]
     assert {one.dtype for one in summed} == {"f32"}
