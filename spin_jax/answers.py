@@ -52,6 +52,7 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
     """
     config_lib.validate(config)
     check_alike(config)
+    hosts.on_first(lambda: check_slice(config, jax.devices()))
     data, out = config.data, expand(out)
     out = out if is_remote(out) else out.absolute()
     parts = out.with_name(f"{out.name}.parts")
@@ -59,7 +60,6 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
     hosts.on_first(lambda: _check_free(out))
     prompts = hosts.on_first(lambda: load_prompts(data.train, split=data.split, layout=data.layout, turn=data.turn))
     described = hosts.on_each(lambda: models.describe(config.model.path, config.model.revision or None))
-    hosts.on_first(lambda: check_slice(config, jax.devices()))
     chosen = hosts.on_first(lambda: auto.choose(config, described, jax.devices(), run=False))
     hosts.on_first(lambda: auto.check_memory(chosen, described, jax.devices(), trains=False, run=False))
     _answer(chosen, out, parts, prompts)
@@ -80,6 +80,7 @@ def _answer(
         hosts.on_first(lambda: note_settings(parts, _settings(config, player, tokens)))
         codec = player.chat.codec
         stops_SV = stop_table(codec.tokenizer, config.generate.stop_strings, player.model.vocab_size, codec.silent)
+        # Laid out here already, so that what was loaded is let go where that is another copy.
         sampler = programs.make_sampler(player.model, config.generate, player.chat.stop_ids, player.decode, stops_SV)
         responses = generate(
             sampler,

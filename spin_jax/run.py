@@ -182,6 +182,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -
     """
     config_lib.validate(config)
     workdirs.check_alike(config)
+    hosts.on_first(lambda: check_slice(config, jax.devices()))
     workdir = hosts.on_each(lambda: workdirs.make(workdir))
     workdirs.check_shared(workdir)
     hosts.on_first(lambda: workdirs.check_settings(config, workdir))
@@ -191,7 +192,6 @@ def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -
 
         path, train = hosts.on_first(lambda: toy.prepare(workdir / "toy", config.toy, config.seed))
     described = hosts.on_each(lambda: models.describe(path, config.model.revision or None))
-    hosts.on_first(lambda: check_slice(config, jax.devices()))
     given, config = config, hosts.on_first(lambda: auto.choose(config, described, jax.devices()))
     hosts.on_first(lambda: _is_finished(config, workdir) or auto.check_memory(config, described, jax.devices(), trains))
     source, model, chat, compute, decode = open_player(config, path)

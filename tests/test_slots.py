@@ -182,11 +182,12 @@ def test_a_decode_step_on_one_cpu_copies_neither_weights_nor_cache(dtype, all_pa
     program = by.drain.lower(by.abstract_params, slots, decoding, kept).compile().as_text()
     layer = jax.tree.leaves(by.abstract_params["layers"][0]) + [slots.row.cache["v"][0], slots.row.cache["kT"][0]]
     of_layer = {x.size for x in layer if x.ndim > 1}
-    made = re.findall(r"= \w+\[([\d,]+)\]\S* (\S+)\(", program)
-    copies = [(sizes, by) for sizes, by in made if by in ("copy", "transpose", "convert", "dynamic-slice")]
-    assert not [copy for copy in copies if math.prod(map(int, copy[0].split(","))) in of_layer]
-    caches = [by for sizes, by in made if math.prod(map(int, sizes.split(","))) == layer[-1].size]
-    assert caches.count("dynamic-update-slice") == 2 * model.num_layers  # each cache is written in place, once
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* (\S+)\(", program)
+    made = [(math.prod(map(int, shape.split(","))), operation) for shape, operation in found]
+    copying = ("copy", "transpose", "convert", "dynamic-slice")
+    assert not [one for one in made if one[0] in of_layer and one[1] in copying]
+    # Each cache is written in place, once.
+    assert made.count((layer[-1].size, "dynamic-update-slice")) == 2 * model.num_layers
 
 
 def test_bfloat16_matmuls_beside_a_float32_cache_draw_what_the_model_says(all_passes):
