@@ -125,7 +125,7 @@ def config() -> ConfigDict:
     Raises:
         UserError: the file is no config, or a value is not of its field's kind.
     """
-    loaded = _load(_CONFIG.value)
+    loaded = load_config(_CONFIG.value)
     changes = [change.partition("=") for change in _CHANGES.value]
     config_lib.override(loaded, {field: _read(value, _default(field)) for field, _, value in changes})
     return loaded
@@ -153,7 +153,7 @@ def _read(text: str, default: object) -> object:
         return text
 
 
-def _load(name: str) -> ConfigDict:
+def load_config(name: str) -> ConfigDict:
     """What the config file returns for its argument."""
     file, colon, argument = name.partition(":")
     if not os.path.exists(file) or os.path.isdir(file):
