@@ -18,10 +18,10 @@ import types
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from spin_jax import auto  # noqa: E402
+from spin_jax import sizing  # noqa: E402
+from spin_jax.compile_check.known_models import known  # noqa: E402
 from spin_jax.config import override  # noqa: E402
-from spin_jax.models.known import known  # noqa: E402
-from spin_jax.slices import GiB, chip_of  # noqa: E402
+from spin_jax.devices.accelerators import GiB, chip_of  # noqa: E402
 
 LORA = "--config.lora.rank=16"
 ROWS = [
@@ -69,11 +69,11 @@ def arithmetic(config: str, flags: str) -> dict:
     given = runpy.run_path(str(ROOT / "configs" / f"{config}.py"))["get_config"]()
     override(given, {"data.train": "not read"} | ({"lora.rank": 16} if flags else {}))
     model = known(given.model.path)
-    chosen = auto.choose(given, model, [T4])
-    estimate, limit = auto.training_bytes(chosen, model, auto.target(chosen, model, [T4])), chip_of(T4).hbm_bytes
+    chosen = sizing.choose(given, model, [T4])
+    estimate, limit = sizing.training_bytes(chosen, model, sizing.target(chosen, model, [T4])), chip_of(T4).hbm_bytes
     total = sum(estimate.values())
     program = {"program": "train step", "total_bytes": total, "limit": limit, "fits": total <= limit, "work": None}
-    return {"chosen": auto.what(given, chosen), "estimate": estimate, "programs": [program]}
+    return {"chosen": sizing.what(given, chosen), "estimate": estimate, "programs": [program]}
 
 
 def cells(config: str, slice_name: str, flags: str, report: dict) -> list[list[str]]:

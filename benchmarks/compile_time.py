@@ -46,14 +46,14 @@ def seconds(config_file: str, cache: str) -> dict[str, tuple[float, float]]:
     """Of each program: to lower it, and to compile it or to find it in `cache`."""
     import jax
 
-    from spin_jax import compile_programs
-    from spin_jax.models.known import known
+    from spin_jax.compile_check import programs
+    from spin_jax.compile_check.known_models import known
 
     jax.config.update("jax_compilation_cache_dir", cache)
     file, _, argument = config_file.partition(":")
     config = runpy.run_path(str(ROOT / file))["get_config"](*[argument] if argument else [])
     found = {}
-    for program in compile_programs.make_programs(config, known(config.model.path), jax.devices()[:1]):
+    for program in programs.make_programs(config, known(config.model.path), jax.devices()[:1]):
         start = time.perf_counter()
         lowered = program.jitted.lower(*program.args)
         between = time.perf_counter()

@@ -24,13 +24,18 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import packed_step  # noqa: E402
 
-from spin_jax import auto, models, programs, sharding  # noqa: E402
-from spin_jax.batches import Packing, plan_training, put, spin_batch  # noqa: E402
+from spin_jax import checkpoints, models, sizing  # noqa: E402
+from spin_jax.compile_check.known_models import known  # noqa: E402
 from spin_jax.config import base_config  # noqa: E402
+from spin_jax.data.packing import Packing, plan_training, spin_batch  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
-from spin_jax.models.known import known  # noqa: E402
-from spin_jax.slices import GiB, find_slice  # noqa: E402
-from spin_jax.step import learning_rate_schedule, make_optimizer, spin_objective  # noqa: E402
+from spin_jax.devices import sharding  # noqa: E402
+from spin_jax.devices.accelerators import GiB, find_slice  # noqa: E402
+from spin_jax.devices.transfer import put  # noqa: E402
+from spin_jax.models import execution  # noqa: E402
+from spin_jax.objectives.spin import spin_objective  # noqa: E402
+from spin_jax.training import programs  # noqa: E402
+from spin_jax.training.optimizer import learning_rate_schedule, make_optimizer  # noqa: E402
 
 TOKENS = 8192  # a step
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -50,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path)
     flags = parser.parse_args()
-    model = models.read_config(flags.model) if flags.model else known(SMOLLM2)
+    model = checkpoints.read_config(flags.model) if flags.model else known(SMOLLM2)
     lengths = [with_length(model, length, flags.tokens) for length in flags.lengths]
     devices = [with_devices(name, flags.tensor) for name in flags.slices]
     if flags.json:
@@ -89,8 +94,8 @@ def make_stepper(model: models.ModelConfig, pairs: list[Pair], length: int, atte
     config = base_config()
     config.model.attention = attention
     mesh = sharding.one_device_mesh()
-    config = auto.choose(config, model, list(mesh.devices.flat))
-    compute = programs.make_compute(config.model, model, mesh)
+    config = sizing.choose(config, model, list(mesh.devices.flat))
+    compute = execution.make_compute(config.model, model, mesh)
     shardings = models.param_shardings(mesh, model)
     params = jax.jit(lambda: models.init_params(model, jax.random.key(0)), out_shardings=shardings)()
     objective = spin_objective(model, compute, "logistic", 0.1)

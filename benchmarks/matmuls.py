@@ -2,7 +2,7 @@
 
     python benchmarks/matmuls.py [--tokens=2048] [--json=FILE]
 
-The first is what `project` (spin_jax/models/compute.py) does on one CPU. The matmuls are those of a layer of
+The first is what `project` (spin_jax/models/execution.py) does on one CPU. The matmuls are those of a layer of
 SmolLM2-135M. The two run in turn, so that whatever else the machine does meets both.
 """
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp  # noqa: E402
 from contest import busy_seconds, machine  # noqa: E402
 
 from spin_jax.models import Compute  # noqa: E402
-from spin_jax.models.compute import project  # noqa: E402
+from spin_jax.models.projections import project  # noqa: E402
 
 SIZES = {"B": 1, "D": 576, "N": 9, "K": 3, "H": 64, "F": 1536}
 EXPRESSIONS = {

@@ -26,10 +26,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from spin_jax import auto, compile_check  # noqa: E402
-from spin_jax.batches import Packing, plan_training  # noqa: E402
+from spin_jax import sizing  # noqa: E402
+from spin_jax.compile_check import check  # noqa: E402
+from spin_jax.data.packing import Packing, plan_training  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
-from spin_jax.slices import GiB, find_slice  # noqa: E402
+from spin_jax.devices.accelerators import GiB, find_slice  # noqa: E402
 
 PAIRS = 64
 WAYS, BATCHES = (8, 16, 32, 64), 400  # devices that split the rows; batches over which their fill is taken
@@ -71,7 +72,7 @@ def load_config(argument: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(argument)
-    config.train.row_length = auto.ROW_LENGTH_TPU
+    config.train.row_length = sizing.ROW_LENGTH_TPU
     return config
 
 
@@ -98,7 +99,7 @@ def draw_lengths(rng: np.random.Generator, median: float, sigma: float, count: i
 
 
 def report(config: ConfigDict, name: str, lengths: list[tuple[int, int, int]]):
-    (found,) = compile_check.check(config, find_slice(name), lengths=lengths, names=["train step"])
+    (found,) = check.check(config, find_slice(name), lengths=lengths, names=["train step"])
     return found
 
 

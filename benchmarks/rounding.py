@@ -28,23 +28,18 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from spin_jax import auto, models, programs, sharding  # noqa: E402
-from spin_jax.batches import (  # noqa: E402
-    Packing,
-    Plan,
-    batch_order,
-    everywhere,
-    fetch,
-    of_pairs,
-    plan_scoring,
-    plan_training,
-    put,
-    spin_batch,
-)
+from spin_jax import checkpoints, models, sizing
 from spin_jax.config import base_config, override  # noqa: E402
-from spin_jax.data.chat import load_chat  # noqa: E402
+from spin_jax.data.chat_format import load_chat  # noqa: E402
+from spin_jax.data.packing import Packing, Plan, of_pairs, plan_scoring, plan_training, spin_batch
 from spin_jax.data.pairs import Pair  # noqa: E402
-from spin_jax.score import score  # noqa: E402
+from spin_jax.devices import sharding  # noqa: E402
+from spin_jax.devices.transfer import everywhere, fetch, put
+from spin_jax.evaluation import scoring
+from spin_jax.evaluation.scoring import score  # noqa: E402
+from spin_jax.models import execution
+from spin_jax.training import programs
+from spin_jax.training.schedule import batch_order
 
 
 class Player:
@@ -55,12 +50,12 @@ class Player:
         override(config, {"model.compute_dtype": dtype, "train.learning_rate": (5e-7,)})
         self.mesh = sharding.one_device_mesh()
         self.placed = sharding.batch_sharding(self.mesh)
-        shardings = models.param_shardings(self.mesh, models.read_config(pathlib.Path(directory)))
-        self.model, params = models.load(directory, shardings=shardings)
-        config = auto.choose(config, self.model, list(self.mesh.devices.flat))
-        compute = programs.make_compute(config.model, self.model, self.mesh)
+        shardings = models.param_shardings(self.mesh, checkpoints.read_config(pathlib.Path(directory)))
+        self.model, params = checkpoints.load(directory, shardings=shardings)
+        config = sizing.choose(config, self.model, list(self.mesh.devices.flat))
+        compute = execution.make_compute(config.model, self.model, self.mesh)
         self.training = programs.make_training(programs.spin_spec(config, self.model, compute, 0, steps))
-        self.scorer = programs.make_scorer(self.model, compute)
+        self.scorer = scoring.make_scorer(self.model, compute)
         self.state = self.training.init(params)
 
     def by_step(self, pairs: list[Pair], plan: Plan) -> np.ndarray:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from contest import Worker, is_runnable, machine, spread  # noqa: E402
 
-from spin_jax.data.chat import chat_format  # noqa: E402
+from spin_jax.data.chat_format import chat_format  # noqa: E402
 from spin_jax.data.sources import as_messages, load_prompts  # noqa: E402
 
 SIZES = (4, 8, 16, 32, 64)

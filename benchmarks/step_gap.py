@@ -2,7 +2,7 @@
 
     python benchmarks/step_gap.py [--model=DIRECTORY] [--pairs=16] [--length=128] [--steps=8] [--rounds=12]
 
-A is `spin_jax.train.fit` as a run calls it: batches are made, sent and logged. B is the same jitted step, called again
+A is `training.loop.fit` as a run calls it: batches are made, sent and logged. B is the same jitted step, called again
 and again on batches that are on the devices already; its metrics are read a step late, as in A. They take turns, one or
 the other first. The gap of a round is that of its medians of the times between two calls; told are the rounds' median
 and, for what a busy machine makes of it, their quartiles. No other load disturbs the rest: how often A called the step
@@ -27,12 +27,19 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from etils import epath  # noqa: E402
 
-from spin_jax import auto, models, programs, sharding, toy  # noqa: E402
-from spin_jax.batches import Packing, batch_order, plan_training, put, spin_batch  # noqa: E402
+from spin_jax import checkpoints, models, sizing
 from spin_jax.config import base_config  # noqa: E402
+from spin_jax.data.packing import Packing, plan_training, spin_batch
 from spin_jax.data.pairs import Pair  # noqa: E402
-from spin_jax.step import learning_rate_schedule, make_optimizer, spin_objective  # noqa: E402
-from spin_jax.train import fit  # noqa: E402
+from spin_jax.devices import sharding
+from spin_jax.devices.transfer import put  # noqa: E402
+from spin_jax.models import execution
+from spin_jax.objectives.spin import spin_objective  # noqa: E402
+from spin_jax.tasks import toy  # noqa: E402
+from spin_jax.training import programs
+from spin_jax.training.loop import fit  # noqa: E402
+from spin_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from spin_jax.training.schedule import batch_order
 
 ROWS = 2_000  # of the data set that the batches are drawn from
 WARM_UP = 3  # calls that are not counted
@@ -42,10 +49,10 @@ class Training:
     """The programs of a training stage, and its batches."""
 
     def __init__(self, model: models.ModelConfig, pairs: int, length: int, steps: int):
-        config = auto.choose(base_config(), model, jax.devices())
+        config = sizing.choose(base_config(), model, jax.devices())
         self.mesh, self.model = sharding.make_mesh(), model
         sharding.check_pairs(self.mesh, pairs, 1)
-        compute = programs.make_compute(config.model, model, self.mesh)
+        compute = execution.make_compute(config.model, model, self.mesh)
         self.schedule = learning_rate_schedule(1e-6, 1000, 0.1)
         shardings = models.param_shardings(self.mesh, model)
         self._new_params = jax.jit(lambda: models.init_params(model, jax.random.key(0)), out_shardings=shardings)
@@ -131,7 +138,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     flags = parser.parse_args()
     logging.disable(logging.WARNING)
-    model = models.read_config(flags.model) if flags.model else toy.model_config(base_config().toy)
+    model = checkpoints.read_config(flags.model) if flags.model else toy.model_config(base_config().toy)
     training = Training(model, flags.pairs, flags.length, flags.steps + WARM_UP)
     loop, alone, starved = [], [], []  # a median a round; of every call
     for turn in range(flags.rounds):

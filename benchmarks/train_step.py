@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from contest import Worker, is_runnable, machine, spread  # noqa: E402
 
-from spin_jax.data.chat import chat_format, fit  # noqa: E402
+from spin_jax.data.chat_format import chat_format, fit  # noqa: E402
 from spin_jax.data.sources import load_examples  # noqa: E402
 
 _OURS = {

@@ -9,6 +9,7 @@ Write BEFORE with the code of an earlier commit (git worktree add ../before COMM
 the same machine and the same version of jax. tests/golden/test_programs.py keeps a small part of it.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -84,25 +85,41 @@ def lowered(config: str, name: str, layers: int = 0) -> dict[str, str]:
     """The StableHLO text of each program of a config on a slice, without names."""
     import dataclasses
 
-    from spin_jax import aot, command, models, toy
-    from spin_jax.compile_programs import make_programs
-    from spin_jax.slices import find_slice
+    from spin_jax.compile_check import compiler, known_models
+    from spin_jax.compile_check.programs import make_programs
+    from spin_jax.devices.accelerators import find_slice
+    from spin_jax.runtime import cli
+    from spin_jax.tasks import toy
 
-    settings = command.load_config(str(ROOT / config))
+    settings = cli.load_config(str(ROOT / config))
     if settings.model.path == "toy:":
         model = toy.model_config(settings.toy)
     else:
-        model = models.describe(settings.model.path)
+        model = known_models.describe(settings.model.path)
     if layers:
         model = dataclasses.replace(model, num_layers=layers)
-    made = make_programs(settings, model, aot.devices_of(find_slice(name)))
+    made = make_programs(settings, model, compiler.devices_of(find_slice(name)))
     return {one.name: without_names(one.jitted.lower(*one.args).as_text()) for one in made}
 
 
 def without_names(text: str) -> str:
-    """Functions by the order in which they are met; the rest of the text is the program."""
+    """Functions by the order in which they are met; the rest of the text is the program. A Pallas kernel is in it as
+    bytes, with the lines of its source file: it is written out without them."""
+    text = re.sub(
+        r"(custom_call_config\\22: {\\22body\\22: \\22)([\w+/=]+)", lambda body: body[1] + _kernel(body[2]), text
+    )
     order: dict[str, str] = {}
     return re.sub(r'@[\w.]+|@"[^"]*"', lambda name: order.setdefault(name[0], f"@{len(order)}"), text)
+
+
+def _kernel(body: str) -> str:
+    from jax._src.lib import tpu  # no public name
+    from jaxlib.mlir import ir
+
+    with ir.Context() as context:
+        tpu.register_dialect(context)
+        context.allow_unregistered_dialects = True
+        return ir.Module.parse(base64.b64decode(body)).operation.get_asm(enable_debug_info=False)
 
 
 def runs(directory: pathlib.Path) -> dict[str, object]:

@@ -6,7 +6,7 @@ The tokenizer has no chat template, so the paper's pair of templates serves for 
 """
 
 from spin_jax.config import base_config
-from spin_jax.slices import use_slice
+from spin_jax.devices.accelerators import use_slice
 
 
 def get_config(arg: str = ""):

@@ -2,7 +2,7 @@
 
     python -m spin_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-The task is in spin_jax/toy.py. 4,096 examples are so few that plain SFT soon overfits; SPIN starts
+The task is in spin_jax/tasks/toy.py. 4,096 examples are so few that plain SFT soon overfits; SPIN starts
 after five passes. How these settings were found, and the many where SPIN does nothing or harm: docs/quickstart.md.
 Expected: the share of right answers (validity) rises by two to five points over the three iterations while the distance
 to the data (kl_to_data) stays about where it was; continued SFT gains more.

@@ -6,7 +6,7 @@
 """
 
 from spin_jax.config import base_config
-from spin_jax.slices import use_slice
+from spin_jax.devices.accelerators import use_slice
 
 
 def get_config(arg: str = ""):

@@ -6,14 +6,14 @@
 
 Where the paper and the released code differ this follows the paper, and with "code" the code: rows of 1,024 tokens
 instead of 2,048, and greedy responses instead of sampled ones. A run takes the devices that there are. With a slice
-(spin_jax/slices.py), as in "v5e-16" or "v5e-16,code", it refuses to start on others.
+(spin_jax/devices/accelerators.py), as in "v5e-16" or "v5e-16,code", it refuses to start on others.
 Expected, Open LLM Leaderboard average over six tasks (the paper's table 2): SFT 58.14, then 60.80, 62.12, 62.97, 63.16.
 Not run by us: it needs 110 GB of accelerators' memory. What it needs and does on TPU slices, by the compiler:
 docs/compile_check.md.
 """
 
 from spin_jax.config import base_config
-from spin_jax.slices import use_slice
+from spin_jax.devices.accelerators import use_slice
 
 
 def get_config(arg: str = ""):

@@ -11,20 +11,25 @@ from collections.abc import Callable, Mapping, Sequence
 import jax.numpy as jnp
 from etils import epath
 
-from spin_jax import answers, compiled, memory, models, sharding
-from spin_jax.auto import choose
+from spin_jax import checkpoints, models
 from spin_jax.config import base_config, override, validate
-from spin_jax.data.chat import ChatFormat, load_chat
+from spin_jax.config.schema import FIELDS
+from spin_jax.data.chat_format import ChatFormat, load_chat
 from spin_jax.data.sources import Message, read_prompts
+from spin_jax.data.tokenize import ask
+from spin_jax.devices import sharding
 from spin_jax.errors import UserError
-from spin_jax.files import expand, is_remote, write_whole, writing
-from spin_jax.lease import held
-from spin_jax.programs import make_compute, make_decode_compute, make_sampler
-from spin_jax.responses import Prompt, generate
-from spin_jax.schema import FIELDS
-from spin_jax.self_play import self_play
-from spin_jax.tokens import ask
-from spin_jax.workdir import make
+from spin_jax.generation import batch_inference
+from spin_jax.generation.engine import generate
+from spin_jax.generation.programs import make_sampler
+from spin_jax.generation.response_files import Prompt
+from spin_jax.models.execution import make_compute, make_decode_compute
+from spin_jax.runtime import compilation_cache, out_of_memory
+from spin_jax.runtime.files import expand, is_remote, write_whole, writing
+from spin_jax.runtime.lease import held
+from spin_jax.self_play.algorithm import self_play
+from spin_jax.self_play.workdir import make
+from spin_jax.sizing import choose
 
 _FOR_SAMPLE = ("fewer prompts at a time", "a smaller max_new_tokens", 'spin_jax.answer with {"generate.batch_size": 8}')
 
@@ -98,7 +103,7 @@ class Model:
         settings = config.generate
         settings.batch_size = min(settings.batch_size, 1 << (len(prompts) - 1).bit_length())
         compute = make_decode_compute(config, self.config, make_compute(config.model, self.config, mesh))
-        with memory.told("sample", _FOR_SAMPLE):
+        with out_of_memory.told("sample", _FOR_SAMPLE):
             responses = generate(
                 make_sampler(self.config, settings, self.chat.stop_ids, compute),
                 self.params,
@@ -115,7 +120,7 @@ class Model:
         """Write a Hugging Face directory that `transformers` and `load` read."""
         directory = _local(directory)
         with writing(directory):
-            models.save(directory, self.config, self.params, source=self.directory, dtype=dtype)
+            checkpoints.save(directory, self.config, self.params, source=self.directory, dtype=dtype)
 
 
 def _local(directory: str | os.PathLike) -> epath.Path:
@@ -142,12 +147,12 @@ def load(
     Raises:
         UserError: one line on what is missing or not supported.
     """
-    compiled.keep()
-    with memory.told("load", memory.for_loading()):
-        directory = epath.Path(models.resolve(path_or_id, revision))
-        vocab_size = models.read_config(directory).vocab_size
+    compilation_cache.keep()
+    with out_of_memory.told("load", out_of_memory.for_loading()):
+        directory = epath.Path(checkpoints.resolve(path_or_id, revision))
+        vocab_size = checkpoints.read_config(directory).vocab_size
         chat = load_chat(directory, template, parse_special_tokens=parse_special_tokens, vocab_size=vocab_size)
-        return Model(*models.load(directory), chat, directory)
+        return Model(*checkpoints.load(directory), chat, directory)
 
 
 @_in_python
@@ -191,7 +196,7 @@ def spin(
         write_whole(data, lines)
         if not (start / "config.json").exists():
             model.save(start)
-        elif not models.holds(start, model.config, model.params):
+        elif not checkpoints.holds(start, model.config, model.params):
             raise UserError(f"{start} holds another model: give another workdir, or the model that it was begun with")
         self_play(config, workdir)
     last = workdir / f"iteration_{config.iterations - 1}" / "model"
@@ -228,7 +233,7 @@ def answer(
     Args:
         model: a Hugging Face directory, such as an iteration's `model/`, or a Hub id.
         prompts: a file or other source that `data.sources.load_prompts` reads; a row needs no response.
-        out: the JSONL file to write; `spin_jax.answers` says what is in it.
+        out: the JSONL file to write; `spin_jax.generation.batch_inference` says what is in it.
         overrides: config fields by their dotted names, such as {"seed": 1, "generate.temperature": 0.7}.
 
     Raises:
@@ -236,4 +241,4 @@ def answer(
     """
     config = base_config()
     override(config, {"model.path": os.fspath(model), "data.train": os.fspath(prompts)} | dict(overrides or {}))
-    answers.answer(config, out)
+    batch_inference.answer(config, out)

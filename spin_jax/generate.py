@@ -8,7 +8,7 @@ number of tokens and whether it was cut. The same command again goes on where th
 2 a mistake that the one line printed says how to mend, 75 stopped by a signal.
 """
 
-from spin_jax import interrupts
+from spin_jax.runtime import interrupts
 
 if __name__ == "__main__":
     interrupts.end_at_once()  # before what takes longer to import
@@ -17,11 +17,11 @@ if __name__ == "__main__":
 from absl import flags
 from ml_collections import ConfigDict
 
-from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
+from spin_jax.runtime import cli
 
-flags.adopt_module_key_flags(command)
+flags.adopt_module_key_flags(cli)
 _PROMPTS = flags.DEFINE_string("prompts", None, "The prompts: a JSONL file, or what else --config.data.train may be.")
 _OUT = flags.DEFINE_string("out", None, "The JSONL file to write; OUT.parts is beside it until it is whole.")
 
@@ -31,10 +31,11 @@ def main(argv: list[str]) -> int:
     config = sampling_config()
 
     # Only now: what follows imports jax and finds the devices, which a wrong flag should not wait for.
-    from spin_jax import answers, hosts, stopping
+    from spin_jax.generation import batch_inference
+    from spin_jax.runtime import multihost, preemption
 
-    hosts.start(None, None, None)
-    return stopping.exit_status(lambda: answers.answer(config, _OUT.value))
+    multihost.start(None, None, None)
+    return preemption.exit_status(lambda: batch_inference.answer(config, _OUT.value))
 
 
 def sampling_config() -> ConfigDict:
@@ -43,8 +44,8 @@ def sampling_config() -> ConfigDict:
     Raises:
         UserError: a flag is missing, or the config is wrong.
     """
-    command.require(config="configs/base.py", prompts="prompts.jsonl", out="answers.jsonl")
-    config = command.config()
+    cli.require(config="configs/base.py", prompts="prompts.jsonl", out="answers.jsonl")
+    config = cli.config()
     if config.model.path == "toy:":
         raise UserError(
             '--config.model.path="toy:" is made by a run: name the run\'s model, as '
@@ -56,5 +57,5 @@ def sampling_config() -> ConfigDict:
 
 
 if __name__ == "__main__":
-    command.log_plainly()
-    command.run(main)
+    cli.log_plainly()
+    cli.run(main)

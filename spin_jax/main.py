@@ -12,7 +12,7 @@ import os
 import pathlib
 import sys
 
-from spin_jax import interrupts
+from spin_jax.runtime import interrupts
 
 if __name__ == "__main__":
     interrupts.end_at_once()  # before what takes longer to import
@@ -20,12 +20,12 @@ if __name__ == "__main__":
 from absl import flags
 from ml_collections import ConfigDict
 
-from spin_jax import command
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
-from spin_jax.files import expand
+from spin_jax.runtime import cli
+from spin_jax.runtime.files import expand
 
-flags.adopt_module_key_flags(command)
+flags.adopt_module_key_flags(cli)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written: a directory or gs://BUCKET/PATH; runs/NAME of the config without it."
 )
@@ -51,13 +51,13 @@ _CHECK_FOR = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> int:
     del argv
-    command.require(config="configs/quickstart.py")
+    cli.require(config="configs/quickstart.py")
     if _WORKDIR.value == "":
         raise UserError("--workdir= is empty: name a directory, or leave the flag out")
     _check_stages(_STAGES.value)
-    config = command.config()
+    config = cli.config()
     config_lib.validate(config)
-    default = f"runs/{pathlib.PurePath(command.config_file().partition(':')[0]).stem}"
+    default = f"runs/{pathlib.PurePath(cli.config_file().partition(':')[0]).stem}"
     workdir = os.fspath(expand(_WORKDIR.value or default))
     _check_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _CHECK_FOR.value is not None:
@@ -65,18 +65,18 @@ def main(argv: list[str]) -> int:
         return 0
 
     # Only now: what follows imports jax and finds the devices, which a wrong flag should not wait for.
-    from spin_jax import hosts, stopping
-    from spin_jax.self_play import self_play
+    from spin_jax.runtime import multihost, preemption
+    from spin_jax.self_play.algorithm import self_play
 
     def play() -> None:
         rows = self_play(config, workdir, _STAGES.value, profile=_PROFILE.value)
-        if hosts.is_first():
+        if multihost.is_first():
             _tell(rows, workdir)
 
-    hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    if _WORKDIR.value is None and hosts.are_several():
+    multihost.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _WORKDIR.value is None and multihost.are_several():
         raise UserError(f"several hosts need a workdir that all of them see: write --workdir=gs://BUCKET/{default}")
-    return stopping.exit_status(play)
+    return preemption.exit_status(play)
 
 
 def _check_stages(stages: list[str]) -> None:
@@ -104,9 +104,10 @@ def _check_mesh(config: ConfigDict, devices: int) -> None:
     if devices:
         from jax.sharding import AbstractMesh
 
-        from spin_jax import auto, sharding
+        from spin_jax import sizing
+        from spin_jax.devices import sharding
 
-        mesh = AbstractMesh(tuple(auto.mesh_sizes(config, devices)), sharding.AXES)
+        mesh = AbstractMesh(tuple(sizing.mesh_sizes(config, devices)), sharding.AXES)
         sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches or 1)
         sizes = ", ".join(f"{axis} {ways}" for axis, ways in mesh.shape.items())
         what = f"checked the flags, and a mesh of {devices} devices ({sizes}); not the memory, which needs the devices"
@@ -124,8 +125,8 @@ def _tell(rows: list[dict], workdir: str) -> None:
 
 def run() -> None:
     """Entry point: a user's mistake is one line on stderr, anything else a traceback."""
-    command.log_plainly()
-    command.run(main)
+    cli.log_plainly()
+    cli.run(main)
 
 
 if __name__ == "__main__":

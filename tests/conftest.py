@@ -26,7 +26,9 @@ import jax  # noqa: E402  (after the flags above)
 import pytest  # noqa: E402
 
 # Files that take minutes, the longest first; `--dist loadfile` would begin with those of the most tests.
-LONGEST = "programs processes main score benchmarks self_play kills slots generate notebooks sharding low_rank".split()
+LONGEST = (
+    "tpu_programs processes main scoring benchmarks self_play kills decode_loop generate notebooks sharding low_rank"
+).split()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # a silent [B] + [B, 1] is a wrong loss
 

@@ -17,11 +17,14 @@ import pytest
 import yaml
 from absl.testing import flagsaver
 
-from spin_jax import command as command_lib
-from spin_jax import compile_check, generate, main, toy  # noqa: F401  (main defines its flags)
+import spin_jax
 from spin_jax import config as config_lib
+from spin_jax import generate, main  # noqa: F401  (main defines its flags)
+from spin_jax.compile_check import __main__
 from spin_jax.data.sources import LAYOUTS, load_examples
 from spin_jax.errors import UserError
+from spin_jax.runtime import cli as command_lib
+from spin_jax.tasks import toy
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
@@ -29,8 +32,12 @@ DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob(
 KNOWN_COMMANDS = ("lm_eval", "python3", "pip", "pytest", "git", "cd", "source", "tensorboard", "jupyter", "export")
 CLOUD_COMMANDS = ("gcloud", "kubectl", "docker", "xpk", "sky", "ssh-add", "launch/worker.sh")
 FOLDERS = "spin_jax|configs|tests|docs|benchmarks|notebooks|launch"
-FILE_SUFFIXES = ("py", "md", "json", "jsonl", "npz", "txt")
+FILE_SUFFIXES = ("py", "md", "json", "jsonl", "npz", "txt", "parquet", "model")
 FIELDS = config_lib.flatten(config_lib.base_config())
+# By their last names, as documents call them.
+MODULES = {"spin_jax": "spin_jax"} | {
+    module.name.rpartition(".")[2]: module.name for module in pkgutil.walk_packages(spin_jax.__path__, "spin_jax.")
+}
 SECTIONS = {field.partition(".")[0] for field in FIELDS if "." in field}
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -135,7 +142,7 @@ def reads_as(path: pathlib.Path, layout: str) -> bool:
 
 
 def checked_config():
-    return compile_check.config_and_slice()[0]
+    return __main__.config_and_slice()[0]
 
 
 @pytest.mark.parametrize(("where", "command"), commands() + launched_commands())
@@ -193,11 +200,10 @@ def test_config_fields_exist(document):
 def test_code_names_exist(document):
     """`module.name` in backticks is in spin_jax, `test_name` in tests/."""
     text = document.read_text()
-    modules = {path.stem for path in (ROOT / "spin_jax").iterdir()}
     for dotted in re.findall(r"`(\w+(?:\.\w+)+)`", text):
-        module, suffix = dotted.partition(".")[0], dotted.rpartition(".")[2]
-        if module in modules and module not in SECTIONS | {"config"} and suffix not in FILE_SUFFIXES:
-            pkgutil.resolve_name(f"spin_jax.{dotted}")
+        module, _, name = dotted.partition(".")
+        if module in MODULES and module not in SECTIONS | {"config"} and name not in FILE_SUFFIXES:
+            pkgutil.resolve_name(f"{MODULES[module]}:{name}")
     tests = {
         node.name
         for path in (ROOT / "tests").rglob("test_*.py")

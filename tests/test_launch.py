@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from spin_jax import config as config_lib
-from spin_jax.slices import use_slice
+from spin_jax.devices.accelerators import use_slice
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TPU = ROOT / "launch" / "tpu.sh"

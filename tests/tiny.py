@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spin_jax.batches import HostBatch, Packing, Plan, plan_training, sft_batch, spin_batch
+from spin_jax.data.batch import HostBatch
+from spin_jax.data.packing import Packing, Plan, plan_training, sft_batch, spin_batch
 from spin_jax.data.pairs import Pair
 from spin_jax.models import ModelConfig, abstract_params
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from spin_jax import models
+from spin_jax import checkpoints, models
 from spin_jax.config import base_config
 
 TRAIN_ROWS, EVAL_ROWS = 16, 8
@@ -56,7 +56,7 @@ def write_model(directory: pathlib.Path) -> pathlib.Path:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = models.ModelConfig.from_huggingface(HUGGINGFACE | ids, "tiny")
     params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, models.init_params(config, jax.random.key(0)))
-    models.save(directory, config, params, token_ids=ids, dtype=np.float32)
+    checkpoints.save(directory, config, params, token_ids=ids, dtype=np.float32)
     return directory
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spin_jax import aot
-from spin_jax.slices import V5E, V6E, Slice
+from spin_jax.compile_check import compiler
+from spin_jax.devices.accelerators import V5E, V6E, Slice
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the compiler for TPUs: pip install 'jax[tpu]'"
@@ -23,7 +23,7 @@ V5E_8 = Slice(8, V5E, "v5e:2x4")
 
 def mesh(target: Slice, **sizes: int) -> Mesh:
     """A mesh of a slice's described devices, axes by name."""
-    return Mesh(np.array(aot.devices_of(target)).reshape(*sizes.values()), tuple(sizes))
+    return Mesh(np.array(compiler.devices_of(target)).reshape(*sizes.values()), tuple(sizes))
 
 
 def shape(on: Mesh, dims: tuple[int, ...], *spec: str | None, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:

@@ -7,16 +7,18 @@ import sys
 import pytest
 from absl.testing import flagsaver
 
-from spin_jax import command, compile_check, generate, main
+from spin_jax import generate, main
+from spin_jax.compile_check import __main__
 from spin_jax.config import flatten, validate
 from spin_jax.errors import UserError
+from spin_jax.runtime import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # To each, a command line that is right.
 RIGHT = {
     main: "--config=configs/base.py --workdir=w --config.model.path=m --config.data.train=d --check_for=0",
     generate: "--config=configs/base.py --prompts=p --out=o --config.model.path=m",
-    compile_check: "--config=configs/base.py --slice=v5e-8 --config.model.path=m --config.data.train=d",
+    __main__: "--config=configs/base.py --slice=v5e-8 --config.model.path=m --config.data.train=d",
 }
 
 
@@ -24,12 +26,12 @@ def start(program, line: str):
     """A command up to where it would import jax: its config."""
     with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
         patch.chdir(ROOT)
-        patch.setattr(sys, "argv", [f"spin_jax/{program.__name__.rpartition('.')[2]}.py", *shlex.split(line)])
-        command.parse_flags(sys.argv)
+        patch.setattr(sys, "argv", [program.__name__.replace(".", "/") + ".py", *shlex.split(line)])
+        cli.parse_flags(sys.argv)
         if program is main:
             assert main.main([]) == 0
-            return command.config()
-        return compile_check.config_and_slice()[0] if program is compile_check else generate.sampling_config()
+            return cli.config()
+        return __main__.config_and_slice()[0] if program is __main__ else generate.sampling_config()
 
 
 def read(words: str) -> dict[str, object]:

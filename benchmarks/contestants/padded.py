@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spin_jax.data.batch import Rows
+from spin_jax.data.bin_packing import round_up
 from spin_jax.data.pairs import Pair
-from spin_jax.logprobs import Rows, response_logprobs
-from spin_jax.losses import LOSSES, rewards
 from spin_jax.models import Compute, ModelConfig
-from spin_jax.packing import round_up
-from spin_jax.step import Objective
+from spin_jax.objectives.logprobs import response_logprobs
+from spin_jax.objectives.margin_losses import LOSSES, rewards
+from spin_jax.objectives.spin import Objective
 
 
 class PaddedBatch(NamedTuple):
@@ -46,7 +47,7 @@ def padded_batch(pairs: Sequence[Pair], logps: np.ndarray, multiple: int) -> Pad
 
 
 def padded_objective(model: ModelConfig, compute: Compute, beta: float) -> Objective:
-    """`step.spin_objective` with the logistic loss, of padded batches."""
+    """`spin.spin_objective` with the logistic loss, of padded batches."""
 
     def logprobs(params: dict, batch: PaddedBatch) -> jax.Array:
         return response_logprobs(model, params, batch.rows, 1, compute).reshape(2, -1).T

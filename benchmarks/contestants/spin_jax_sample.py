@@ -16,10 +16,13 @@ import numpy as np  # noqa: E402
 from parent import Parent  # noqa: E402
 from spin_jax_step import load  # noqa: E402
 
-from spin_jax import models, programs, sharding  # noqa: E402
+from spin_jax import checkpoints
 from spin_jax.config import base_config  # noqa: E402
+from spin_jax.devices import sharding  # noqa: E402
+from spin_jax.generation import programs
+from spin_jax.generation.engine import Progress, generate
+from spin_jax.generation.response_files import Prompt  # noqa: E402
 from spin_jax.models import Compute  # noqa: E402
-from spin_jax.responses import Progress, Prompt, generate  # noqa: E402
 
 
 def main() -> None:
@@ -32,7 +35,7 @@ def main() -> None:
         settings.tail_batch_size = s["batch_size"]
     mesh = sharding.one_device_mesh()
     compute = Compute(jnp.dtype(s.get("compute_dtype", "float32")), mesh=mesh)
-    model = models.read_config(s["model"])
+    model = checkpoints.read_config(s["model"])
     params, _ = load(pathlib.Path(s["model"]), model, compute, cast=compute.dtype != jnp.float32)
     sampler = programs.make_sampler(model, settings, tuple(s["stop_ids"]), compute)
     params = sampler.laid_out(params)

@@ -20,12 +20,19 @@ import optax  # noqa: E402
 from padded import padded_batch, padded_objective  # noqa: E402
 from parent import Parent  # noqa: E402
 
-from spin_jax import models, programs, sharding  # noqa: E402
-from spin_jax.batches import Packing, plan_scoring, plan_training, put, spin_batch  # noqa: E402
+from spin_jax import checkpoints, models
 from spin_jax.config import base_config  # noqa: E402
+from spin_jax.data.packing import Packing, plan_scoring, plan_training, spin_batch
 from spin_jax.data.pairs import Pair  # noqa: E402
-from spin_jax.score import score  # noqa: E402
-from spin_jax.step import make_optimizer, on_adapters, spin_objective  # noqa: E402
+from spin_jax.devices import sharding  # noqa: E402
+from spin_jax.devices.transfer import put  # noqa: E402
+from spin_jax.evaluation import scoring
+from spin_jax.evaluation.scoring import score  # noqa: E402
+from spin_jax.models import execution
+from spin_jax.objectives.spin import spin_objective  # noqa: E402
+from spin_jax.training import programs
+from spin_jax.training.optimizer import make_optimizer
+from spin_jax.training.train_step import on_adapters
 
 
 def main() -> None:
@@ -37,8 +44,8 @@ def main() -> None:
     mesh = sharding.one_device_mesh()
     placed = sharding.batch_sharding(mesh)
     parts, rank = s.get("micro_batches", 1), s.get("lora_rank", 0)
-    model = models.read_config(s["model"])
-    compute = programs.make_compute(config.model, model, mesh)
+    model = checkpoints.read_config(s["model"])
+    compute = execution.make_compute(config.model, model, mesh)
     params, is_random = load(pathlib.Path(s["model"]), model, compute, cast=bool(rank))
     packing = Packing(parts, s["length_multiple"], s["row_length"])
     size, pairs = len(s["batches"][0]), [as_pair(ids) for batch in s["batches"] for ids in batch]
@@ -46,7 +53,7 @@ def main() -> None:
     if s["opponent"] == "live":
         opponent = jax.tree.map(jnp.copy, models.for_compute(params, compute.dtype))
     elif not is_random:
-        scorer, plan = programs.make_scorer(model, compute), plan_scoring(pairs, size, packing)
+        scorer, plan = scoring.make_scorer(model, compute), plan_scoring(pairs, size, packing)
         logps = score(scorer, params, model, pairs, plan, sharding=placed, name="score")
     if s["padded"]:
         firsts, multiple = range(0, len(pairs), size), s["length_multiple"]
@@ -86,8 +93,8 @@ def load(directory: pathlib.Path, model: models.ModelConfig, compute: models.Com
     """(params, whether they are random). `cast`: in the compute dtype, without a float32 copy where they are random."""
     shardings = models.param_shardings(compute.mesh, model)
     if any(directory.glob("*.safetensors")):
-        _, params = models.load(directory, shardings=shardings)
-        return programs.make_resharding(model, compute)(params) if cast else params, False
+        _, params = checkpoints.load(directory, shardings=shardings)
+        return execution.make_resharding(model, compute)(params) if cast else params, False
 
     def draw() -> dict:
         params = models.init_params(model, jax.random.key(0))

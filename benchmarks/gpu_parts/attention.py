@@ -85,8 +85,9 @@ def paths(on_gpu: bool, head_dim: int) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from spin_jax import sharding
-    from spin_jax.models import attention, gpu_attention
+    from spin_jax.devices import sharding
+    from spin_jax.kernels import flash_gpu
+    from spin_jax.models import attention
 
     mesh = sharding.one_device_mesh()
 
@@ -106,7 +107,7 @@ def paths(on_gpu: bool, head_dim: int) -> dict:
         found["cudnn, causal"] = functools.partial(by_cudnn, causal=True, gradient=False)
     else:
         found["tiled"] = by_kernel("tiled")
-    if not gpu_attention.tokamax_refusal(jax.devices()[0], head_dim, jnp.bfloat16):
+    if not flash_gpu.tokamax_refusal(jax.devices()[0], head_dim, jnp.bfloat16):
         found["tokamax"] = by_kernel("tokamax")
     return found | {"plain": by_kernel("")}
 

@@ -13,9 +13,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
 
+from spin_jax.compile_check.known_models import known  # noqa: E402
+from spin_jax.devices.accelerators import chip_of  # noqa: E402
 from spin_jax.models import ModelConfig  # noqa: E402
-from spin_jax.models.known import known  # noqa: E402
-from spin_jax.slices import chip_of  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

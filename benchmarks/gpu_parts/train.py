@@ -12,7 +12,7 @@ import time
 import job
 from contest import Worker
 
-from spin_jax.batches import forward_flops
+from spin_jax.data.packing import forward_flops
 from spin_jax.data.pairs import Pair
 
 STEPS, SECONDS = 10, 15.0  # timed, and after how long no other is begun

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from spin_jax.data.sources import Example
-from spin_jax.files import reading, write_whole
+from spin_jax.runtime.files import reading, write_whole
 
 _MODEL = b"spin_jax_model"  # in a pairs file's metadata
 

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from spin_jax.errors import UserError
-from spin_jax.files import read_bytes, read_json, read_json_if_there
+from spin_jax.runtime.files import read_bytes, read_json, read_json_if_there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

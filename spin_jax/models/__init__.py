@@ -1,25 +1,19 @@
-"""The Llama family: configs, pure functions on params, Hugging Face directories in and out."""
+"""The Llama family: descriptions, and pure functions on params."""
 
-from spin_jax.models.cache import NOWHERE, Columns, cache_dtype, columns_axis, init_cache, rows_axis
-from spin_jax.models.compute import REMAT_POLICIES, Compute, kept_numbers
 from spin_jax.models.config import ModelConfig
-from spin_jax.models.directory import describe, downloaded, read_config, resolve, uploaded
-from spin_jax.models.huggingface import holds, load, save
-from spin_jax.models.identity import fingerprint
-from spin_jax.models.llama import (
+from spin_jax.models.execution import REMAT_POLICIES, Compute, kept_numbers
+from spin_jax.models.flops import flops_per_token, num_params, unembed_flops
+from spin_jax.models.kv_cache import NOWHERE, Columns, cache_dtype, columns_axis, init_cache, rows_axis
+from spin_jax.models.llama import forward, unembed
+from spin_jax.models.lora import abstract_adapters, adapter_shardings, attach, init_adapters, merge, num_adapter_params
+from spin_jax.models.params import (
     abstract_params,
-    flops_per_token,
     for_compute,
-    forward,
     init_params,
     logical_axes,
-    num_params,
     param_shardings,
     split_layers,
-    unembed,
-    unembed_flops,
 )
-from spin_jax.models.lora import abstract_adapters, adapter_shardings, attach, init_adapters, merge, num_adapter_params
 
 __all__ = [
     "NOWHERE",
@@ -33,29 +27,20 @@ __all__ = [
     "attach",
     "cache_dtype",
     "columns_axis",
-    "describe",
-    "downloaded",
-    "fingerprint",
     "flops_per_token",
     "for_compute",
     "forward",
-    "holds",
     "init_adapters",
     "init_cache",
     "init_params",
     "kept_numbers",
-    "load",
     "logical_axes",
     "merge",
     "num_adapter_params",
     "num_params",
     "param_shardings",
-    "read_config",
-    "resolve",
     "rows_axis",
-    "save",
     "split_layers",
     "unembed",
     "unembed_flops",
-    "uploaded",
 ]

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from spin_jax.devices.compiler_options import gpu_capability
 from spin_jax.errors import UserError
-from spin_jax.models import cache as cache_lib
-from spin_jax.models.flash import flash_attention
-from spin_jax.models.gpu_attention import cudnn_attention, tokamax_attention, tokamax_refusal
-from spin_jax.models.tiled import tiled_attention
-from spin_jax.xla import gpu_capability
+from spin_jax.kernels.flash_cpu import tiled_attention
+from spin_jax.kernels.flash_gpu import cudnn_attention, tokamax_attention, tokamax_refusal
+from spin_jax.kernels.flash_tpu import flash_attention
+from spin_jax.models import kv_cache as cache_lib
 
 # What config.model.attention may say; "auto" is the platform's kernel.
 ATTENTION = ("auto", "plain", "tiled", "flash", "cudnn", "tokamax")

@@ -8,36 +8,21 @@ L layers.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
-from spin_jax.models import cache as cache_lib
+from spin_jax.devices.sharding import constrain
+from spin_jax.models import kv_cache as cache_lib
 from spin_jax.models.attention import attend_cached, attention_mask, causal_attention
-from spin_jax.models.cache import Columns
-from spin_jax.models.compute import (
-    ATTENDED,
-    GATE,
-    INPUT,
-    QKV,
-    REMAT_POLICIES,
-    UP,
-    Adapted,
-    Compute,
-    kept,
-    project,
-    project_adapted,
-    swiglu,
-    written,
-)
 from spin_jax.models.config import ModelConfig
+from spin_jax.models.execution import ATTENDED, GATE, INPUT, QKV, REMAT_POLICIES, UP, Compute, kept, written
+from spin_jax.models.kv_cache import Columns
+from spin_jax.models.projections import Adapted, project, project_adapted, swiglu
 from spin_jax.models.rope import apply_rope, rope_tables
-from spin_jax.sharding import constrain, tree_shardings
 
 _normal = nnx.initializers.normal(0.02)
 _zeros = nnx.initializers.zeros_init()
@@ -274,6 +259,12 @@ def _scaled_backward(residuals, dy):
 _scaled.defvjp(lambda x, by: (x * by, (x, by)), _scaled_backward)
 
 
+@functools.cache
+def split_abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The modules without arrays, and the abstract f32 params with their metadata."""
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))
+
+
 def forward(
     config: ModelConfig,
     params: dict,
@@ -306,7 +297,7 @@ def forward(
         positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     layers = params["layers"]
     some_layer = layers[0] if isinstance(layers, tuple) else layers
-    model = nnx.merge(_split_abstract(config)[0], params | {"layers": some_layer})
+    model = nnx.merge(split_abstract(config)[0], params | {"layers": some_layer})
     return model(layers, tokens_BT, positions_BT, ends_BT, cache, columns, compute)
 
 
@@ -318,94 +309,3 @@ def unembed(config: ModelConfig, params: dict, hidden_XD: jax.Array, compute: Co
     else:
         expression, weights, axes = f"{leading}D,DV->{leading}V", params["lm_head"], ("embed", "vocab")
     return project(expression, hidden_XD, weights, axes, compute, jnp.float32)
-
-
-def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> dict:
-    """Fresh params: kernels normal(0, 0.02), norm scales 1, biases 0. Jittable, so that they can be born sharded.
-
-    Kernels are input-major (`x @ W`):
-        embed.embedding [V, D]
-        layers.attention_norm [L, D], layers.mlp_norm [L, D]
-        layers.attention.q [L, D, N, H], .k and .v [L, D, K, H], .o [L, N, H, D]
-        layers.attention.q_bias [L, N, H], .k_bias and .v_bias [L, K, H], where config.qkv_bias
-        layers.attention.q_norm and .k_norm [L, H], where config.qk_norm
-        layers.mlp.gate and .up [L, D, F], .down [L, F, D]
-        final_norm [D]
-        lm_head [D, V], unless config.tie_embeddings
-    """
-    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key), dtype=dtype)))
-
-
-def for_compute(params: dict, dtype: jnp.dtype) -> dict:
-    """A copy of params with what `forward` casts to `dtype` cast already: it computes the same from half the bytes.
-
-    Norm scales stay as they are, because `forward` reads them in f32.
-    """
-
-    def cast(path: tuple, x: jax.Array) -> jax.Array:
-        return x if "norm" in path[-1].key else x.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def split_layers(params: dict) -> dict:
-    """params with a tuple of each layer's own arrays in the place of the axis L: see `init_cache(by_layer=True)`."""
-    layers = params["layers"]
-    count = len(jax.tree.leaves(layers)[0])
-    return params | {"layers": tuple(jax.tree.map(lambda x: x[layer], layers) for layer in range(count))}  # noqa: B023
-
-
-@functools.cache
-def _split_abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The modules without arrays, and the abstract f32 params with their metadata."""
-    return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))
-
-
-@functools.cache
-def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> dict:
-    """The tree of `init_params` as jax.ShapeDtypeStruct: no memory, no compute."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nnx.to_pure_dict(_split_abstract(config)[1]))
-
-
-@functools.cache
-def logical_axes(config: ModelConfig) -> dict:
-    """The tree of `init_params` with a tuple for each param that names its axes.
-
-    The names: "layers", "vocab", "embed", "mlp", "heads", "kv_heads", "head_dim"; None for the axis of a norm's scale.
-    """
-    state = _split_abstract(config)[1]
-    axes = nnx.to_pure_dict(nnx.map_state(lambda path, param: param.get_metadata("logical_axes"), state))
-    # A DecoderLayer names the axes of one layer; stacking put one more in front.
-    is_names = lambda x: isinstance(x, tuple)  # noqa: E731
-    return axes | {"layers": jax.tree.map(lambda names: ("layers", *names), axes["layers"], is_leaf=is_names)}
-
-
-def param_shardings(mesh: Mesh, config: ModelConfig) -> dict:
-    """The NamedSharding of every param on a mesh of `spin_jax.sharding`, as a tree like the params.
-
-    Raises:
-        UserError: a mesh axis does not divide the model's axis it splits.
-    """
-    return tree_shardings(mesh, abstract_params(config), logical_axes(config))
-
-
-def num_params(config: ModelConfig) -> int:
-    """How many numbers the params hold; tied embeddings count once."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(config)))
-
-
-def flops_per_token(config: ModelConfig, context: float) -> float:
-    """Matmul FLOPs (2 per multiply-add) of one token's forward pass, without the vocabulary projection.
-
-    Args:
-        context: keys that the token attends to, on average: (T + 1) / 2 in a causal row of T, less under a window.
-    """
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads  # q and o, k and v
-    projections = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
-    scores_and_values = 2 * config.num_heads * config.head_dim * context
-    return 2.0 * config.num_layers * (projections + scores_and_values)
-
-
-def unembed_flops(config: ModelConfig) -> float:
-    """Matmul FLOPs (2 per multiply-add) of `unembed` for one position."""
-    return 2.0 * config.hidden_size * config.vocab_size

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spin_jax.models.compute import Adapted, low_rank_axes
+from spin_jax.devices.sharding import fitting
 from spin_jax.models.config import ModelConfig
-from spin_jax.models.llama import abstract_params, logical_axes
-from spin_jax.sharding import fitting
+from spin_jax.models.params import abstract_params, logical_axes
+from spin_jax.models.projections import Adapted, low_rank_axes
 
 # What is updated, by block, with how many of a layer's leading axes are the matmul's inputs.
 INPUTS = {"attention": {"q": 1, "k": 1, "v": 1, "o": 2}, "mlp": {"gate": 1, "up": 1, "down": 1}}

@@ -11,8 +11,9 @@ import pytest
 import tiny_files
 from ml_collections import ConfigDict
 
-from spin_jax import progress, training_stage
-from spin_jax.self_play import self_play
+from spin_jax.runtime import progress
+from spin_jax.self_play import training_stage
+from spin_jax.self_play.algorithm import self_play
 
 
 @pytest.fixture(scope="session", autouse=True)

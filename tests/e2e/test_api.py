@@ -7,7 +7,7 @@ import pytest
 import tiny_files
 
 import spin_jax
-from spin_jax.metrics import read_metrics
+from spin_jax.runtime.metric_writer import read_metrics
 
 
 @pytest.fixture(scope="module")

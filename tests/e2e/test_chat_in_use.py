@@ -9,9 +9,9 @@ import pytest
 import tiny_files
 
 import spin_jax
-from spin_jax import models
-from spin_jax.run import open_run
-from spin_jax.self_play import self_play
+from spin_jax import checkpoints
+from spin_jax.self_play.algorithm import self_play
+from spin_jax.self_play.run import open_run
 
 
 def chat_model(directory: pathlib.Path, tiny_model: pathlib.Path, **changes) -> pathlib.Path:
@@ -108,11 +108,11 @@ def test_named_templates_are_in_the_model_that_a_run_makes(tiny_model, tiny_data
 
 @pytest.mark.parametrize("cap, warns", [(1, True), (60, False)])
 def test_a_model_that_hardly_ends_is_told_of_once(tiny_model, tiny_data, tmp_path, caplog, cap, warns):
-    params = models.load(tiny_model)[1]
+    params = checkpoints.load(tiny_model)[1]
     if not warns:  # a model that ends soon
-        config = models.read_config(tiny_model)
+        config = checkpoints.read_config(tiny_model)
         params["lm_head"] = 0 * params["lm_head"]
-        models.save(tmp_path / "model", config, params, source=tiny_model, dtype=np.float32)
+        checkpoints.save(tmp_path / "model", config, params, source=tiny_model, dtype=np.float32)
     changes = {"iterations": 2, "generate.max_new_tokens": cap, "generate.temperature": 0.3, "data.max_length": 80}
     config = tiny_files.make_config(tmp_path / "model" if not warns else tiny_model, tiny_data, changes)
     self_play(config, tmp_path / "run", ["generate"])

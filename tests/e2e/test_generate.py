@@ -22,19 +22,20 @@ SETTINGS = tiny_files.SETTINGS | {"generate.prompt_bucket": 8}  # prompts of two
 # Python run before the command: it is killed when its second batch is written.
 KILLED = """
 import os, signal
-from spin_jax import responses
-write_whole = responses.write_whole
+from spin_jax.generation import response_files
+write_whole = response_files.write_whole
 def write(path, content):
     write_whole(path, content)
     if path.name == "part-00001.p000.jsonl":
         os.kill(os.getpid(), signal.SIGKILL)
-responses.write_whole = write
+response_files.write_whole = write
 """
 # Run after it.
 COMMAND = """
 import sys
-from spin_jax import command, generate
-command.run(generate.main)
+from spin_jax import generate
+from spin_jax.runtime import cli
+cli.run(generate.main)
 """
 
 
@@ -168,7 +169,7 @@ def test_killed_between_two_batches_it_goes_on_and_mixes_nothing(tiny_model, pro
 
 def test_two_processes_answer_as_one(tiny_model, prompts, tmp_path):
     out, address = tmp_path / "out.jsonl", f"127.0.0.1:{free_port()}"
-    joined = "from spin_jax import hosts; hosts.start({!r}, 2, {})\n"
+    joined = "from spin_jax.runtime import multihost; multihost.start({!r}, 2, {})\n"
     commands = [["-c", joined.format(address, i) + COMMAND, *flags(tiny_model, prompts, out)] for i in range(2)]
     ended = run_together(commands, devices=4)
     assert [process.status for process in ended] == [0, 0], ended[0].output + ended[1].output

@@ -12,7 +12,7 @@ import sys
 import pytest
 import tiny_files
 
-from spin_jax import stopping
+from spin_jax.runtime import preemption
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -81,7 +81,7 @@ def test_a_signal_is_one_line(program, place, number, tmp_path, tiny_model, tiny
 # then where training has begun meanwhile.
 DROPPED = """
 import signal, sys, time
-from spin_jax import interrupts
+from spin_jax.runtime import interrupts
 interrupts.GRACE = 0.2
 interrupts.end_at_once()
 interrupts.raise_instead()
@@ -107,16 +107,16 @@ def test_a_signal_that_was_dropped_is_not_lost(where, status, told):
 
 def test_a_wish_to_stop_that_came_after_the_last_step_is_not_lost():
     with pytest.raises(KeyboardInterrupt):
-        with stopping.deferred():
+        with preemption.deferred():
             signal.raise_signal(signal.SIGTERM)
-    with stopping.deferred():
-        assert not stopping.asked()
+    with preemption.deferred():
+        assert not preemption.asked()
 
 
 def test_what_runs_in_the_background_is_not_interrupted():
     """A shell has such a program ignore the Ctrl-C that is meant for what runs in front of it."""
     code = (
-        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from spin_jax import interrupts;"
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from spin_jax.runtime import interrupts;"
         "interrupts.end_at_once(); interrupts.raise_instead(); signal.raise_signal(signal.SIGINT); print('goes on')"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny_files
 
-from spin_jax import models, training_stage
-from spin_jax.metrics import read_metrics
-from spin_jax.self_play import self_play
-from spin_jax.stopping import Stopped
+from spin_jax import checkpoints
+from spin_jax.runtime.metric_writer import read_metrics
+from spin_jax.runtime.preemption import Stopped
+from spin_jax.self_play import training_stage
+from spin_jax.self_play.algorithm import self_play
 
 RANK = 3
 CHANGES = {"lora.rank": RANK, "train.learning_rate": (1e-2,), "train.epochs": 2.0, "spin.opponent": "live"}
@@ -27,12 +28,12 @@ def lora_run(tmp_path_factory, tiny_model, tiny_data):
 def test_each_iteration_is_its_opponent_and_a_low_rank_update(lora_run, tiny_model):
     """The exported model is a plain one: all but the linear layers to the bit, and these up to RANK directions."""
     workdir, rows = lora_run
-    start = models.load(tiny_model)[1]
+    start = checkpoints.load(tiny_model)[1]
     for t in range(2):
         logged = read_metrics(workdir / f"iteration_{t}" / "metrics.jsonl")
         assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-7) and logged[0]["rewards/margin"] == 0
         assert logged[-1]["loss"] < 0.95 * math.log(2)
-        end = models.load(workdir / f"iteration_{t}" / "model")[1]
+        end = checkpoints.load(workdir / f"iteration_{t}" / "model")[1]
         for part in ("embed", "final_norm", "lm_head"):
             np.testing.assert_array_equal(*(list_of(tree[part]) for tree in (start, end)))
         for block, weights in (("attention", "qkvo"), ("mlp", ("gate", "up", "down"))):
@@ -79,6 +80,6 @@ def test_updates_serve_supervised_fine_tuning_too(lora_run, tiny_model, tiny_dat
     rows = self_play(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path)
     nats = [row["held_out/nats_per_token"] for row in (lora_run[1][0], rows[0], rows[2])]  # untrained, SFT, control
     assert nats[0] > nats[1] + 0.1 and nats[0] > nats[2] + 0.1
-    embedding = models.load(tiny_model)[1]["embed"]["embedding"]
+    embedding = checkpoints.load(tiny_model)[1]["embed"]["embedding"]
     for stage in ("sft", "iteration_0/control"):
-        np.testing.assert_array_equal(models.load(tmp_path / stage / "model")[1]["embed"]["embedding"], embedding)
+        np.testing.assert_array_equal(checkpoints.load(tmp_path / stage / "model")[1]["embed"]["embedding"], embedding)

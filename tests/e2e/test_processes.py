@@ -12,8 +12,8 @@ import pytest
 import tiny_files
 from processes import run_command
 
-from spin_jax.metrics import read_metrics
-from spin_jax.models import safetensors
+from spin_jax.checkpoints import safetensors
+from spin_jax.runtime.metric_writer import read_metrics
 
 # Fewer kinds of program to compile than with the pairs of the iteration before mixed in.
 SETTINGS = tiny_files.SETTINGS | {"spin.previous_iterations": 0}
@@ -26,17 +26,21 @@ ASK = "import os, signal\ndef ask(number): os.kill(os.getpid(), number)\n"
 IN_TRAINING = (
     ASK
     + """
-from spin_jax import train
-put, sent = train.put, []
+from spin_jax.training import loop
+put, sent = loop.put, []
 def put_and_ask(*arguments):
     sent.append(1)
     if len(sent) == {batch}:
         ask(signal.{signal})
     return put(*arguments)
-train.put = put_and_ask
+loop.put = put_and_ask
 """
 )
-IN_GENERATION = IN_TRAINING.replace("train", "responses").format(batch=2, signal="SIGTERM")
+IN_GENERATION = (
+    IN_TRAINING.replace("training import loop", "generation import engine")
+    .replace("loop.", "engine.")
+    .format(batch=2, signal="SIGTERM")
+)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import jax
 import pytest
 import tiny_files
 
-from spin_jax.self_play import self_play
+from spin_jax.self_play.algorithm import self_play
 
 SCOPES = {"embed", "attention", "mlp", "final_norm", "unembed", "loss", "optimizer"}
 

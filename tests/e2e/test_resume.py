@@ -10,12 +10,13 @@ import pytest
 import tiny_files
 
 import spin_jax
-from spin_jax import lease, slices
 from spin_jax.data.pairs import read_model
+from spin_jax.devices import accelerators
 from spin_jax.errors import UserError
-from spin_jax.report import read_summary
-from spin_jax.run import open_run
-from spin_jax.self_play import self_play
+from spin_jax.reports.summary import read_summary
+from spin_jax.runtime import lease
+from spin_jax.self_play.algorithm import self_play
+from spin_jax.self_play.run import open_run
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_sizes_that_change_no_result_may_change(workdir, tiny_model, tiny_data):
 def test_a_finished_run_is_looked_at_on_devices_that_could_not_make_it(
     finished, workdir, tiny_model, tiny_data, monkeypatch
 ):
-    monkeypatch.setattr(slices, "host_bytes", lambda: 2**20)
+    monkeypatch.setattr(accelerators, "host_bytes", lambda: 2**20)
     assert self_play(finished.config, workdir) == read_summary(workdir)
     config = tiny_files.make_config(tiny_model, tiny_data, {"iterations": 3})
     assert ": too little for" in refusal(config, workdir)

@@ -10,13 +10,14 @@ import pytest
 import tiny_files
 
 import spin_jax
-from spin_jax import models, outlook
+from spin_jax import models
 from spin_jax.data.pairs import read_sampled
 from spin_jax.errors import UserError
-from spin_jax.metrics import read_metrics
-from spin_jax.report import read_summary
-from spin_jax.run import open_run
-from spin_jax.self_play import self_play
+from spin_jax.reports.summary import read_summary
+from spin_jax.runtime.metric_writer import read_metrics
+from spin_jax.self_play import outlook
+from spin_jax.self_play.algorithm import self_play
+from spin_jax.self_play.run import open_run
 
 LEARNED = {"loss", "rewards/real", "rewards/generated", "rewards/margin", "rewards/accuracy", "logps/real"}
 LEARNED |= {"logps/generated", "grad_norm", "learning_rate"}
@@ -104,7 +105,6 @@ def test_a_run_tells_what_it_goes_on_with(finished, tmp_path, gone, position):
     if "to step 3" in gone:
         (tmp_path / "run/iteration_1/checkpoints/3").mkdir(parents=True)
     assert outlook._position(open_run(finished.config, tmp_path / "run")) == position.format(tmp_path / "run")
-
 
 
 def test_workdir_is_laid_out_as_documented(finished):

@@ -10,9 +10,9 @@ import tiny_files
 from etils import epath
 
 from spin_jax.data.sources import Skip
+from spin_jax.data.tokenize import tokenise, tokenise_once
 from spin_jax.errors import UserError
-from spin_jax.run import open_run
-from spin_jax.tokens import tokenise, tokenise_once
+from spin_jax.self_play.run import open_run
 
 
 def open_tiny(model, data, workdir, **changes):

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import tiny_files
 
-from spin_jax.metrics import read_metrics
+from spin_jax.runtime.metric_writer import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = {"train.epochs": 2.0}  # 4 steps, then 8
@@ -26,26 +26,26 @@ TIMED = {"tokens_per_second", "model_tflops_per_second"}
 DIE = "import os, signal\ndef die(number): os.kill(os.getpid(), number)\n"
 
 IN_GENERATION_WITH_A_TORN_FILE = """
-from spin_jax import responses
-write_whole = responses.write_whole
+from spin_jax.generation import response_files
+write_whole = response_files.write_whole
 def write(path, content):
     if path.name == "part-00001.p000.jsonl":
         path.with_name(path.name + ".partial").write_text(content[: len(content) // 2])
         die(signal.SIGKILL)
     write_whole(path, content)
-responses.write_whole = write
+response_files.write_whole = write
 """
 ASKED_IN_GENERATION = """
-from spin_jax import responses
-write_whole = responses.write_whole
+from spin_jax.generation import response_files
+write_whole = response_files.write_whole
 def write(path, content):
     write_whole(path, content)
     if path.name == "part-00001.p000.jsonl":
         die(signal.SIGTERM)
-responses.write_whole = write
+response_files.write_whole = write
 """
 IN_TRAINING = """
-from spin_jax.metrics import MetricsWriter
+from spin_jax.runtime.metric_writer import MetricsWriter
 write_row = MetricsWriter.write
 def write(writer, step, values):
     write_row(writer, step, values)
@@ -54,7 +54,7 @@ def write(writer, step, values):
 MetricsWriter.write = write
 """
 IN_EXPORT = """
-from spin_jax.models import safetensors
+from spin_jax.checkpoints import safetensors
 write_tensors = safetensors.write
 def write(file, shapes, dtype, tensors):
     write_tensors(file, shapes, dtype, tensors)

@@ -9,12 +9,12 @@ import numpy as np
 import padded
 from transformers import AutoTokenizer
 
-from spin_jax import models
-from spin_jax.batches import Packing, plan_training, spin_batch
-from spin_jax.data.chat import chat_format
+from spin_jax import checkpoints
+from spin_jax.data.chat_format import chat_format
+from spin_jax.data.packing import Packing, plan_training, spin_batch
 from spin_jax.data.pairs import Pair
 from spin_jax.models import Compute
-from spin_jax.step import pair_logprobs
+from spin_jax.objectives.logprobs import pair_logprobs
 
 COMPUTE = Compute(remat="full")
 WEIGHTS_P2 = np.array([[1.0, -1.0], [0.5, 2.0], [-1.5, 0.25]], np.float32)
@@ -33,7 +33,7 @@ def real_pairs(assets, smollm2) -> list[Pair]:
 
 
 def test_logprobs_and_gradients_are_those_of_padded_rows(assets, smollm2):
-    config, params = models.load(smollm2)
+    config, params = checkpoints.load(smollm2)
     pairs = real_pairs(assets, smollm2)
     plan = plan_training(pairs, np.arange(3)[None], Packing(1, 16, 512))
     (rows,), (shape,) = plan.batches, plan.shapes

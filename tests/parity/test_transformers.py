@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import models
+from spin_jax import checkpoints, models
 from spin_jax.models.config import LinearRopeScaling
 
 torch = pytest.importorskip("torch")
@@ -48,7 +48,7 @@ def pair(request, tmp_path_factory):
         weight.data = (1 if "norm" in name else 0) + 0.3 * torch.randn(weight.shape)
     directory = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(directory)
-    return theirs, directory, *models.load(directory)
+    return theirs, directory, *checkpoints.load(directory)
 
 
 def rows(vocab_size: int, length: int = 60) -> np.ndarray:
@@ -89,7 +89,7 @@ def test_gradients(pair):
         return jnp.mean(jnp.take_along_axis(logps, tokens_BT[:, 1:, None], axis=-1))
 
     gradients = jax.grad(loss)(params)
-    models.save(directory / "gradients", config, gradients, dtype=jnp.float32)
+    checkpoints.save(directory / "gradients", config, gradients, dtype=jnp.float32)
     from safetensors.numpy import load_file
 
     actual = load_file(directory / "gradients" / "model.safetensors")
@@ -102,7 +102,7 @@ def test_saved_models_load_in_transformers(pair, tmp_path):
     theirs, directory, config, params = pair
     tokens_BT = rows(config.vocab_size)
     for name, source in (("fresh", None), ("sourced", directory)):
-        models.save(tmp_path / name, config, params, source=source, dtype=jnp.float32, max_shard_bytes=100_000)
+        checkpoints.save(tmp_path / name, config, params, source=source, dtype=jnp.float32, max_shard_bytes=100_000)
         loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
         assert type(loaded) is type(theirs) and loaded.dtype == torch.float32
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -114,7 +114,7 @@ def test_linear_scaling_set_by_us_is_read_by_them(tmp_path):
     config = models.ModelConfig.from_huggingface(CONFIGS["llama2"].to_dict(), "x")
     config = dataclasses.replace(config, rope_scaling=LinearRopeScaling(3.0))
     params = models.init_params(config, jax.random.key(0))
-    models.save(tmp_path, config, params, dtype=jnp.float32)
+    checkpoints.save(tmp_path, config, params, dtype=jnp.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     tokens_BT = rows(config.vocab_size)
     assert_close(our_logits(config, params, tokens_BT), their_logits(theirs, tokens_BT))
@@ -122,12 +122,12 @@ def test_linear_scaling_set_by_us_is_read_by_them(tmp_path):
 
 @pytest.mark.parametrize("as_mistral", [False, True])
 def test_smollm2_logits(smollm2, as_mistral, tmp_path):
-    config, params = models.load(smollm2)
+    config, params = checkpoints.load(smollm2)
     cls = transformers.LlamaForCausalLM
     if as_mistral:
         config = dataclasses.replace(config, model_type="mistral", sliding_window=16)
         cls = transformers.MistralForCausalLM
-    models.save(tmp_path, config, params, source=smollm2)
+    checkpoints.save(tmp_path, config, params, source=smollm2)
     theirs = cls.from_pretrained(tmp_path, dtype=torch.float32)
     # Real text: on random tokens under a window this model is so ill-conditioned that transformers' own f32 logits are
     # 4e-5 of their range away from its f64 ones (2e-5 here, 1e-6 without a window).
@@ -138,7 +138,7 @@ def test_smollm2_logits(smollm2, as_mistral, tmp_path):
 
 def test_greedy_decoding_with_our_cache_is_theirs_with_theirs(assets):
     directory = assets / "models" / "stories260k-hf"
-    config, params = models.load(directory)
+    config, params = checkpoints.load(directory)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
     prompt_BT = np.asarray([[1, 403, 407, 261, 378]], np.int32)
     expected = theirs.generate(torch.from_numpy(prompt_BT).long(), max_new_tokens=60, do_sample=False)[0].tolist()

@@ -1,0 +1,163 @@
+"""Orbax checkpoints of the training state within an iteration."""
+
+import contextlib
+import functools
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from spin_jax.runtime import multihost
+from spin_jax.runtime.files import first_line, writing
+from spin_jax.runtime.out_of_memory import is_exhausted
+
+KEEP = 2  # the newest, and the one before it, which takes its place where the newest cannot be read
+
+_LOG = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one training stage, under `directory` (local or gs://). All processes call every method: each
+    writes and reads the shards of its own devices.
+
+    Saving is asynchronous: the step goes on while the arrays travel. A checkpoint that was not finished is never
+    listed. Each has the checksum of its state, since what Orbax reads back need not be what it wrote.
+
+    Raises:
+        UserError: the disk is full, or `directory` cannot be written; of a save, by whichever call waits for it.
+    """
+
+    def __init__(self, directory: epath.PathLike):
+        self._directory = epath.Path(directory)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_news)
+        warnings.filterwarnings("ignore", "coroutine 'Store", RuntimeWarning)  # what a damaged checkpoint leaves behind
+        with self._writing():
+            multihost.on_first(lambda: self._directory.mkdir(parents=True, exist_ok=True))
+            self._checkpointer = ocp.training.Checkpointer(
+                self._directory,
+                preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
+                cleanup_tmp_directories=True,
+            )
+
+    def latest_step(self) -> int | None:
+        """The newest finished checkpoint's step, or None; as the first process sees it."""
+        latest = self._checkpointer.latest
+        return multihost.on_first(lambda: None if latest is None else latest.step)
+
+    def restore_newest(self, state):
+        """(state, step) of the newest checkpoint that can be read, or (`state`, 0). Those that cannot are set aside.
+
+        `state`: a tree of arrays, whose shardings may differ from those it was saved with.
+        """
+        while (step := self.latest_step()) is not None:
+            restored, why = self.read(step, state)
+            if not (reasons := list(filter(None, multihost.gather(why)))):
+                return restored, step
+            self._set_aside(step, reasons[0])
+        return state, 0
+
+    def read(self, step: int, state) -> tuple[object, str | None]:
+        """(the state, None), or (None, why it cannot be read)."""
+        abstract = abstract_like({"state": state, "checksum": checksum(state)})
+        try:
+            saved = self._checkpointer.load(step, abstract)
+        except Exception as error:  # Orbax, tensorstore and zstd raise what they like
+            if is_exhausted(error):
+                raise
+            return None, first_line(_root_of(error))
+        sound = int(checksum(saved["state"])) == int(saved["checksum"])
+        return (saved["state"], None) if sound else (None, "its checksum is another")
+
+    def _set_aside(self, step: int, why: str) -> None:
+        damaged = self._directory / str(step)
+        aside = damaged_of(self._directory) / str(step)
+
+        def move() -> None:
+            with writing(aside):
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                aside.rmtree(missing_ok=True)
+                damaged.rename(aside)
+
+        multihost.on_first(move)
+        self._checkpointer.reload()
+        before = self.latest_step()
+        _LOG.warning(
+            "%s is damaged (%s): set aside as %s; the stage goes on from %s",
+            *(damaged, why, aside, "its start" if before is None else f"step {before}"),
+        )
+
+    def save(self, step: int, state, *, wait: bool = False) -> None:
+        """Save `state` as `step`; with `wait`, return only when it is whole on disk. A step that is saved already is
+        left as it is."""
+        with self._writing():
+            if self.latest_step() == step:
+                self._checkpointer.wait()
+                return
+            if self._checkpointer.is_saving_in_progress():
+                self._checkpointer.wait()
+            self._checkpointer.save_async(step, {"state": state, "checksum": checksum(state)}, force=True)
+            if wait:
+                self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Wait for what is being saved."""
+        with self._writing():
+            self._checkpointer.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        # On an error too: whoever tries again in this process must not meet a save that is still on its way.
+        self.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """`files.writing`, without what tensorstore prints of writes that a failed one has left behind."""
+        before = sys.unraisablehook
+        sys.unraisablehook = lambda unraisable: "loop is closed" in str(unraisable.exc_value) or before(unraisable)
+        try:
+            with writing(self._directory):
+                yield
+        finally:
+            sys.unraisablehook = before
+
+
+def damaged_of(directory: epath.Path) -> epath.Path:
+    """Where the damaged ones of the checkpoints in `directory` are put."""
+    return directory.with_name(f"{directory.name}_damaged")
+
+
+@jax.jit
+def checksum(state) -> jax.Array:
+    """The sum of all bits of a tree of arrays, as uint32: whatever their shardings, another one if a bit is flipped."""
+
+    def bits(x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+        unsigned = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        return jnp.sum(unsigned, dtype=jnp.uint32)
+
+    return functools.reduce(jnp.add, map(bits, jax.tree.leaves(state)))
+
+
+def abstract_like(state):
+    """The shapes, dtypes and shardings of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def _root_of(error: BaseException) -> BaseException:
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return error
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax and tensorstore log an error in each of their threads, tasks and futures, and raise it besides."""
+    text = record.pathname + record.getMessage()
+    return not any(name in text for name in ("orbax", "tensorstore"))

@@ -1,0 +1,255 @@
+"""Pairs of token ids to batches: which pairs a step takes, how they share rows, what they cost."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from spin_jax.data.batch import HostBatch, Rows, Shape, empty_batch
+from spin_jax.data.bin_packing import Packed, best_fit, few_lengths, pack, round_up
+from spin_jax.data.pairs import Pair
+from spin_jax.devices import sharding
+from spin_jax.models import ModelConfig, flops_per_token, unembed_flops
+
+# ---- packing
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How batches are cut into rows.
+
+    Attributes:
+        ways: the number of rows is a multiple: devices that split them, times micro-batches.
+        multiple: tokens that a row's length is a multiple of.
+        row_length: tokens that rows have at most, on average; where a pair is longer, as many as it has.
+        shapes: that the batches of a stage have at most; each is a program to compile.
+    """
+
+    ways: int
+    multiple: int
+    row_length: int
+    shapes: int = 3
+
+    def rows(self, sizes: np.ndarray) -> int:
+        """The number of rows, one for all batches, that needs the fewest slots (rows times their length, summed over
+        the batches); of equals the smallest.
+
+        Rows are no longer than `row_length` on average, or than the longest pair. And no batch takes more slots than a
+        row for each pair would, as long as the longest pair: the bound that the compile check compiles.
+
+        Args:
+            sizes: slots of each pair, int [batches, pairs].
+        """
+        longest, pairs = sizes.max(), sizes.shape[1]
+        fewest = max(1, round(sizes.sum(axis=1).mean() / max(self.row_length, longest) / self.ways))
+        most = max(fewest, math.ceil(pairs / self.ways))
+        bound = most * self.ways * round_up(longest, self.multiple)
+        best, best_slots = most * self.ways, math.inf
+        for rows in range(fewest * self.ways, most * self.ways + 1, self.ways):
+            shortest = np.maximum(sizes.max(axis=1), sizes.sum(axis=1) / rows)
+            if rows * (np.ceil(shortest / self.multiple) * self.multiple).sum() >= best_slots:
+                continue  # not even perfect packing would help
+            lengths = [pack(batch, rows, self.multiple).length for batch in sizes.tolist()]
+            taken = rows * sum(few_lengths(lengths, self.shapes))
+            if rows * max(lengths) <= bound and taken < best_slots:
+                best, best_slots = rows, taken
+        return best
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The batches of a stage: which pairs share a row, and the shape of each batch.
+
+    Attributes:
+        batches: for each batch, for each row, the numbers of its pairs.
+        shapes: of the batches, few of them different; those of one length are of one shape.
+        fill: share of all slots that is not padding.
+        saved: slots of a row for each response, padded to the longest of its batch, over the slots of the plan.
+    """
+
+    batches: list[list[list[int]]]
+    shapes: list[Shape]
+    fill: float
+    saved: float
+
+    def __str__(self) -> str:
+        programs = sorted(set(self.shapes))
+        lengths = ", ".join(str(shape.length) for shape in programs)
+        return (
+            f"{len(self.batches)} batches of {programs[0].rows} rows of {lengths} tokens, {self.fill:.1%} full: "
+            f"{self.saved:.1f} times fewer slots than a padded row for each response"
+        )
+
+
+def plan_training(pairs: Sequence[Pair], order: np.ndarray, packing: Packing) -> Plan:
+    """Batch after batch of `order` [steps, batch_size], in rows of the lengths that need the fewest slots in all.
+
+    The number of rows is the same in all batches, so that the programs differ in the rows' length alone.
+    """
+    sizes = np.array([slots(pair) for pair in pairs])
+    rows = packing.rows(sizes[order])
+    packed = [pack(sizes[chosen].tolist(), rows, packing.multiple) for chosen in order]
+    lengths = few_lengths([length for length, _ in packed], packing.shapes)
+    batches = [
+        Packed(length, [[int(chosen[i]) for i in row] for row in in_rows])
+        for chosen, length, (_, in_rows) in zip(order, lengths, packed, strict=True)
+    ]
+    return _plan(pairs, batches, packing)
+
+
+def plan_scoring(pairs: Sequence[Pair], at_a_time: int, packing: Packing) -> Plan:
+    """All pairs, about `at_a_time` a batch, in whatever order fills rows of one length best: one program."""
+    sizes = [slots(pair) for pair in pairs]
+    length = round_up(max(packing.row_length, *sizes), packing.multiple)
+    in_rows = best_fit(sizes, length)
+    batches = math.ceil(len(pairs) / at_a_time)
+    rows = round_up(len(in_rows) / batches, packing.ways)
+    batches = [in_rows[i : i + rows] for i in range(0, len(in_rows), rows)]
+    batches[-1] += [[] for _ in range(rows - len(batches[-1]))]
+    return _plan(pairs, [Packed(length, batch) for batch in batches], packing)
+
+
+def _plan(pairs: Sequence[Pair], batches: Sequence[Packed], packing: Packing) -> Plan:
+    """Sizes that hold any of the batches, by their lengths."""
+    targets: dict[int, int] = {}
+    used = padded = total = 0
+    for length, rows in batches:
+        targets_of_rows = [sum(len(pairs[i].real) + len(pairs[i].generated) for i in row) for row in rows]
+        targets[length] = max(targets.get(length, 1), *targets_of_rows)
+        chosen = [pairs[i] for i in itertools.chain(*rows)]
+        used += sum(slots(pair) for pair in chosen)
+        total += len(rows) * length
+        padded += _padded_slots(chosen, packing.multiple)
+    most = max(len(row) for _, rows in batches for row in rows)
+    shapes = [Shape(len(rows), length, round_up(targets[length], packing.multiple), most) for length, rows in batches]
+    return Plan([rows for _, rows in batches], shapes, used / total, padded / total)
+
+
+def slots(pair: Pair) -> int:
+    """Tokens that a pair takes in a row: its prompt once, and its responses without their last tokens, which predict
+    nothing."""
+    return len(pair.prompt) + max(len(pair.real) - 1, 0) + max(len(pair.generated) - 1, 0)
+
+
+def _padded_slots(pairs: Sequence[Pair], multiple: int) -> int:
+    """What the same pairs take where each response is a row of its own behind a copy of its prompt."""
+    lengths = [
+        len(pair.prompt) + len(response) for pair in pairs for response in (pair.real, pair.generated) if len(response)
+    ]
+    return len(lengths) * round_up(max(lengths), multiple)
+
+
+# ---- layout
+
+
+def spin_batch(
+    model: ModelConfig,
+    pairs: Sequence[Pair],
+    rows: Sequence[Sequence[int]],
+    shape: Shape,
+    opponent_logps: np.ndarray | None = None,
+) -> HostBatch:
+    """Those of `pairs` that `rows` names, for `spin.spin_objective`.
+
+    Args:
+        opponent_logps: log p_t of the real and generated responses, [pairs of the batch, 2], row after row; None gives
+            NaN, where nobody reads them.
+    """
+    chosen = [pairs[i] for i in itertools.chain(*rows)]
+    facts = {
+        "lengths/real": float(np.mean([len(pair.real) for pair in chosen])),
+        "lengths/generated": float(np.mean([len(pair.generated) for pair in chosen])),
+        "cut/real": float(np.mean([pair.real_cut for pair in chosen])),
+        "cut/generated": float(np.mean([pair.generated_cut for pair in chosen])),
+    }
+    batch = _host_batch(model, pairs, rows, shape, 1 / len(chosen), facts)
+    batch.arrays.opponent_logps_BP2[:] = np.nan if opponent_logps is None else 0
+    if opponent_logps is not None:
+        batch.arrays.opponent_logps_BP2[_places(rows)] = opponent_logps
+    return batch
+
+
+def of_pairs(x_BP: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """What a program gives for each place of a batch, [B, P, ...], of its pairs alone: [pairs, ...], row after row."""
+    return x_BP[_places(rows)]
+
+
+def _places(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(row, place in it) of each pair of a batch, row after row."""
+    places = [(row, place) for row, numbers in enumerate(rows) for place in range(len(numbers))]
+    return tuple(np.array(places).T)
+
+
+def sft_batch(model: ModelConfig, pairs: Sequence[Pair], rows: Sequence[Sequence[int]], shape: Shape) -> HostBatch:
+    """Those of `pairs` that `rows` names, without generated responses, for `sft.sft_objective`."""
+    lengths = [len(pairs[i].real) for i in itertools.chain(*rows)]
+    return _host_batch(model, pairs, rows, shape, 1 / sum(lengths), {"lengths/real": float(np.mean(lengths))})
+
+
+def _host_batch(
+    model: ModelConfig,
+    pairs: Sequence[Pair],
+    rows: Sequence[Sequence[int]],
+    shape: Shape,
+    weight: float,
+    facts: dict[str, float],
+) -> HostBatch:
+    arrays = empty_batch(shape)
+    for row, numbers in enumerate(rows):
+        slot = target = 0
+        for place, number in enumerate(numbers):
+            slot, target = _write(arrays.rows, pairs[number], row, place, slot, target)
+            arrays.weights_BP[row, place] = weight
+    chosen = [pairs[i] for i in itertools.chain(*rows)]
+    tokens = sum(slots(pair) for pair in chosen)
+    return HostBatch(
+        arrays,
+        np.array([pair.row for pair in chosen]),
+        facts | {"fill": tokens / arrays.rows.tokens_BT.size},
+        tokens,
+        sum(forward_flops(model, pair) for pair in chosen),
+    )
+
+
+def _write(rows: Rows, pair: Pair, row: int, place: int, slot: int, target: int) -> tuple[int, int]:
+    """Writes a pair into its row from `slot` and `target` on; returns where the next one goes."""
+    prompt, end = len(pair.prompt), slot + slots(pair)
+    rows.tokens_BT[row, slot : slot + prompt] = pair.prompt
+    rows.positions_BT[row, slot : slot + prompt] = np.arange(prompt)
+    rows.ends_BT[row, slot:end] = end
+    last_of_prompt, at = slot + prompt - 1, slot + prompt
+    for which, response in enumerate((pair.real, pair.generated)):
+        inputs = max(len(response) - 1, 0)
+        rows.tokens_BT[row, at : at + inputs] = response[:-1]
+        rows.positions_BT[row, at : at + inputs] = prompt + np.arange(inputs)
+        rows.ends_BT[row, at : at + inputs] = at + inputs
+        those = slice(target, target + len(response))
+        rows.sources_BR[row, those] = np.r_[last_of_prompt, at : at + inputs][: len(response)]
+        rows.targets_BR[row, those] = response
+        rows.owners_BR[row, those] = 2 * place + which
+        at, target = at + inputs, target + len(response)
+    return end, target
+
+
+def forward_flops(model: ModelConfig, pair: Pair) -> float:
+    """Matmul FLOPs of a forward pass over a pair, whose prompt is read once. With a sliding window a token counts the
+    keys inside it."""
+    window = model.sliding_window or math.inf
+    prompt, tokens, seen = len(pair.prompt), 0, 0.0
+    spans = [(0, prompt)] + [(prompt, prompt + max(len(y) - 1, 0)) for y in (pair.real, pair.generated)]
+    for first, end in spans:
+        tokens += end - first
+        seen += float(np.minimum(np.arange(first + 1, end + 1), window).sum())
+    targets = len(pair.real) + len(pair.generated)
+    return tokens * flops_per_token(model, seen / tokens) + targets * unembed_flops(model)
+
+
+def make_packing(settings: ConfigDict, mesh: Mesh, micro_batches: int = 1) -> Packing:
+    """How `config.train` says that pairs are packed into rows on a mesh. For training `micro_batches` are those of the
+    config; scoring keeps nothing for a backward pass, and takes a micro-batch's pairs at a time."""
+    ways = sharding.ways(mesh, "rows") * micro_batches
+    return Packing(ways, settings.length_multiple, settings.row_length, settings.row_shapes)

@@ -1,0 +1,1 @@
+"""The devices: what they are, how arrays lie on them, what their compilers are told."""

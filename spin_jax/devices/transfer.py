@@ -1,0 +1,22 @@
+"""Host arrays to the devices of a mesh and back, over one process or several."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def put(arrays, sharding: jax.sharding.Sharding):
+    """A tree of host arrays that all processes have, on the devices: a process sends its own devices their rows."""
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)
+
+
+def everywhere(value: object, mesh: Mesh) -> jax.Array:
+    """A scalar on all devices of a mesh."""
+    return put(np.asarray(value), NamedSharding(mesh, PartitionSpec()))
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole of a small array that is split over a mesh, on every process."""
+    if not array.is_fully_addressable:
+        array = jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+    return np.asarray(array)

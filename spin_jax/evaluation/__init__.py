@@ -1,0 +1,1 @@
+"""Scoring: log-probs of responses, and what is computed from them."""

@@ -1,0 +1,1 @@
+"""Sampling: one token, the decode loop, the engine, files of prompts."""

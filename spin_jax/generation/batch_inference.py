@@ -1,0 +1,170 @@
+"""Sampling alone: a file of prompts in, a file of answers out, from any model that a run can start from or has made.
+
+    OUT                          a line a response, in the prompts' order, when all are there
+    OUT.parts/settings.json      what decides a response; parts of other settings are refused, never mixed in
+    OUT.parts/lease.json         whose they are, while responses are drawn
+    OUT.parts/part-*.jsonl       responses as they end, process by process, until OUT is there
+
+A line of OUT has `prompt` (text, or turns where the prompts file has turns), `response` (text, without a stop string),
+`tokens` (how many were sampled, with the one that ends the response), `logp` (the sum of the model's log-probs of them,
+in nats) and `cut` (whether it was cut at `config.generate.max_new_tokens`). The response to a row is that of a run's
+iteration 0 to the same row: a function of (weights, seed, row) alone, and with `config.generate.responses` of which of
+them it is.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from spin_jax import checkpoints, models, sizing
+from spin_jax import config as config_lib
+from spin_jax.config.schema import FIELDS
+from spin_jax.data.chat_format import ChatFormat
+from spin_jax.data.sources import Message, as_messages, load_prompts
+from spin_jax.data.tokenize import ask
+from spin_jax.devices.accelerators import check_slice
+from spin_jax.errors import UserError
+from spin_jax.generation import programs
+from spin_jax.generation.engine import generate, warn_if_endless
+from spin_jax.generation.response_files import Prompt, Response, note_settings
+from spin_jax.generation.stop_strings import stop_table
+from spin_jax.language_model import Player, open_player
+from spin_jax.runtime import compilation_cache, multihost, out_of_memory
+from spin_jax.runtime.files import expand, is_remote, write_whole
+from spin_jax.runtime.lease import held
+from spin_jax.runtime.multihost import check_alike, check_shared
+
+_LOG = logging.getLogger(__name__)
+
+
+def answer(config: ConfigDict, out: epath.PathLike) -> None:
+    """Sample a response to each prompt of `config.data.train` from the model at `config.model.path`, into `out`.
+
+    Read are `config.seed` and all of `config.model`, `config.generate`, `config.mesh` and `config.data`, but for the
+    rows to draw and to hold out: every prompt is answered.
+
+    Raises:
+        UserError: one line for whatever is wrong, found before weights are loaded unless it is in their files.
+        Stopped: one of several processes was asked to; the same call goes on.
+    """
+    config_lib.validate(config)
+    check_alike(config)
+    multihost.on_first(lambda: check_slice(config, jax.devices()))
+    data, out = config.data, expand(out)
+    out = out if is_remote(out) else out.absolute()
+    parts = out.with_name(f"{out.name}.parts")
+    compilation_cache.keep(out)
+    multihost.on_first(lambda: _check_free(out))
+    prompts = multihost.on_first(lambda: load_prompts(data.train, split=data.split, layout=data.layout, turn=data.turn))
+    described = multihost.on_each(lambda: checkpoints.describe(config.model.path, config.model.revision or None))
+    chosen = multihost.on_first(lambda: sizing.choose(config, described, jax.devices(), run=False))
+    multihost.on_first(lambda: sizing.check_memory(chosen, described, jax.devices(), trains=False, run=False))
+    _answer(chosen, out, parts, prompts)
+
+
+@out_of_memory.tells("generate", out_of_memory.for_sampling)
+def _answer(
+    config: ConfigDict, out: epath.Path, parts: epath.Path, prompts: Sequence[str | list[Message]] | None
+) -> None:
+    player, data = open_player(config, config.model.path), config.data
+    there, dtype = sizing.describe(jax.devices()), np.dtype(player.decode.dtype).name
+    _LOG.info("%s: %s; computes in %s, %d slots", there, player.source, dtype, config.generate.batch_size)
+    tokens = multihost.on_first(lambda: _tokenise(player.chat, prompts, data))
+    asked = [Prompt(row, ids, n) for row, ids in enumerate(tokens) for n in range(config.generate.responses)]
+    with held(parts, f"--out={out}"):
+        check_shared(parts)
+        multihost.on_first(lambda: _check_free(out))  # another call may have ended in the meantime
+        multihost.on_first(lambda: note_settings(parts, _settings(config, player, tokens)))
+        codec = player.chat.codec
+        stops_SV = stop_table(codec.tokenizer, config.generate.stop_strings, player.model.vocab_size, codec.silent)
+        # Laid out here already, so that what was loaded is let go where that is another copy.
+        sampler = programs.make_sampler(player.model, config.generate, player.chat.stop_ids, player.decode, stops_SV)
+        responses = generate(
+            sampler,
+            multihost.on_each(lambda: sampler.laid_out(_load_params(player))),
+            asked,
+            config.generate,
+            seed=config.seed,
+            iteration=0,
+            mesh=player.decode.mesh,
+            directory=parts,
+        )
+        of_each = [prompts[prompt.row] for prompt in asked]
+        multihost.on_first(lambda: _finish(out, parts, player.chat, config.generate.stop_strings, of_each, responses))
+        multihost.on_first(lambda: warn_if_endless(responses, config.generate))
+
+
+def _check_free(out: epath.Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} is there already: delete it, or name another file to write")
+
+
+def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: ConfigDict) -> list[np.ndarray]:
+    """What the model is asked with; a prompt over the budget keeps its end, unless `config.data.long_prompts` says that
+    there shall be none."""
+    asked, longest = ask(chat, list(map(as_messages, prompts)), f"{data.train} row "), data.max_prompt_length
+    if too_long := [row for row, tokens in enumerate(asked) if len(tokens) > longest]:
+        what = f"{len(too_long):,} of {len(asked):,} prompts are longer than --config.data.max_prompt_length={longest}"
+        if data.long_prompts == "skip":
+            raise UserError(
+                f"{data.train}: {what}, the first in row {too_long[0]}: raise it, or cut their beginnings with "
+                "--config.data.long_prompts=keep_end"
+            )
+        _LOG.warning("%s: %s and asked without their beginning", data.train, what)
+    return [tokens[-longest:] for tokens in asked]
+
+
+def _settings(config: ConfigDict, player: Player, tokens: Sequence[np.ndarray]) -> dict[str, object]:
+    """What decides a response, by the name that a refusal gives it."""
+    fields = config_lib.flatten(config)
+    decoding = {f"--config.{name}": fields[name] for name, field in FIELDS.items() if field.decodes}
+    decoding["--config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
+    model = checkpoints.fingerprint(player.source) | {"stop ids": list(player.chat.stop_ids)}
+    decoding |= {f"model ({part})": content for part, content in model.items()}
+    return decoding | {
+        "--config.seed": config.seed,
+        "--config.model.compute_dtype": str(np.dtype(player.decode.dtype)),
+        "list of prompts": _digest([ids.tolist() for ids in tokens]),
+    }
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _load_params(player: Player) -> dict:
+    """In the compute dtype, laid out for sampling: there is no f32 copy, as training has one."""
+    shardings = models.param_shardings(player.decode.mesh, player.model)
+    return checkpoints.load(player.source, dtype=player.decode.dtype, shardings=shardings)[1]
+
+
+def _finish(
+    out: epath.Path,
+    parts: epath.Path,
+    chat: ChatFormat,
+    stop_strings: Sequence[str],
+    prompts: Sequence[str | list[Message]],
+    responses: Sequence[Response],
+) -> None:
+    """`out`, which takes the place of the parts; `prompts` has one for each response."""
+    texts = [chat.codec.decode(response.tokens) for response in responses]
+    before = [min((text.find(stop) for stop in stop_strings if stop in text), default=None) for text in texts]
+    lines = [
+        {
+            "prompt": prompt,
+            "response": text[:end],
+            "tokens": len(response.tokens),
+            "logp": round(float(response.logprobs.sum(dtype=np.float64)), 4),
+            "cut": not response.finished and end is None,
+        }
+        for prompt, text, end, response in zip(prompts, texts, before, responses, strict=True)
+    ]
+    write_whole(out, "".join(json.dumps(line) + "\n" for line in lines))
+    parts.rmtree()
+    _LOG.info("%s: %d answers, %d of them cut", out, len(lines), sum(line["cut"] for line in lines))

@@ -1,0 +1,128 @@
+"""Responses on disk: parts that are written as responses end, and what decides them."""
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from spin_jax.errors import UserError
+from spin_jax.runtime import multihost
+from spin_jax.runtime.files import find, reading, write_whole
+
+SETTINGS = "settings.json"  # beside the parts: what decides them
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer: its row number in the data set, its token ids, and which of its responses is asked for."""
+
+    row: int
+    tokens: np.ndarray
+    number: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """A sampled response.
+
+    Attributes:
+        row: the prompt's.
+        number: which of the prompt's responses it is.
+        tokens: ids, a stop id last if it is `finished`; else it was cut at the cap, or by a stop string, whose last
+            token is there.
+        logprobs: f32, log p of each token under the model as it is, whatever temperature and cuts it was drawn with.
+    """
+
+    row: int
+    number: int
+    tokens: np.ndarray
+    finished: bool
+    logprobs: np.ndarray
+
+
+# ---- parts on disk
+
+
+def note_settings(directory: epath.Path, settings: Mapping[str, object]) -> None:
+    """Note beside the parts to come what decides them, by the name that a refusal gives it.
+
+    Raises:
+        UserError: there are parts of other settings, or nothing can be written.
+    """
+    noted, before = directory / SETTINGS, {}
+    if noted.exists():
+        with reading(noted, f"delete {directory}, whose responses could be of other settings"):
+            before = dict(json.loads(noted.read_text()))
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    if before and changed and _part_files(directory):
+        raise UserError(
+            f"{directory} holds responses of another {', '.join(changed)}: delete it, or go on as {SETTINGS} in it says"
+        )
+    write_whole(noted, json.dumps(settings, indent=1) + "\n")
+
+
+def forget_parts(directory: epath.Path) -> None:
+    """When all responses are in a file of their own."""
+    for file in (*_part_files(directory), directory / SETTINGS):
+        file.unlink(missing_ok=True)
+
+
+class Parts:
+    """The part files that this process writes, numbered on from those that are there.
+
+    Attributes:
+        written: their names.
+    """
+
+    def __init__(self, directory: epath.Path | None):
+        self.written: list[str] = []
+        self._directory = directory
+        self._next = multihost.on_first(lambda: 1 + max(map(_part_number, _part_files(directory)), default=-1))
+
+    def write(self, responses: Sequence[Response]) -> None:
+        """A part with these responses, whole or not at all."""
+        if self._directory and responses:
+            self.written.append(f"part-{self._next:05d}.p{jax.process_index():03d}.jsonl")
+            write_whole(self._directory / self.written[-1], "".join(_to_json(one) + "\n" for one in responses))
+            self._next += 1
+
+
+def _part_files(directory: epath.Path | None) -> list[epath.Path]:
+    return find(directory, "part-[0-9]*.jsonl") if directory else []
+
+
+def _part_number(part: epath.Path) -> int:
+    return int(re.match(r"part-(\d+)", part.name)[1])
+
+
+def read_parts(directory: epath.Path, names: Sequence[str] | None = None) -> dict[tuple[int, int], Response]:
+    """The responses in `names`, or in all parts there are, by row and number. A part that cannot be read is left out,
+    and its responses are drawn again."""
+    parts = _part_files(directory) if names is None else [directory / name for name in names]
+    answers = {}
+    for part in parts:
+        try:
+            read = [_from_json(line) for line in part.read_text().splitlines()]
+        except (ValueError, KeyError, TypeError):
+            _LOG.warning("%s is damaged: its responses are drawn again", part)
+            continue
+        answers |= {(answer.row, answer.number): answer for answer in read}
+    return answers
+
+
+def _to_json(response: Response) -> str:
+    fields = dataclasses.asdict(response)
+    return json.dumps(fields | {"tokens": response.tokens.tolist(), "logprobs": response.logprobs.tolist()})
+
+
+def _from_json(line: str) -> Response:
+    fields = json.loads(line)
+    tokens, logprobs = np.array(fields["tokens"], np.int32), np.array(fields["logprobs"], np.float32)
+    return Response(**fields | {"tokens": tokens, "logprobs": logprobs})

@@ -1,0 +1,1 @@
+"""Attention by tiles: which tiles, and the kernel of each platform."""

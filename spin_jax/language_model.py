@@ -1,0 +1,57 @@
+"""A model opened: its description, its tokenizer, and how it computes on both meshes; without its weights."""
+
+import logging
+from typing import NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from spin_jax import checkpoints, models
+from spin_jax.data.chat_format import ChatFormat, load_chat
+from spin_jax.devices import sharding
+from spin_jax.models import execution
+from spin_jax.runtime import multihost
+
+_LOG = logging.getLogger(__name__)
+
+
+class Player(NamedTuple):
+    """A model in the hands of a config, without its weights."""
+
+    source: epath.Path  # its directory, with its tokenizer
+    model: models.ModelConfig
+    chat: ChatFormat
+    compute: models.Compute  # on the training mesh
+    decode: models.Compute  # on the decode mesh
+
+
+def open_player(config: ConfigDict, path: str) -> Player:
+    """The model at `path`, a directory or Hub id, and how it computes on the devices that there are; the config is one
+    of `sizing.choose`.
+
+    Raises:
+        UserError: it is not there or not supported, has no usable tokenizer, or cannot sample on these devices.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    source = multihost.on_each(lambda: epath.Path(checkpoints.resolve(path, config.model.revision or None)))
+    model = multihost.on_each(lambda: checkpoints.read_config(source))
+    compute = execution.make_compute(config.model, model, mesh)
+    decode = execution.make_decode_compute(config, model, compute)
+    sharding.check_batch(decode.mesh, "--config.generate.batch_size", config.generate.batch_size)
+    models.param_shardings(decode.mesh, model)
+    chat = multihost.on_each(
+        lambda: load_chat(
+            source,
+            config.data.template,
+            parse_special_tokens=config.data.parse_special_tokens,
+            vocab_size=model.vocab_size,
+        )
+    )
+    settings = config.generate
+    if settings.responses > 1 and (settings.temperature == 0 or settings.top_k == 1):
+        _LOG.warning(
+            "--config.generate.responses=%d, but sampling is greedy: the responses to a prompt are all the same; set "
+            "--config.generate.temperature=1.0, or --config.generate.responses=1",
+            settings.responses,
+        )
+    return Player(source, model, chat, compute, decode)

@@ -1,0 +1,121 @@
+"""How a model is computed: precision, kernels, what is kept for the backward pass, where arrays lie.
+
+None of it changes the result but by rounding.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from spin_jax.devices import sharding
+from spin_jax.devices.compiler_options import compute_dtype
+from spin_jax.kernels.block_mask import RESIDUALS
+from spin_jax.kernels.flash_cpu import kept_bits
+from spin_jax.models.attention import Kernel, choose_kernel
+from spin_jax.models.config import ModelConfig
+
+# Arrays of a layer that a remat policy may keep, by name.
+INPUT, QKV, ATTENDED, GATE, UP = "input", "qkv", "attended", "gate", "up"
+
+_save = functools.partial(jax.checkpoint_policies.save_only_these_names, INPUT)
+# What the backward pass finds in memory; the rest of a layer is computed again. In brackets: numbers a token and layer.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    # Every intermediate: no second forward pass.
+    "none": None,
+    # The layer's input alone [D]: a second forward pass, but for its last matmul.
+    "full": _save(),
+    # Rotated queries and keys, and values [+ (N + 2K) H]: spares their projections.
+    "qkv": _save(QKV),
+    # And the attention kernel's result, and the residual stream after it [+ N H + D]: spares the kernel's second
+    # forward run and the output projection.
+    "attention": _save(QKV, RESIDUALS, ATTENDED),
+    # And the MLP's gate [+ F], and both its halves [+ 2F]: each spares one of the three large matmuls.
+    "gate": _save(QKV, RESIDUALS, ATTENDED, GATE),
+    "mlp": _save(QKV, RESIDUALS, ATTENDED, GATE, UP),
+    # All of that but the kernel's result: every matmul is spared [(N + 2K) H + 2D + 2F].
+    "projections": _save(QKV, ATTENDED, GATE, UP),
+}
+
+
+def kept_numbers(config: ModelConfig, remat: str, lanes: int = 1) -> int:
+    """Numbers a token and layer that a policy keeps: those in brackets above, and the layer's input ("none": about).
+
+    Args:
+        lanes: heads are padded to a multiple of so many numbers: 128 on TPUs.
+    """
+    head_dim, mlp, hidden = -(-config.head_dim // lanes) * lanes, config.intermediate_size, config.hidden_size
+    heads = config.num_heads * head_dim
+    qkv = heads + 2 * config.num_kv_heads * head_dim
+    attended = qkv + heads + hidden
+    beside = {"full": 0, "qkv": qkv, "attention": attended, "gate": attended + mlp, "mlp": attended + 2 * mlp}
+    beside |= {"projections": qkv + hidden + 2 * mlp, "none": attended + 5 * mlp + 10 * hidden}
+    return hidden + beside[remat]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Hashable, hence static under `jax.jit`.
+
+    Attributes:
+        dtype: of matmuls and activations; norms, softmax, log-probs and gradients of params are f32 always.
+        remat: name in REMAT_POLICIES.
+        logits_chunk: response positions whose logits are held at a time; 0 is all.
+        kernel: of attention; None is plain jax.numpy.
+        mesh: the devices of params and activations; None on a single one.
+        line: from `sharding.sum_line`. Gradients are summed over lines of so many devices of the fsdp axis apart from
+            what is across them; 0: over all devices at once.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "full"
+    logits_chunk: int = 0
+    kernel: Kernel | None = None
+    mesh: Mesh | None = None
+    line: int = 0
+
+    @property
+    def platform(self) -> str:
+        return (self.mesh.devices.flat[0] if self.mesh else jax.devices()[0]).platform
+
+    @property
+    def on_one_cpu(self) -> bool:
+        return self.platform == "cpu" and (self.mesh is None or self.mesh.size == 1)
+
+
+def written(x: jax.Array) -> jax.Array:
+    """x, in memory: neither it nor its cotangent is fused into the matmuls beside it, whose tiles shrink otherwise."""
+    return jax.lax.optimization_barrier(x)
+
+
+def kept(x: jax.Array, name: str, compute: Compute) -> jax.Array:
+    """x, under a name that a remat policy may keep."""
+    return _kept_on_cpu(x, name) if compute.on_one_cpu else checkpoint_name(x, name)
+
+
+_kept_on_cpu = jax.custom_jvp(kept_bits, nondiff_argnums=(1,))
+_kept_on_cpu.defjvp(lambda name, primals, tangents: (kept_bits(*primals, name), *tangents))
+
+
+def make_compute(settings: ConfigDict, model: ModelConfig, mesh: Mesh) -> Compute:
+    """How `config.model` says that training computes on a mesh; "auto" is what its devices are best at.
+
+    Raises:
+        UserError: the attention kernel that was asked for cannot run.
+    """
+    dtype = compute_dtype(settings.compute_dtype, mesh.devices.flat[0])
+    rows, heads = sharding.RULES["rows"], sharding.RULES["heads"]
+    kernel = choose_kernel(settings.attention, mesh, rows, heads, head_dim=model.head_dim, dtype=dtype)
+    return Compute(dtype, settings.remat, settings.logits_chunk, kernel, mesh, sharding.sum_line(mesh))
+
+
+def make_decode_compute(config: ConfigDict, model: ModelConfig, compute: Compute) -> Compute:
+    """The same for sampling, on the decode mesh of the same devices."""
+    ways = sharding.decode_ways(compute.mesh.size, config.mesh.decode_tensor, model.tensor_axes)
+    mesh = sharding.decode_mesh(compute.mesh, ways)
+    return dataclasses.replace(compute, kernel=None, mesh=mesh, line=0)

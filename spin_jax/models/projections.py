@@ -1,0 +1,150 @@
+"""Matmuls with weights, split over devices, and what belongs between two of them."""
+
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from spin_jax.devices.sharding import constrain, fitting, gathered, spec
+from spin_jax.models.execution import Compute
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def project(
+    expression: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], compute: Compute, out_dtype: jnp.dtype
+) -> jax.Array:
+    """einsum(expression, x, w) with FSDP said out loud, because the partitioner left alone does something else.
+
+    Forward: the shards of w are cast first and gathered then, half the bytes, whole, so that the matmul is one (left
+    alone, XLA makes it a loop over pieces that adds up in bfloat16). Backward: dw is summed over tokens and devices in
+    f32, whatever the dtype of w's copy, and each device keeps its shard.
+
+    Args:
+        expression: such as "BTD,DF->BTF".
+        x: in the compute dtype.
+        w: a param, sharded.
+        axes: of w, their logical names.
+        out_dtype: of the result; dx is computed in x's dtype in any case.
+    """
+    return _einsum(expression, x, _gathered(w, x.dtype, axes, compute.mesh), out_dtype, compute)
+
+
+def _einsum(expression: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype, compute: Compute) -> jax.Array:
+    """einsum, which sums in f32 whatever it is given and gives `dtype`."""
+    if compute.on_one_cpu:
+        # XLA's matmuls of bfloat16 are faster where the result is f32 (`benchmarks/matmuls.py`): those use a CPU's
+        # instructions for them. Two summed axes are taken in their letters' alphabetical order, and transposed first
+        # where that is not the order in memory: letters are renamed by where they stand.
+        letters = {letter: chr(ord("a") + i) for i, letter in enumerate(dict.fromkeys(re.sub("[,>-]", "", expression)))}
+        expression = expression.translate(str.maketrans(letters))
+        return jnp.einsum(expression, left, right, preferred_element_type=jnp.float32).astype(dtype)
+    return jnp.einsum(expression, left, right, preferred_element_type=dtype)
+
+
+def _gathered(w: jax.Array, dtype: jnp.dtype, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
+    if w.dtype != dtype:
+        # What the cast gives in any case. But XLA takes a mere cast out of the loop over layers, and then keeps a cast
+        # copy of the whole model.
+        w = jax.lax.reduce_precision(w, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+    return constrain(w.astype(dtype), mesh, *gathered(axes))
+
+
+def _project_forward(expression, x, w, axes, compute, out_dtype):
+    return project(expression, x, w, axes, compute, out_dtype), (x, w)
+
+
+def _project_backward(expression, axes, compute, out_dtype, residuals, dy):
+    del out_dtype
+    (x, w), (inputs, y_axes) = residuals, expression.split("->")
+    x_axes, w_axes = inputs.split(",")
+    # Tokens whole, features as w has them: where tensor splits the sequence, each device would sum up a whole dw else.
+    split = dict(zip(w_axes, gathered(axes), strict=True)) | {"B": "rows"}
+    x_split, y_split = tuple(map(split.get, x_axes)), tuple(map(split.get, y_axes))
+    x, dy = constrain(x, compute.mesh, *x_split), constrain(dy.astype(x.dtype), compute.mesh, *y_split)
+    dx = _einsum(f"{y_axes},{w_axes}->{x_axes}", dy, _gathered(w, x.dtype, axes, compute.mesh), x.dtype, compute)
+
+    def whole_dw(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy, preferred_element_type=jnp.float32)
+
+    placed = fitting(compute.mesh, w.shape, axes).spec if compute.line else ()
+    if "fsdp" not in placed:
+        return dx, constrain(whole_dw(x, dy), compute.mesh, *axes).astype(w.dtype)
+
+    def own_dw(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return _sum_scatter(whole_dw(x, dy), tuple(placed).index("fsdp"), compute)
+
+    # Unchecked: that data and tensor have one device, and nothing to sum over, is not seen.
+    specs = {"in_specs": (spec(*x_split), spec(*y_split)), "out_specs": placed, "check_vma": False}
+    return dx, jax.shard_map(own_dw, mesh=compute.mesh, **specs)(x, dy).astype(w.dtype)
+
+
+def _sum_scatter(x: jax.Array, axis: int, compute: Compute) -> jax.Array:
+    """`jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)`, across the lines first, then in them."""
+    lines = np.arange(compute.mesh.shape["fsdp"]).reshape(-1, compute.line)
+    for groups in (lines.T.tolist(), lines.tolist()):
+        x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, axis_index_groups=groups, tiled=True)
+    return x
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+class Adapted(NamedTuple):
+    """w + a b: a frozen weight with a low-rank update (LoRA, arXiv 2106.09685), in the place of the weight in a tree
+    of params.
+
+    Attributes:
+        w: [*inputs, *outputs], in any dtype; not differentiated.
+        a: f32 [*inputs, R].
+        b: f32 [R, *outputs].
+    """
+
+    w: jax.Array
+    a: jax.Array
+    b: jax.Array
+
+
+def low_rank_axes(axes: tuple[str | None, ...], inputs: int) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """The logical axes of an `Adapted`'s a and b, given those of w, the first `inputs` of which are the matmul's
+    inputs: one of the two has w's "embed" axis, the other is split by its rank instead."""
+    first, second = axes[:inputs], axes[inputs:]
+    return (*first, None if "embed" in first else "rank"), (None if "embed" in second else "rank", *second)
+
+
+def project_adapted(
+    expression: str, x: jax.Array, weight: Adapted, axes: tuple[str | None, ...], compute: Compute, out_dtype: jnp.dtype
+) -> jax.Array:
+    """`project` of w + a b as x w + (x a) b: the sum is never made, and neither is the gradient of w."""
+    x_axes, w_axes, y_axes = re.split(",|->", expression)
+    inputs = weight.a.ndim - 1
+    a_axes, b_axes = low_rank_axes(axes, inputs)
+    low_axes = "".join(axis for axis in x_axes if axis in y_axes) + "R"
+    low = project(f"{x_axes},{w_axes[:inputs]}R->{low_axes}", x, weight.a, a_axes, compute, x.dtype)
+    update = project(f"{low_axes},R{w_axes[inputs:]}->{y_axes}", low, weight.b, b_axes, compute, out_dtype)
+    return project(expression, x, jax.lax.stop_gradient(weight.w), axes, compute, out_dtype) + update
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def swiglu(gate: jax.Array, up: jax.Array, compute: Compute) -> jax.Array:
+    """silu(gate) * up. Its derivative is computed once and written down: left alone, the TPU compiler computes it
+    anew inside each of the five matmuls that read it, and these matmuls take half as long again."""
+    return _swiglu(gate, up, compute)
+
+
+def _swiglu(gate: jax.Array, up: jax.Array, compute: Compute) -> jax.Array:
+    # XLA for CPUs would round to bfloat16 after each of its operations, which takes longer than the operations do.
+    gate, up = (x.astype(jnp.float32) if compute.on_one_cpu else x for x in (gate, up))
+    return (jax.nn.silu(gate) * up).astype(compute.dtype)
+
+
+def _swiglu_backward(compute, residuals, dy):
+    gate, up, dy = jax.lax.optimization_barrier((*residuals, dy))
+    _, vjp = jax.vjp(lambda gate, up: _swiglu(gate, up, compute), gate, up)
+    return jax.lax.optimization_barrier(vjp(dy))
+
+
+swiglu.defvjp(lambda gate, up, compute: (_swiglu(gate, up, compute), (gate, up)), _swiglu_backward)

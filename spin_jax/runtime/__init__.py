@@ -1,0 +1,1 @@
+"""A process and its surroundings: flags, files, other hosts, signals, progress, metrics."""

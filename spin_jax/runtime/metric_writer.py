@@ -1,0 +1,160 @@
+"""What a run measures, step by step: one JSON line a step, and the same numbers for TensorBoard."""
+
+import json
+import math
+import numbers
+import os
+import time
+from collections.abc import Mapping
+
+from etils import epath
+
+from spin_jax.errors import UserError
+from spin_jax.runtime.files import is_remote, write_whole, writing
+
+FILE_NAME = "metrics.jsonl"
+# An object store cannot append, and an object takes one write a second: there the whole file is written this often.
+REMOTE_SECONDS = 30.0
+
+
+def to_json(values: Mapping[str, object]) -> str:
+    """One line of valid JSON that loses nothing.
+
+    JSON has no NaN or infinity, and most readers refuse Python's. Such a value becomes null, and its name with "nan",
+    "inf" or "-inf" goes into one more field, `not_finite`. Numpy and JAX scalars become plain numbers.
+    """
+    plain, not_finite = {}, {}
+    for name, value in values.items():
+        if isinstance(value, numbers.Integral):
+            value = int(value)
+        elif value is not None and not isinstance(value, str):
+            value = float(value)
+            if not math.isfinite(value):
+                not_finite[name], value = str(value), None
+        plain[name] = value
+    return json.dumps(plain | {"not_finite": not_finite} if not_finite else plain)
+
+
+def restore(row: dict) -> dict:
+    """Puts the values that `to_json` moved to `not_finite` back, as floats."""
+    return row | {name: float(text) for name, text in row.pop("not_finite", {}).items()}
+
+
+def read_metrics(path: epath.PathLike) -> list[dict]:
+    """The rows of a metrics.jsonl, oldest first, each with its `step`.
+
+    A last line that a killed run left half-written is dropped. Raises UserError, with the line number, on any other
+    line that is not a row of metrics.
+    """
+    rows, lines = [], epath.Path(path).read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line, object_hook=restore)
+            int(row["step"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if number == len(lines):
+                break
+            raise UserError(
+                f'{path}, line {number}: not a row of metrics; write a JSON object with "step", or delete the line'
+            ) from None
+        rows.append(row)
+    return rows
+
+
+class MetricsWriter:
+    """Appends to `directory/metrics.jsonl` and to event files under `directory/tensorboard`.
+
+    Make one in one process only: the run's first. A local file shows each step at once; on an object store (gs://...)
+    the file is written whole every `REMOTE_SECONDS`, and on `flush`.
+
+    Args:
+        directory: made where it is missing; a local path or gs://...
+        resume_step: the last step that the resumed run keeps: later ones are dropped, so that no step is there twice.
+            None starts anew, and drops what an earlier attempt wrote.
+    """
+
+    def __init__(self, directory: epath.PathLike, resume_step: int | None = None):
+        directory = epath.Path(directory)
+        self._path = directory / FILE_NAME
+        keeps = resume_step is not None and self._path.exists()
+        rows = [row for row in read_metrics(self._path) if row["step"] <= resume_step] if keeps else []
+        self._lines = [to_json(row) + "\n" for row in rows]
+        self._write_all()
+        with writing(directory):
+            self._file = None if is_remote(directory) else self._path.open("a")
+            self._tensorboard = _EventFile(directory / "tensorboard", 0 if resume_step is None else resume_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Adds one step's numbers. None (not measured) is null in the file and absent in TensorBoard.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        line = to_json({"step": step} | dict(values)) + "\n"
+        with writing(self._path.parent):
+            self._tensorboard.write(step, {name: float(value) for name, value in values.items() if value is not None})
+            if self._file:
+                self._file.write(line)
+                self._file.flush()
+        if not self._file:
+            self._lines.append(line)
+            if time.monotonic() - self._written_at >= REMOTE_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Makes every step written so far outlive this process. Call it before a checkpoint of that step is saved."""
+        if not self._file:
+            self._write_all()
+        with writing(self._path.parent):
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Flushes, and gives the files back. Harmless when repeated."""
+        self.flush()
+        with writing(self._path.parent):
+            self._tensorboard.close()
+            if self._file:
+                self._file.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _write_all(self) -> None:
+        write_whole(self._path, "".join(self._lines))
+        self._written_at = time.monotonic()
+
+
+class _EventFile:
+    """An event file of TensorBoard's. It is written by the thread that calls: tensorboardX's own writer has a thread of
+    its own, which a full disk ends, and the run then waits for it for ever."""
+
+    def __init__(self, directory: epath.Path, first: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import directory_check
+
+        directory_check(os.fspath(directory))  # made where it is missing
+        # Event files are named by the second: without a suffix, a quick restart would overwrite the one before.
+        self._file = EventsWriter(os.fspath(directory / "events"), f".{first}")
+        # TensorBoard's own way to forget: it hides events of this step and later in the older event files.
+        self._file.write_event(Event(step=first, file_version="brain.Event:2"))
+        self._file.write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        if self._file:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None

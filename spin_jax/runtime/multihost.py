@@ -1,0 +1,205 @@
+"""Several processes as one run: each makes its share, all agree, and the first one writes.
+
+A process drives the devices of its host (`jax.distributed`). All of them run the same program, so every function here
+is called by all, in the same order; with one process it is as if it were not there. What is exchanged are answers, rows
+of token ids at most. Params never pass through here.
+"""
+
+import contextvars
+import functools
+import logging
+import pathlib
+import pickle
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from spin_jax.config import as_json
+from spin_jax.errors import UserError
+from spin_jax.runtime.files import write_whole
+
+# How long a process that ends waits for the others to end too. Past it, all of them are ended: one that failed alone
+# takes the others, who wait for it in some collective, along.
+SHUTDOWN_SECONDS = 15
+SHARED_ROWS = 8192  # rows made between two exchanges, by all processes together
+
+_LOG = logging.getLogger(__name__)
+
+_alone = contextvars.ContextVar("alone", default=False)  # inside of `on_first`
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Join the other processes; call it before a device is touched.
+
+    Args:
+        coordinator: HOST:PORT of process 0; "auto" where jax finds it out itself (SLURM, Open MPI, GKE). None is one
+            process, except on a TPU, where jax asks for the slice's other hosts.
+        num_processes, process_id: how many, and which of them this is, from 0; None where jax finds it out.
+
+    Raises:
+        UserError: jax does not find it out.
+    """
+    if coordinator is None and not _has_tpu():
+        return
+    address = None if coordinator == "auto" else coordinator
+    if address:
+        _LOG.info("process %s of %s looks for the others at %s", process_id, num_processes, address)
+    try:
+        jax.distributed.initialize(address, num_processes, process_id, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+    except ValueError as error:
+        if coordinator is not None:
+            raise UserError(
+                f"--coordinator={coordinator}: jax does not find the other processes ({str(error).rstrip('.')}); give "
+                "--coordinator=HOST:PORT, --num_processes=N and --process_id=I"
+            ) from None
+    if not is_first():
+        logging.getLogger("spin_jax").setLevel(logging.ERROR)
+
+
+def _has_tpu() -> bool:
+    return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+
+
+def are_several() -> bool:
+    """Whether there are other processes that this call is made on, too."""
+    return jax.process_count() > 1 and not _alone.get()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what all share, shows progress and keeps the log."""
+    return jax.process_index() == 0
+
+
+def gather(value: T) -> list[T]:
+    """Every process's value, by process: anything that can be pickled."""
+    if not are_several():
+        return [value]
+    mine = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(mine)))
+    padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # each size is a program: powers of two are few
+    padded[: len(mine)] = mine
+    everything = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(everything, sizes, strict=True)]
+
+
+def on_all(make: Callable[[], T]) -> list[T]:
+    """make() on every process: all results, by process. When it returns, all processes have done it.
+
+    Raises:
+        UserError: on all, if `make` raises one on any: nobody is left waiting.
+    """
+    if not are_several():
+        return [make()]
+    try:
+        outcome = (make(), None)
+    except UserError as error:
+        outcome = (None, str(error))
+    outcomes = gather(outcome)
+    for _, mistake in outcomes:
+        if mistake is not None:
+            raise UserError(mistake)
+    return [result for result, _ in outcomes]
+
+
+def on_each(make: Callable[[], T]) -> T:
+    """Like `on_all`, but a process gets its own result only, which may be anything."""
+    own: list[T] = []
+    on_all(lambda: own.append(make()))
+    return own[0]
+
+
+def on_first(make: Callable[[], T]) -> T:
+    """make() on the first process alone: its result, on all.
+
+    Whether a file exists is asked this way: all must do the same next, and a network file system may show the same
+    directory to each of them at another time.
+    """
+    return on_all(lambda: _run_alone(make) if is_first() else None)[0]
+
+
+def _run_alone(make: Callable[[], T]) -> T:
+    """make() with no other process in sight: what it calls may be made for several, and would wait for the others."""
+    token = _alone.set(True)
+    try:
+        return make()
+    finally:
+        _alone.reset(token)
+
+
+def shared(make: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+    """[make(item) for item in items], of which a process makes every n-th and all get all."""
+    first, step = jax.process_index(), jax.process_count()
+    if step == 1:
+        return [make(item) for item in items]
+    made: list[T] = []
+    for start in range(0, len(items), SHARED_ROWS):
+        block = items[start : start + SHARED_ROWS]
+        parts = on_all(functools.partial(_make_all, make, block[first::step]))
+        made += [parts[i % step][i // step] for i in range(len(block))]
+    return made
+
+
+def _make_all(make: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+    return [make(item) for item in items]
+
+
+def anyone(flag: bool) -> jax.Array:
+    """Whether any process says so, on all: a bool scalar on the devices, which is not waited for here."""
+    by_device, reduce = _anyone()
+    flags = jax.make_array_from_callback((jax.device_count(),), by_device, lambda _: np.array([flag]))
+    return reduce(flags)
+
+
+@functools.cache
+def _anyone() -> tuple[NamedSharding, Callable]:
+    mesh = Mesh(np.array(jax.devices()), "device")
+    return (
+        NamedSharding(mesh, PartitionSpec("device")),
+        jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec())),
+    )
+
+
+def check_alike(config: ConfigDict) -> None:
+    """Refuse processes that were started with different settings: they would wait for each other."""
+    first, *others = gather(as_json(config))
+    for process, other in enumerate(others, start=1):
+        if changed := [field for field in first if first[field] != other[field]]:
+            raise UserError(
+                f"--config.{changed[0]} is {first[changed[0]]!r} for process 0 and {other[changed[0]]!r} for process "
+                f"{process}: start all with the same settings"
+            )
+
+
+def check_shared(directory: epath.Path) -> None:
+    """Refuse a directory that the hosts do not share, in which each would wait for the others' files."""
+    if not are_several():
+        return
+    note = directory / f"seen_by_all_hosts_{gather(uuid.uuid4().hex)[0]}"
+    on_first(lambda: write_whole(note, ""))
+    seen = gather(_appears(note))
+    on_first(note.unlink)
+    if not all(seen):
+        raise UserError(
+            f"{directory} is not one directory for all hosts (process {seen.index(False)} does not see what "
+            "process 0 writes): give a gs:// path, or a file system that all of them mount"
+        )
+
+
+def _appears(path: epath.Path, seconds: int = 5) -> bool:
+    for _ in range(seconds):
+        if path.exists():
+            return True
+        time.sleep(1)
+    return False

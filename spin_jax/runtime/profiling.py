@@ -1,0 +1,61 @@
+"""A profile of a few training steps: a trace of the devices and of the host, for Perfetto, TensorBoard and xprof."""
+
+import contextlib
+import logging
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+
+import jax
+from etils import epath
+
+from spin_jax.runtime import multihost
+from spin_jax.runtime.files import write_whole, writing
+
+FIRST, LAST = 3, 5  # steps since the start: by then, what is compiled is compiled, and batches come as they will
+
+_LOG = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def traced(step_fn: Callable, directory: epath.Path) -> Iterator[Callable]:
+    """The step, of which the third to the fifth call are traced into `directory`: a `plugins/profile/TIME/` in it, as
+    TensorBoard looks for it. A loop that ends earlier leaves a trace of the steps it got to.
+
+    The first process traces its own devices; the others' do the same. The trace begins and ends with the devices at
+    rest, so that it holds whole steps.
+    """
+    if not multihost.is_first():
+        yield step_fn
+        return
+    calls = 0
+
+    def step(state, *args):
+        nonlocal calls
+        calls += 1
+        if calls == FIRST:
+            jax.block_until_ready(state)
+            tracing.enter_context(_trace(directory))
+        with jax.profiler.StepTraceAnnotation("train", step_num=calls):
+            made = step_fn(state, *args)
+        if calls == LAST:
+            jax.block_until_ready(made)
+            tracing.close()
+        return made
+
+    with contextlib.ExitStack() as tracing:
+        yield step
+    if calls < FIRST:
+        _LOG.warning("no profile: it takes steps %d to %d after a start, and there were %d", FIRST, LAST, calls)
+
+
+@contextlib.contextmanager
+def _trace(directory: epath.Path) -> Iterator[None]:
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # every Python call would be more than the trace is for, and slow the host down
+    with writing(directory), tempfile.TemporaryDirectory() as local:  # the profiler cannot write to an object store
+        with jax.profiler.trace(local, create_perfetto_trace=True, profiler_options=options):
+            yield
+        for file in pathlib.Path(local).rglob("*.*"):
+            write_whole(directory / file.relative_to(local), file.read_bytes())
+    _LOG.info("profile: %s", directory)

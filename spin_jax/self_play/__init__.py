@@ -1,0 +1,1 @@
+"""Algorithm 1 of SPIN: a run, its stages, its directory."""

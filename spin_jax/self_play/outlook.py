@@ -1,0 +1,142 @@
+"""What a run is about to do: its first lines, and the loops that it will make, from which its time is estimated."""
+
+import logging
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from spin_jax import models
+from spin_jax.config import STAGES
+from spin_jax.runtime import multihost
+from spin_jax.runtime.files import find
+from spin_jax.runtime.progress import Expected
+from spin_jax.self_play.run import Run
+from spin_jax.training.schedule import num_steps
+
+_LOG = logging.getLogger(__name__)
+
+
+def tell(run: Run) -> None:
+    """Log in a few lines what the run computes with, on what, how much of it, and where it begins."""
+    position = multihost.on_first(lambda: _position(run))
+    for line in (_devices(run), _computation(run), _model(run), _steps(run), position):
+        _LOG.info("%s", line)
+
+
+def loops(run: Run, only: Sequence[str] = STAGES) -> list[Expected]:
+    """The loops of a whole run, in order and by the names that the stages give them. A run of some of the stages ends
+    with the first iteration that is not finished."""
+    config, held_out, found = run.config, bool(run.held_out_examples), []
+    if config.sft.epochs:
+        found.append(Expected("SFT", "SFT"))
+    whole = set(only) == set(STAGES)
+    begun = 0 if whole else multihost.on_first(lambda: _unfinished(run))
+    for t in range(config.iterations) if whole else [begun]:
+        loops = [("generate", "generate", 1)] if "generate" in only else []
+        if "score" in only:
+            loops += [("score held-out pairs", "held-out", 1)] * held_out
+            loops += [("score", "score", steps_of(run, t))] * (config.spin.opponent == "stored")
+        if "train" in only:
+            loops += [("train", "train", steps_of(run, t))] + [("evaluate", "held-out", 1)] * held_out
+            if config.sft.control:  # for as much compute as the iteration
+                loops += [("SFT control", "control", steps_of(run, t))]
+                loops += [("evaluate SFT control", "held-out", 1)] * held_out
+        found += [Expected(f"iteration {t}: {name}", kind, size) for name, kind, size in loops]
+    return found
+
+
+def steps_of(run: Run, t: int) -> int:
+    """Steps that iteration t trains for."""
+    train, given = run.config.train, _has_responses(run)
+    iterations = range(max(0, t - run.config.spin.previous_iterations), t + 1)
+    responses = sum(1 if s == 0 and given else run.config.generate.responses for s in iterations)
+    return num_steps(responses * len(run.train_examples), train.epochs, train.batch_size)
+
+
+# ---- lines
+
+
+def _devices(run: Run) -> str:
+    line = f"devices: {run.compute.mesh.size}, processes: {jax.process_count()}"
+    for what, mesh in (("training", run.compute.mesh), ("sampling", run.decode.mesh)):
+        if split := ", ".join(f"{axis} {ways}" for axis, ways in mesh.shape.items() if ways > 1):
+            line += f"; {what} over {split}"
+    return line
+
+
+def _computation(run: Run) -> str:
+    settings, compute = run.config.model, run.compute
+    kind = compute.mesh.devices.flat[0].device_kind
+    dtype = np.dtype(compute.dtype).name
+    line = f"computes in {dtype}"
+    if settings.compute_dtype == "auto":
+        has = "has instructions for it" if dtype == "bfloat16" else "has no instructions for bfloat16"
+        line += f" (auto: a {kind} {has})"
+    kernel = compute.kernel.name if compute.kernel else "plain"
+    line += f"; attention {kernel}"
+    if settings.attention == "auto":
+        none = f"no kernel for a {kind}, {dtype} and a head_dim of {run.model.head_dim}"
+        line += f" (auto: {f'the kernel for a {kind}' if compute.kernel else none})"
+    return line
+
+
+def _model(run: Run) -> str:
+    params, rank = models.num_params(run.model), run.config.lora.rank
+    trained = "all of them trained"
+    if rank:
+        trained = f"{models.num_adapter_params(run.model, rank):,} in updates of rank {rank} trained"
+    rows = f"{len(run.train_examples):,} rows to train on, {len(run.held_out_examples):,} held out"
+    return f"{run.source}: {params:,} parameters, {trained}; {rows}"
+
+
+def _steps(run: Run) -> str:
+    config = run.config
+    steps = ", ".join(f"{steps_of(run, t):,}" for t in range(config.iterations))
+    line = f"iterations: {config.iterations}, of {steps} steps of {config.train.batch_size} pairs"
+    if config.sft.epochs:
+        first = num_steps(len(run.train_examples), config.sft.epochs, config.train.batch_size, "--config.sft.epochs")
+        line = f"{line}; before them SFT, of {first:,} steps"
+    return line
+
+
+# ---- where it begins
+
+
+def _position(run: Run) -> str:
+    t, sft = _unfinished(run), run.workdir / "sft"
+    if t == run.config.iterations:
+        return f"goes on in {run.workdir}: all iterations are trained"
+    tuned = not run.config.sft.epochs or _has_model(sft)
+    directory = run.iteration(t) if tuned else sft
+    stage = _stage(run, t) if tuned else "train"
+    where = f"iteration {t}, {stage}" if tuned else "SFT"
+    steps = [int(path.name) for path in find(directory / "checkpoints", "[0-9]*") if path.name.isdigit()]
+    if stage == "train" and steps:
+        where += f", from step {max(steps)}"
+    begun = t or directory.exists() or (run.config.sft.epochs and tuned)
+    return f"goes on in {run.workdir}: {where}" if begun else f"starts anew in {run.workdir}"
+
+
+def _stage(run: Run, t: int) -> str:
+    """The first stage of an iteration that has not made its result."""
+    directory = run.iteration(t)
+    if not (directory / "generated" / "pairs.parquet").exists() and not (t == 0 and _has_responses(run)):
+        return "generate"
+    stored = run.config.spin.opponent == "stored"
+    return "score" if stored and not (directory / "scores" / "steps.npz").exists() else "train"
+
+
+def _has_responses(run: Run) -> bool:
+    """Whether the data has the opponent's responses of iteration 0."""
+    return run.train_examples[0].generated is not None
+
+
+def _unfinished(run: Run) -> int:
+    """The first iteration that has not made its model."""
+    return next((t for t in range(run.config.iterations) if not _has_model(run.iteration(t))), run.config.iterations)
+
+
+def _has_model(directory: epath.Path) -> bool:
+    return (directory / "model" / "config.json").exists()

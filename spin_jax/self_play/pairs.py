@@ -1,0 +1,81 @@
+"""The pairs of a run: written when their responses are there, read back for scoring and training."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from spin_jax.data.pairs import Pair, read_model, read_sampled, write_pairs_parquet
+from spin_jax.data.sources import Example
+from spin_jax.data.tokenize import Tokenised
+from spin_jax.errors import UserError
+from spin_jax.generation.response_files import Response, forget_parts
+from spin_jax.runtime import multihost
+from spin_jax.self_play.run import Run
+from spin_jax.self_play.workdir import check_model
+
+NOTHING = np.zeros(0, np.int32)  # no response
+
+
+def write_responses(
+    run: Run,
+    directory: epath.Path,
+    examples: Sequence[Example],
+    responses: Sequence[Response],
+    model: dict[str, str],
+) -> None:
+    """`pairs.parquet`, which takes the place of the parts: a row a response, those to one prompt together. `model`
+    identifies who wrote them."""
+    texts = [run.chat.codec.decode(response.tokens) for response in responses]
+    asked = [example for example in examples for _ in range(run.config.generate.responses)]
+    answered = [
+        dataclasses.replace(example, generated=text, truncated=not response.finished)
+        for example, text, response in zip(asked, texts, responses, strict=True)
+    ]
+    columns = {
+        "generated_tokens": [response.tokens.tolist() for response in responses],
+        "generated_logprobs": [response.logprobs.tolist() for response in responses],
+        "held_out": [run.is_held_out(response.row) for response in responses],
+    }
+    write_pairs_parquet(directory / "pairs.parquet", answered, columns, model)
+    forget_parts(directory)
+
+
+def pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
+    """(train, held-out) pairs whose y' are the responses of iteration t."""
+    if t not in run.pairs:
+        path = run.iteration(t) / "generated" / "pairs.parquet"
+        if multihost.on_first(path.exists):
+            complaint = f"{path} was written by another model than that in {run.start_of(t)}"
+            check_model(
+                read_model(path), run.identity_of(run.start_of(t)), complaint, f"delete {path.parent}, and go on"
+            )
+            sampled = read_sampled(path)
+        elif t == 0 and run.train_examples[0].generated is not None:
+            sampled = {e.row: [(e.generated, not e.truncated)] for e in run.train_examples + run.held_out_examples}
+        else:
+            raise UserError(f"{path} is missing: run the generate stage of iteration {t} first")
+        examples = run.train_examples + run.held_out_examples
+        if absent := [example.row for example in examples if example.row not in sampled]:
+            raise UserError(f"{path} has no response to row {absent[0]}: the data changed; give another --workdir")
+        asked = [(example, response) for example in examples for response in sampled[example.row]]
+        pairs = multihost.shared(lambda one: run.pair(one[0], *one[1], t), asked)
+        trained = sum(len(sampled[example.row]) for example in run.train_examples)
+        run.pairs[t] = pairs[:trained], pairs[trained:]
+    return run.pairs[t]
+
+
+def mixed_pairs(run: Run, t: int) -> list[Pair]:
+    """The pairs that iteration t trains on: its own, then those of `config.spin.previous_iterations` before it."""
+    oldest = max(0, t - run.config.spin.previous_iterations)
+    return [pair for s in range(t, oldest - 1, -1) for pair in pairs_of(run, s)[0]]
+
+
+def sft_pairs(run: Run) -> list[Pair]:
+    """The examples to train on as pairs without a generated response."""
+    return [sft_pair(run, example) for example in run.train_examples]
+
+
+def sft_pair(run: Run, example: Example, tokens: Tokenised | None = None) -> Pair:
+    return run.pair(example, NOTHING, False, -1, tokens)

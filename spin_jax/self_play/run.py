@@ -1,0 +1,239 @@
+"""What the stages of a run share: the data, the model's description, the mesh, and where things lie in the workdir.
+
+    workdir/
+      config.json                    settings, data and model that the run was started with; a resumed run must agree
+      lease.json                     whose the workdir is, while a run goes on in it
+      tokens.npz                     the examples' token ids, for the next start
+      sft/                           the SFT stage, where the config asks for one
+      iteration_T/
+        generated/part-*.jsonl       responses of the opponent, batch by batch and process by process
+        generated/pairs.parquet      the authors' layout, when all are there
+        scores/                      the opponent's log-probs of each training step's pairs, and of the held-out ones
+        checkpoints/                 of the training state, until model/ is whole
+        metrics.jsonl, tensorboard/, profile/
+        model/                       the policy, a Hugging Face directory: the next opponent
+        result.json                  the iteration's line in the summary
+        control/                     plain SFT for as much compute, where the config asks for it
+      result.json                    the starting model's line in the summary
+      summary.json, summary.txt, plots/
+
+What exists under its final name is finished: starting again is resuming. Several processes share one workdir.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from spin_jax import checkpoints, models, sizing
+from spin_jax import config as config_lib
+from spin_jax.data.chat_format import ChatFormat, fit
+from spin_jax.data.dataset import load_dataset
+from spin_jax.data.pairs import Pair
+from spin_jax.data.sources import Example
+from spin_jax.data.tokenize import Tokenised
+from spin_jax.devices import sharding
+from spin_jax.devices.accelerators import check_slice
+from spin_jax.errors import UserError
+from spin_jax.language_model import open_player
+from spin_jax.runtime import multihost
+from spin_jax.runtime.files import writing
+from spin_jax.self_play import workdir as workdirs
+from spin_jax.training.schedule import check_warmup, num_steps
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Run:
+    """One run, opened: everything that does not change between iterations."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    source: epath.Path  # directory of the model before any training here, with its tokenizer
+    model: models.ModelConfig
+    chat: ChatFormat
+    train_examples: list[Example]
+    held_out_examples: list[Example]
+    tokens: dict[int, Tokenised]  # of these examples, by row
+    compute: models.Compute  # on the training mesh
+    decode: models.Compute  # on the decode mesh
+    pairs: dict[int, tuple[list[Pair], list[Pair]]] = dataclasses.field(default_factory=dict)  # by iteration, once read
+    profile: bool = False  # whether the next training stage is to be traced
+    _loaded: tuple[epath.Path, dict] | None = None
+    _identities: dict[epath.Path, dict[str, str]] = dataclasses.field(default_factory=dict)
+
+    def iteration(self, t: int) -> epath.Path:
+        """The directory of iteration t."""
+        return self.workdir / f"iteration_{t}"
+
+    def start_of(self, t: int) -> epath.Path:
+        """The directory of theta_t: the opponent of iteration t, and where its policy starts."""
+        if t:
+            return self.iteration(t - 1) / "model"
+        return self.workdir / "sft" / "model" if self.config.sft.epochs else self.source
+
+    def identity_of(self, directory: epath.Path) -> dict[str, str]:
+        """What identifies the model in `directory`, by `models.fingerprint`: kept with what it wrote and scored."""
+        if directory not in self._identities:
+            with self._reading(directory):
+                self._identities[directory] = multihost.on_first(lambda: checkpoints.fingerprint(directory))
+        return self._identities[directory]
+
+    def params(self, directory: epath.Path) -> dict:
+        """The f32 params in `directory`, sharded; the ones used last stay in memory.
+
+        Raises:
+            UserError: there is no whole model in `directory`.
+        """
+        if self._loaded is None or self._loaded[0] != directory:
+            self._loaded = None  # two models at a time are one too many
+            if not multihost.on_first((directory / "config.json").exists):
+                raise UserError(f"{directory} holds no model: run the stages before this one first")
+            shardings = models.param_shardings(self.compute.mesh, self.model)
+            with self._reading(directory):
+                self._loaded = (directory, multihost.on_each(lambda: _load_params(directory, shardings)))
+        return self._loaded[1]
+
+    @contextlib.contextmanager
+    def _reading(self, directory: epath.Path) -> Iterator[None]:
+        """Says of a damaged model that this run has made what can be done about it."""
+        try:
+            yield
+        except UserError as error:
+            if directory == self.source:
+                raise
+            raise UserError(f"delete {directory}, and its stage makes it anew: {error}") from None
+
+    def take_params(self, directory: epath.Path) -> dict:
+        """Like `params`, for a caller that donates them."""
+        params = self.params(directory)
+        self._loaded = None
+        return params
+
+    def keep_params(self, directory: epath.Path, params: dict) -> None:
+        """Give the f32 params of `directory` back, which `take_params` took: they were not changed."""
+        self._loaded = (directory, params)
+
+    def export(self, directory: epath.Path, params: dict) -> None:
+        """Write params as a Hugging Face directory. From then on they are what the files hold."""
+        dtype = jnp.dtype(self.config.model.export_dtype)
+        with writing(directory), checkpoints.uploaded(directory) as local:
+            checkpoints.save(local, self.model, params, source=self.source, dtype=dtype)
+        multihost.gather(None)  # nobody reads it before it is whole
+        self._identities.pop(directory, None)
+        self._loaded = (directory, params) if dtype == jnp.float32 else None
+
+    def is_held_out(self, row: int) -> bool:
+        """Whether a row of the data set is held out of training."""
+        return row in self._held_out_rows
+
+    @functools.cached_property
+    def _held_out_rows(self) -> frozenset[int]:
+        return frozenset(example.row for example in self.held_out_examples)
+
+    def asked(self, row: int) -> np.ndarray:
+        """The token ids that the opponent is asked with, cut to the budget."""
+        return self.tokens[row].asked[-self.config.data.max_prompt_length :]
+
+    def pair(
+        self,
+        example: Example,
+        response: np.ndarray | str,
+        finished: bool,
+        iteration: int,
+        tokens: Tokenised | None = None,
+    ) -> Pair:
+        """The token ids of an example and its generated response, cut to the budget; `tokens` are those of an example
+        that is not the run's."""
+        tokens = tokens or self.tokens[example.row]
+        generated = self.chat.generated_response(example.prompt, response, finished)
+        data = self.config.data
+        fitted = fit(
+            tokens.prompt,
+            tokens.real,
+            generated,
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+        )
+        return Pair(
+            row=example.row,
+            iteration=iteration,
+            prompt=fitted.prompt,
+            real=fitted.responses[0],
+            generated=fitted.responses[1],
+            real_cut=fitted.cut[0],
+            generated_cut=fitted.cut[1] or not finished,
+        )
+
+
+def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -> Run:
+    """Check the config, then the data, then the model's description; load no weights.
+
+    Args:
+        trains: whether the devices are to hold a training step, too.
+
+    Raises:
+        UserError: one line for whatever is wrong.
+    """
+    config_lib.validate(config)
+    multihost.check_alike(config)
+    multihost.on_first(lambda: check_slice(config, jax.devices()))
+    workdir = multihost.on_each(lambda: workdirs.make(workdir))
+    multihost.check_shared(workdir)
+    multihost.on_first(lambda: workdirs.check_settings(config, workdir))
+    path, train = config.model.path, config.data.train
+    if path == "toy:":
+        from spin_jax.tasks import toy
+
+        path, train = multihost.on_first(lambda: toy.prepare(workdir / "toy", config.toy, config.seed))
+    described = multihost.on_each(lambda: checkpoints.describe(path, config.model.revision or None))
+    given, config = config, multihost.on_first(lambda: sizing.choose(config, described, jax.devices()))
+    multihost.on_first(
+        lambda: _is_finished(config, workdir) or sizing.check_memory(config, described, jax.devices(), trains)
+    )
+    source, model, chat, compute, decode = open_player(config, path)
+    sharding.check_pairs(compute.mesh, config.train.batch_size, config.train.micro_batches)
+    models.param_shardings(compute.mesh, model)
+    train_examples, held_out, tokens = load_dataset(config, train, workdir, source, chat)
+    _check_steps(config, len(train_examples))
+    workdirs.note_start(config, workdir, source, train_examples, held_out)
+    if not held_out:
+        _LOG.info("--config.data.eval_rows=0: the summary has the last training step's margin and accuracy instead")
+    if config.data.max_length > model.max_position_embeddings:  # a cap: the rows may well be shorter
+        _LOG.warning(
+            "--config.data.max_length=%d: %s was made for %d positions, longer rows are beyond it",
+            config.data.max_length,
+            source,
+            model.max_position_embeddings,
+        )
+    _LOG.info(multihost.on_first(lambda: f"{sizing.describe(jax.devices())}: {sizing.what(given, config)}"))
+    return Run(config, workdir, source, model, chat, train_examples, held_out, tokens, compute, decode)
+
+
+def _is_finished(config: ConfigDict, workdir: epath.Path) -> bool:
+    """Whether there is nothing left to train: a finished run is looked at on smaller devices, too."""
+    last = workdir / f"iteration_{config.iterations - 1}"
+    models_of_last = [last / "model"] + ([last / "control" / "model"] if config.sft.control else [])
+    return all((model / "config.json").exists() for model in models_of_last)
+
+
+def _check_steps(config: ConfigDict, rows: int) -> None:
+    """Refuse a stage of training that fills no batch, or ends before its warm-up does."""
+    train = config.train
+    if config.sft.epochs:
+        steps = num_steps(rows, config.sft.epochs, train.batch_size, "--config.sft.epochs")
+        check_warmup(steps, train.warmup_ratio, "--config.sft.epochs")
+    check_warmup(num_steps(rows * config.generate.responses, train.epochs, train.batch_size), train.warmup_ratio)
+
+
+def _load_params(directory: epath.Path, shardings: dict) -> dict:
+    with checkpoints.downloaded(directory) as local:
+        return checkpoints.load(local, shardings=shardings)[1]

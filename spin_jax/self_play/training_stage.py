@@ -1,0 +1,144 @@
+"""A training stage of a run, put together: its programs, where it starts, which pairs each step takes."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from spin_jax.checkpoints.train_state import damaged_of
+from spin_jax.data.batch import HostBatch
+from spin_jax.data.packing import Plan, make_packing, plan_training, sft_batch, spin_batch
+from spin_jax.data.pairs import Pair
+from spin_jax.devices import sharding
+from spin_jax.models import for_compute
+from spin_jax.models.params import make_resharding
+from spin_jax.runtime import multihost, profiling
+from spin_jax.self_play.pairs import mixed_pairs
+from spin_jax.self_play.run import Run
+from spin_jax.training import programs
+from spin_jax.training.loop import fit
+from spin_jax.training.schedule import batch_order, num_steps
+from spin_jax.training.train_step import TrainState
+
+_LOG = logging.getLogger(__name__)
+
+
+class TrainingStage(NamedTuple):
+    """A training stage, ready to begin: its programs, where it starts, and which pairs each step takes."""
+
+    spec: programs.TrainingSpec
+    start: epath.Path  # of the model that it trains
+    seed: int  # of the data's order and of fresh low-rank updates
+    pairs: list[Pair]
+    plan: Plan
+
+    def make_batch(self, run: Run, opponent_logps: np.ndarray | None = None) -> Callable[[int], HostBatch]:
+        """step -> batch, a function of (seed, step) and the pairs; for SPIN with the opponent's log-probs, where
+        they are given: [steps, pairs of a batch, 2]."""
+        plan = self.plan
+        if not self.spec.loss:
+            return lambda step: sft_batch(run.model, self.pairs, plan.batches[step], plan.shapes[step])
+
+        def batch(step: int) -> HostBatch:
+            logps = None if opponent_logps is None else opponent_logps[step]
+            return spin_batch(run.model, self.pairs, plan.batches[step], plan.shapes[step], logps)
+
+        return batch
+
+
+def _planned(run: Run, spec: programs.TrainingSpec, start: epath.Path, seed: int, pairs: list[Pair]) -> TrainingStage:
+    settings = run.config.train
+    packing = make_packing(settings, run.compute.mesh, settings.micro_batches)
+    plan = plan_training(pairs, batch_order(len(pairs), settings.batch_size, seed, spec.steps), packing)
+    return TrainingStage(spec, start, seed, pairs, plan)
+
+
+def spin_stage(run: Run, t: int) -> TrainingStage:
+    """Iteration t's: its own pairs, then those of `config.spin.previous_iterations` before it."""
+    train, pairs = run.config.train, mixed_pairs(run, t)
+    steps = num_steps(len(pairs), train.epochs, train.batch_size)
+    spec = programs.spin_spec(run.config, run.model, run.compute, t, steps)
+    return _planned(run, spec, run.start_of(t), run.config.seed + t, pairs)
+
+
+def fit_sft(
+    run: Run, start: epath.Path, pairs: list[Pair], steps: int, peak: float, directory: epath.Path, name: str
+) -> dict:
+    """The params of `start` after so many steps of supervised fine-tuning."""
+    spec = programs.sft_spec(run.config, run.model, run.compute, peak, steps)
+    stage = _planned(run, spec, start, run.config.seed, pairs)
+    return fit_stage(run, stage, stage.make_batch(run), directory, name)
+
+
+def first_state(run: Run, stage: TrainingStage) -> tuple[TrainState, dict | None]:
+    """(state at step 0, frozen params that the step takes beside it): all params of the start with a fresh optimizer,
+    or with `config.lora` fresh low-rank updates of them."""
+    params, frozen, spec = run.take_params(stage.start), None, stage.spec
+    if spec.rank:
+        # One copy in the compute dtype is under the updates and the opponent; the f32 one is read again to be merged.
+        frozen = make_resharding(run.model, run.compute)(params)
+        params = programs.make_adapters(run.model, spec.rank, run.compute.mesh)(jax.random.key(stage.seed))
+    elif spec.live:
+        frozen = jax.tree.map(jnp.copy, for_compute(params, run.compute.dtype))
+    return programs.make_training(spec).init(params), frozen
+
+
+def fit_stage(
+    run: Run,
+    stage: TrainingStage,
+    make_batch: Callable[[int], HostBatch],
+    directory: epath.Path,
+    name: str,
+    start_loss: tuple[float, float] | None = None,
+) -> dict:
+    """The params of the stage's start, trained; low-rank updates are merged into them."""
+    spec, mesh, training = stage.spec, run.compute.mesh, programs.make_training(stage.spec)
+    _LOG.info("%s", stage.plan)
+    state, frozen = first_state(run, stage)
+    step, (profile, run.profile) = training.step, (run.profile, False)
+    with profiling.traced(step, directory / "profile") if profile else contextlib.nullcontext(step) as step:
+        state = fit(
+            step,
+            state,
+            frozen,
+            steps=spec.steps,
+            make_batch=make_batch,
+            sharding=sharding.batch_sharding(mesh),
+            passes=spec.passes,
+            schedule=training.schedule,
+            directory=directory,
+            checkpoint_every=run.config.train.checkpoint_every,
+            name=name,
+            start_loss=start_loss,
+        )
+    if spec.rank:
+        del frozen
+        merging = programs.make_merging(run.model, spec.alpha / spec.rank, mesh)
+        return merging(run.take_params(stage.start), state.params)
+    return state.params
+
+
+def export_model(run: Run, directory: epath.Path, params: dict) -> None:
+    """Write what a training stage has made; its checkpoints go."""
+    run.export(directory / "model", params)
+    is_trained(directory)
+
+
+def is_trained(directory: epath.Path) -> bool:
+    """Whether a training stage has exported its model. Once it is whole, nobody needs the checkpoints that led to it,
+    three times its size each: they go."""
+
+    def is_whole() -> bool:
+        whole = (directory / "model" / "config.json").exists()
+        if whole:
+            checkpoints = directory / "checkpoints"
+            checkpoints.rmtree(missing_ok=True)
+            damaged_of(checkpoints).rmtree(missing_ok=True)
+        return whole
+
+    return multihost.on_first(is_whole)

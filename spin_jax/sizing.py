@@ -1,0 +1,280 @@
+"""What a config leaves to the devices, chosen by their number, kind and memory, before anything is downloaded.
+
+Left to them are sizes that change no result beyond rounding: the mesh, `model.remat`, `train.micro_batches`,
+`train.row_length`, and the slots of sampling. A choice rests on an estimate of bytes, which tests hold against the TPU
+compiler's own figures.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from spin_jax.config import flatten
+from spin_jax.data.bin_packing import round_up
+from spin_jax.devices import sharding
+from spin_jax.devices.accelerators import CPU, GiB, Slice, found, tensor_ways
+from spin_jax.devices.compiler_options import compute_dtype
+from spin_jax.errors import UserError, as_flag
+from spin_jax.models import ModelConfig, cache_dtype, flops_per_token, kept_numbers, num_adapter_params, num_params
+from spin_jax.models.attention import kernel_name
+
+_LOG = logging.getLogger(__name__)
+
+# Of a device's memory, for what the estimate misses. Where nothing fits in that, what needs least is tried, up to MISS.
+SHARE, MISS = 0.93, 1.05
+# Remat policies that are worth their memory, the fastest first.
+POLICIES = ("mlp", "gate", "attention", "qkv", "full")
+# Above so many FLOPs in the time that a byte is read in, keeping more than "qkv" gains nothing: v6e.
+FAST_MATMULS = 400
+ROW_LENGTH_TPU = 4096  # the kernel skips what no token sees: long rows cost no more than short ones, and are fuller
+ROW_LENGTH = 1024  # elsewhere attention computes some of it
+SLOTS = 512  # a copy of the weights; beyond it half of a decode step is the cache already
+SLOTS_CPU = 32  # beyond it a step takes longer in proportion
+PREFILL = 16  # prompts, a copy of the weights: with their tokens a large matmul
+PROGRAM = 0.3 * GiB  # of the step's code, and of buffers that are small beside all else
+REFILLS = 8  # how often each slot is filled at least, where the number of prompts is known: else most idle in the end
+
+
+def choose(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> ConfigDict:
+    """A copy of the config in which nothing is left to the devices, which are a run's or those of a described slice.
+
+    Args:
+        run: False where the model is only sampled from, and no f32 params are beside the copy that is.
+
+    Raises:
+        UserError: mesh and devices do not go together.
+    """
+    on, chosen = target(config, model, devices, run), config.copy_and_resolve_references()
+    data, fsdp, tensor = mesh_sizes(config, on.slice.devices, model.tensor_axes, model.hidden_size)
+    chosen.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+    if not config.train.row_length:
+        longest = ROW_LENGTH_TPU if on.attention == "flash" else ROW_LENGTH
+        chosen.train.row_length = max(longest, config.train.length_multiple)
+    _choose_slots(chosen, model, on)
+    _choose_memory(chosen, model, on)
+    return chosen
+
+
+class Target(NamedTuple):
+    """Devices, and how a config computes on them."""
+
+    slice: Slice
+    dtype: jnp.dtype  # of matmuls
+    cache_dtype: jnp.dtype  # of keys and values, while sampling
+    attention: str
+    run: bool  # as in `choose`
+
+
+def target(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> Target:
+    """What the config computes on; raises as `attention.kernel_name`."""
+    dtype = compute_dtype(config.model.compute_dtype, devices[0])
+    attention = kernel_name(config.model.attention, devices[0], model.head_dim, dtype)
+    return Target(found(devices), dtype, cache_dtype(dtype, devices[0].platform), attention, run)
+
+
+def mesh_sizes(config: ConfigDict, total: int, tensor_axes: Sequence[int] = (), hidden_size: int = 0) -> list[int]:
+    """The sizes of `config.mesh` on so many devices, none of them -1; raises as `sharding.mesh_sizes`.
+
+    Args:
+        tensor_axes, hidden_size: of the model, which chosen tensor and fsdp axes divide; with `config.mesh.data=1`, the
+            default, the devices that do not fit in hold copies.
+    """
+    data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    if tensor == -1 and -1 in (data, fsdp):
+        tensor = tensor_ways(total, config.train.batch_size, tensor_axes)
+    if (data, fsdp) == (1, -1) and total % tensor == 0:
+        fsdp = math.gcd(total // tensor, hidden_size)
+        data = total // (tensor * fsdp)
+    elif (data, tensor) == (1, -1) and total % fsdp == 0:
+        tensor = math.gcd(total // fsdp, *tensor_axes)
+        data = total // (tensor * fsdp)
+    return sharding.mesh_sizes(data, fsdp, tensor, total)
+
+
+# ---- sampling
+
+
+def _choose_slots(config: ConfigDict, model: ModelConfig, on: Target) -> None:
+    """As many slots as the cache may fill half of the memory with that weights leave, within SLOTS."""
+    settings = config.generate
+    copies = on.slice.devices // _ways(config, model, on)
+    if not settings.batch_size:
+        slots = SLOTS_CPU if on.slice.chip.name == CPU.name else SLOTS
+        if on.slice.chip.hbm_bytes:
+            slots = min(slots, max(1, _slots_that_fit(config, model, on, 0.5)))
+        if on.run and config.data.max_rows:  # else all of a file's prompts are answered
+            asked = config.data.max_rows * settings.responses
+            slots = min(slots, max(SLOTS_CPU, _power_of_two(asked / REFILLS / copies)))
+        settings.batch_size = slots * copies
+    if not settings.prefill_batch_size:
+        settings.prefill_batch_size = min(PREFILL, settings.batch_size // copies) * copies
+
+
+def _ways(config: ConfigDict, model: ModelConfig, on: Target) -> int:
+    """Devices that share a copy of the weights while sampling."""
+    return sharding.decode_ways(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
+
+
+def _slots_that_fit(config: ConfigDict, model: ModelConfig, on: Target, share: float) -> int:
+    """Slots of a copy of the weights, a power of two, whose cache takes a share of the memory that weights leave; 0 if
+    they leave none."""
+    room = on.slice.chip.hbm_bytes - sum(sampling_bytes(config, model, on).values())
+    slots = share * room / cache_bytes(config, model, on)
+    return _power_of_two(slots) if slots >= 1 else 0
+
+
+def sampling_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[str, float]:
+    """Bytes a device by kind while sampling, without the cache: a run's params, and the copy that is sampled from. One
+    CPU samples from another copy than the files are loaded into (`slots.Decoder.by_layer`)."""
+    count, held = num_params(model), {}
+    if on.run:
+        held["params"] = 4 * count / (config.mesh.fsdp * config.mesh.tensor)
+    elif on.slice.chip.name == CPU.name and on.slice.devices == 1:
+        held["loaded"] = count * on.dtype.itemsize
+    return held | {"copy": count * on.dtype.itemsize / _ways(config, model, on)}
+
+
+def cache_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> float:
+    """Bytes a device of a slot's keys and values."""
+    tokens = config.data.max_prompt_length + config.generate.max_new_tokens
+    of_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * on.cache_dtype.itemsize
+    return of_token * tokens / _ways(config, model, on)
+
+
+def _power_of_two(number: float) -> int:
+    """The largest that is not above; 1 at least."""
+    return 1 << max(0, math.floor(math.log2(max(1.0, number))))
+
+
+# ---- training
+
+
+def _choose_memory(config: ConfigDict, model: ModelConfig, on: Target) -> None:
+    """Set remat and micro-batches: the fewest parts, and in those the most kept, that fit; else what needs least."""
+    chip, ways = on.slice.chip, config.mesh.data * config.mesh.fsdp
+    limit = SHARE * chip.hbm_bytes
+    asked, parts = config.model.remat, config.train.micro_batches
+    policies = POLICIES if asked == "auto" else (asked,)
+    if asked == "auto" and chip.flops and chip.flops / chip.hbm_bytes_per_second > FAST_MATMULS:
+        policies = POLICIES[POLICIES.index("qkv") :]
+    most = max(1, config.train.batch_size // ways)
+    for micro_batches in [parts] if parts else [2**i for i in range(most.bit_length())]:
+        for remat in policies:
+            config.model.remat, config.train.micro_batches = remat, micro_batches
+            if not limit or sum(training_bytes(config, model, on).values()) <= limit:
+                return
+
+
+def training_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[str, float]:
+    """Estimated bytes a device by kind in a training step of the longest pairs; the config leaves nothing open.
+
+    Params, optimizer and gradients follow from the number of params. The rest is the peak in the backward pass, as the
+    TPU's compiler has been seen to lay it out: what the policy keeps, the logits with softmax and gradient, and of a
+    layer its MLP, its gathered weights with the next one's, and the scores of plain attention.
+    """
+    mesh, train = config.mesh, config.train
+    shards, count = mesh.fsdp * mesh.tensor, num_params(model)
+    adamw = "adamw" in (train.optimizer, config.sft.optimizer if config.sft.epochs or config.sft.control else "")
+    trained = num_adapter_params(model, config.lora.rank) if config.lora.rank else count
+    held = {"params": 4 * trained, "optimizer": (8 if adamw else 4) * trained}
+    held["gradients"] = 4 * trained * (2 if train.micro_batches > 1 else 1)
+    if config.lora.rank or config.spin.opponent == "live":
+        held["frozen params"] = count * on.dtype.itemsize
+    needed = {kind: size / shards for kind, size in held.items()}
+    pairs = math.ceil(train.batch_size / (mesh.data * mesh.fsdp * train.micro_batches))
+    prompt, real, generated = longest_pair(config)
+    of_pair = prompt + real + generated - 2
+    rows = math.ceil(pairs / max(1, train.row_length // of_pair))  # as short as they can be, and as full
+    tokens = rows * round_up(math.ceil(pairs / rows) * of_pair, train.length_multiple)
+    lanes = 128 if on.slice.chip.name.startswith("TPU") else 1
+    kept = model.num_layers * kept_numbers(model, config.model.remat, lanes)
+    needed["activations"] = tokens * (kept + 2 * model.intermediate_size) * on.dtype.itemsize / mesh.tensor
+    logits = pairs * min(real + generated, config.model.logits_chunk or math.inf) * model.vocab_size
+    needed["program"] = PROGRAM
+    needed["logits"] = 3 * 4 * logits / mesh.tensor
+    if on.attention == "plain":
+        needed["scores"] = (
+            3 * 4 * tokens * max(train.row_length, prompt + real + generated) * model.num_heads / mesh.tensor
+        )
+    if mesh.fsdp > 1:
+        layer = flops_per_token(model, 0) / (2 * model.num_layers)  # two FLOPs for each number in its matrices
+        needed["gathered weights"] = 2 * layer * on.dtype.itemsize / mesh.tensor
+    return needed
+
+
+def longest_pair(config: ConfigDict) -> tuple[int, int, int]:
+    """Tokens of prompt, real and generated response of the longest pair that a config allows: both responses fill their
+    budgets. Generated responses that the data gives have the room of a human one."""
+    data = config.data
+    generated = data.max_length if data.layout == "pairs" else config.generate.max_new_tokens
+    prompt = max(1, min(data.max_prompt_length, data.max_length - generated))
+    return prompt, data.max_length - prompt, min(generated, data.max_length - prompt)
+
+
+def check_memory(
+    config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], trains: bool = True, run: bool = True
+) -> None:
+    """Refuse a config, with nothing left open, for which the devices are too little.
+
+    Args:
+        trains: whether a training step is among what they are to hold.
+        run: as in `choose`.
+
+    Raises:
+        UserError: with the arithmetic, and what they could hold.
+    """
+    on = target(config, model, devices, run)
+    limit = on.slice.chip.hbm_bytes
+    stage, of_kinds = _largest_stage(config, model, on, trains)
+    needed = sum(of_kinds.values())
+    if not limit or needed <= SHARE * limit:
+        return
+    kinds = ", ".join(f"{kind} {_gib(size)}" for kind, size in of_kinds.items() if size > 0.005 * GiB)
+    takes = f"{stage} takes {_gib(needed)} GiB of each ({kinds})"
+    if needed <= MISS * limit:
+        _LOG.warning("%s: %s by an estimate, which may be too much", describe(devices), takes)
+        return
+    tries = []
+    if stage == "sampling" and (slots := _slots_that_fit(config, model, on, 0.8)):
+        tries.append(f"--config.generate.batch_size={slots * on.slice.devices // _ways(config, model, on)}")
+    if trains and not config.lora.rank:
+        low_rank = config.copy_and_resolve_references()
+        low_rank.lora.rank = 16
+        size = sum(_largest_stage(low_rank, model, on, trains)[1].values())
+        if size <= SHARE * limit:
+            tries.append(f"--config.lora.rank=16 with ten times the learning rate ({_gib(size)} GiB)")
+    if on.slice.chip.name != CPU.name:
+        tries.append(f"{on.slice.devices * math.ceil(needed / (SHARE * limit))} of these devices")
+    tries.append("a smaller model, such as configs/smollm2_135m.py has")
+    raise UserError(f"{describe(devices)}: too little for {config.model.path}: {takes}; try {', or '.join(tries)}")
+
+
+def _largest_stage(config: ConfigDict, model: ModelConfig, on: Target, trains: bool) -> tuple[str, dict[str, float]]:
+    """The stage that needs most, and its bytes a device by kind."""
+    slots = config.generate.batch_size * _ways(config, model, on) / on.slice.devices
+    sampling = sampling_bytes(config, model, on) | {"cache": slots * cache_bytes(config, model, on)}
+    stages = {"sampling": sampling} | ({"training": training_bytes(config, model, on)} if trains else {})
+    return max(stages.items(), key=lambda stage: sum(stage[1].values()))
+
+
+def _gib(size: float) -> str:
+    return f"{size / GiB:.1f}" if size > GiB else f"{size / GiB:.2f}"
+
+
+def describe(devices: Sequence[jax.Device]) -> str:
+    """Devices, as "8 x TPU v5e of 15.8 GiB"."""
+    there = found(devices)
+    memory = f" of {there.chip.hbm_bytes / GiB:.1f} GiB" if there.chip.hbm_bytes else ""
+    return f"{there.devices} x {there.chip.name}{memory}"
+
+
+def what(config: ConfigDict, chosen: ConfigDict) -> str:
+    """What was chosen, as flags."""
+    before = flatten(config)
+    fields = (as_flag(field, value) for field, value in flatten(chosen).items() if value != before[field])
+    return " ".join(fields) or "nothing was left to choose"

@@ -1,0 +1,1 @@
+"""One training stage: optimizer, step, programs, loop."""

@@ -1,0 +1,152 @@
+"""Every jitted program of a run, made by one function each, which is cached: no program is compiled twice.
+
+`spin_jax/compile_check/programs.py` lists them with the shapes that a run calls them with.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from spin_jax.config import at_iteration
+from spin_jax.devices import sharding
+from spin_jax.devices.compiler_options import jit
+from spin_jax.devices.sharding import located
+from spin_jax.models import (
+    Compute,
+    ModelConfig,
+    abstract_adapters,
+    abstract_params,
+    adapter_shardings,
+    init_adapters,
+    merge,
+    param_shardings,
+)
+from spin_jax.objectives.sft import sft_objective
+from spin_jax.objectives.spin import Objective, spin_objective
+from spin_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from spin_jax.training.train_step import TrainState, init_state, make_step, on_adapters, state_shardings
+
+
+@functools.cache
+def make_adapters(model: ModelConfig, rank: int, mesh: Mesh) -> Callable:
+    """key -> fresh low-rank updates, born where they live."""
+    return jit(mesh, functools.partial(init_adapters, model, rank), out_shardings=adapter_shardings(mesh, model, rank))
+
+
+@functools.cache
+def make_merging(model: ModelConfig, scale: float, mesh: Mesh) -> Callable:
+    """(params, adapters) -> params with the updates in them; donates the params."""
+    merging = functools.partial(merge, scale=scale)
+    return jit(mesh, merging, donate_argnums=0, out_shardings=param_shardings(mesh, model))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSpec:
+    """All that the programs of a training stage depend on; hashable, so that they are made and compiled once.
+
+    Attributes:
+        model, compute: what is trained, and how it computes.
+        loss: one of losses.LOSSES; None: supervised fine-tuning.
+        beta: lambda of equation 4.7.
+        live: every step computes the opponent's log-probs anew, from its params.
+        rank, alpha: of low-rank updates; rank 0 trains all weights.
+        optimizer, peak, steps, warmup_ratio, clip_norm, weight_decay: see `optimizer.make_optimizer` and its schedule.
+        micro_batches: see `train_step.make_step`.
+    """
+
+    model: ModelConfig
+    compute: Compute
+    loss: str | None
+    beta: float
+    live: bool
+    rank: int
+    alpha: float
+    optimizer: str
+    peak: float
+    steps: int
+    warmup_ratio: float
+    clip_norm: float
+    weight_decay: float
+    micro_batches: int
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that a step's FLOPs count as: a backward pass is two matmuls for each of the forward, or one
+        where the weights are frozen. The updates' own, a few per cent, are not counted."""
+        return (2 if self.rank else 3) + self.live
+
+
+def spin_spec(config: ConfigDict, model: ModelConfig, compute: Compute, t: int, steps: int) -> TrainingSpec:
+    """Iteration t's training stage."""
+    live, beta = config.spin.opponent == "live", at_iteration(config.spin.beta, t)
+    peak = at_iteration(config.train.learning_rate, t)
+    return _spec(config, model, compute, config.spin.loss, beta, live, config.train.optimizer, peak, steps)
+
+
+def sft_spec(config: ConfigDict, model: ModelConfig, compute: Compute, peak: float, steps: int) -> TrainingSpec:
+    """Supervised fine-tuning."""
+    return _spec(config, model, compute, None, 0.0, False, config.sft.optimizer, peak, steps)
+
+
+def _spec(config, model, compute, loss, beta, live, optimizer, peak, steps) -> TrainingSpec:
+    train, rank, alpha = config.train, config.lora.rank, config.lora.alpha
+    of_steps = optimizer, peak, steps, train.warmup_ratio, train.clip_norm, train.weight_decay, train.micro_batches
+    return TrainingSpec(model, compute, loss, beta, live, rank, alpha, *of_steps)
+
+
+class Training(NamedTuple):
+    """A training stage's programs.
+
+    Attributes:
+        init: params (donated) -> state at step 0.
+        step: see `train_step.make_step`.
+        schedule: steps -> their learning rates.
+        state: the state as a tree of jax.ShapeDtypeStruct with shardings.
+    """
+
+    init: Callable
+    step: Callable
+    schedule: optax.Schedule
+    state: TrainState
+
+
+@functools.lru_cache(maxsize=4)  # a program is specific to an iteration's schedule
+def make_training(spec: TrainingSpec) -> Training:
+    """The programs of a training stage."""
+    mesh = spec.compute.mesh
+    trained = located(abstract_params(spec.model), param_shardings(mesh, spec.model))
+    if spec.loss:
+        objective = spin_objective(spec.model, spec.compute, spec.loss, spec.beta)
+    else:
+        objective = sft_objective(spec.model, spec.compute)
+    if spec.rank:
+        objective = on_adapters(objective, spec.alpha / spec.rank, spec.live)
+        adapters = abstract_adapters(spec.model, spec.rank)
+        trained = located(adapters, adapter_shardings(mesh, spec.model, spec.rank))
+    schedule = learning_rate_schedule(spec.peak, spec.steps, spec.warmup_ratio)
+    optimizer = make_optimizer(spec.optimizer, schedule, spec.clip_norm, spec.weight_decay)
+    init, step = jit_training(objective, optimizer, spec.micro_batches, trained, mesh)
+    state = located(init.eval_shape(trained), state_shardings(optimizer, trained))
+    return Training(init, step, schedule, state)
+
+
+def jit_training(
+    objective: Objective, optimizer: optax.GradientTransformation, micro_batches: int, params: dict, mesh: Mesh
+) -> tuple[Callable, Callable]:
+    """The jitted (init: params -> state, `train_step.make_step`); both donate their first argument.
+
+    Args:
+        params: arrays or jax.ShapeDtypeStructs, with their shardings.
+    """
+    shardings = state_shardings(optimizer, params)
+    init = functools.partial(init_state, optimizer=optimizer)
+    step = make_step(objective, optimizer, micro_batches)
+    return (
+        jit(mesh, init, donate_argnums=0, out_shardings=shardings),
+        jit(mesh, step, donate_argnums=0, out_shardings=(shardings, None, sharding.batch_sharding(mesh))),
+    )

@@ -1,0 +1,108 @@
+"""One optimizer step, as pure functions on pytrees: the SPIN and SFT objectives, the optimizer, the update."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from spin_jax.models import attach
+from spin_jax.objectives.spin import Objective
+
+
+class TrainState(NamedTuple):
+    """What a step changes and a checkpoint holds.
+
+    Attributes:
+        step: int32, updates made.
+        params: the policy's, f32 masters; or low-rank updates of frozen ones.
+        opt_state: optax's.
+        healthy: bool; False once a loss or gradient was not finite. From then on no step changes anything, so that the
+            last good state survives until the host has read the metrics, which it does a step late.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    healthy: jax.Array
+
+
+def on_adapters(objective: Objective, scale: float, live: bool) -> Objective:
+    """`objective` as a function of low-rank updates of frozen params, which are the step's `opponent` then: the policy
+    is opponent + scale a b, and one copy of the opponent serves both. `live`: the objective asks for the opponent."""
+
+    def adapted(adapters: dict, opponent: dict, batch: NamedTuple) -> tuple[jax.Array, tuple]:
+        return objective(attach(opponent, adapters, scale), opponent if live else None, batch)
+
+    return adapted
+
+
+def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh optimizer for `params`, which the state takes over. Sharded as the params are when called under jit."""
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.bool_(True))
+
+
+def state_shardings(optimizer: optax.GradientTransformation, params: dict) -> TrainState:
+    """Where a state for sharded `params` lives: optimizer moments beside their params, scalars everywhere."""
+    param_shardings = jax.tree.map(lambda x: x.sharding, params)
+    everywhere = NamedSharding(jax.tree.leaves(param_shardings)[0].mesh, PartitionSpec())
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        param_shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(everywhere, param_shardings, opt_state, everywhere)
+
+
+def make_step(objective: Objective, optimizer: optax.GradientTransformation, micro_batches: int) -> Callable:
+    """step(state, opponent, batch, scoring=False) -> (state, metrics, log-probs [B, P, 2]), to be jitted; pure.
+
+    The batch's leading axis is cut into `micro_batches` equal parts, whose gradients are added up in f32: the loss, its
+    gradient and every metric are sums over the whole batch. Adds `grad_norm` (before clipping) and `healthy` to the
+    objective's metrics.
+
+    With `scoring`, a bool scalar, the state stays as it is and no gradient is computed. The log-probs are those that a
+    training call finds, bit for bit, since the same instructions of the same program compute them: what the opponent is
+    scored with, see docs/algorithm.md. Metrics mean nothing then.
+    """
+
+    def gradient(params: dict, opponent: dict | None, batch: NamedTuple, scoring: jax.Array):
+        """(gradient, metrics, log-probs); the gradient is 0, and not computed, with `scoring`."""
+        loss, backward, (metrics, logps) = jax.vjp(lambda p: objective(p, opponent, batch), params, has_aux=True)
+        # The backward pass is the first branch, which the compile check counts.
+        (grads,) = jax.lax.cond(
+            scoring, lambda: (jax.tree.map(jnp.zeros_like, params),), lambda: backward(jnp.ones_like(loss))
+        )
+        return grads, metrics, logps
+
+    def summed(params: dict, opponent: dict | None, batch: NamedTuple, scoring: jax.Array):
+        if micro_batches == 1:
+            return gradient(params, opponent, batch, scoring)
+
+        def accumulate(total, part):
+            grads, metrics, logps = gradient(params, opponent, part, scoring)
+            return jax.tree.map(jnp.add, total, (grads, metrics)), logps
+
+        # Part i takes rows i, i + micro_batches, ...: each device keeps the rows that it holds.
+        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
+        shapes = jax.eval_shape(gradient, params, opponent, jax.tree.map(lambda x: x[0], parts), scoring)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2])
+        (grads, metrics), logps = jax.lax.scan(accumulate, zeros, parts)
+        return grads, metrics, jnp.swapaxes(logps, 0, 1).reshape(-1, *logps.shape[2:])
+
+    def step(state: TrainState, opponent: dict | None, batch: NamedTuple, scoring: jax.Array | bool = False):
+        grads, metrics, logps = summed(state.params, opponent, batch, scoring)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(grads)
+            healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updated = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, healthy)
+            unchanged = state._replace(healthy=jnp.where(scoring, state.healthy, healthy))
+            kept = jax.tree.map(lambda new, old: jnp.where(healthy & ~scoring, new, old), updated, unchanged)
+        return kept, metrics | {"grad_norm": grad_norm, "healthy": healthy}, logps
+
+    return step
