@@ -27,13 +27,14 @@ import packed_step  # noqa: E402
 from spin_jax import checkpoints, models, sizing  # noqa: E402
 from spin_jax.compile_check.known_models import known  # noqa: E402
 from spin_jax.config import base_config  # noqa: E402
-from spin_jax.data.packing import Packing, plan_training, spin_batch  # noqa: E402
+from spin_jax.data.packing import Packing, pack_batch, plan_training  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
 from spin_jax.devices.accelerators import GiB, find_slice  # noqa: E402
 from spin_jax.devices.transfer import put  # noqa: E402
 from spin_jax.models import execution  # noqa: E402
-from spin_jax.objectives.spin import spin_objective  # noqa: E402
+from spin_jax.objectives import OBJECTIVES  # noqa: E402
+from spin_jax.objectives.interface import Settings, batch_loss  # noqa: E402
 from spin_jax.training import programs  # noqa: E402
 from spin_jax.training.optimizer import learning_rate_schedule, make_optimizer  # noqa: E402
 
@@ -71,10 +72,8 @@ def with_length(model: models.ModelConfig, length: int, tokens: int) -> dict:
     """Median seconds a step with pairs of so many tokens, by kind of attention; steps are made in turn."""
     rng = np.random.default_rng(0)
     parts = (length // 4, length * 3 // 8, length * 3 // 8)
-    pairs = [
-        Pair(0, 0, *(rng.integers(1, model.vocab_size, n, np.int32) for n in parts), False, False)
-        for _ in range(tokens // length)
-    ]
+    prompt, *responses = (rng.integers(1, model.vocab_size, n, np.int32) for n in parts)
+    pairs = [Pair(0, 0, prompt, tuple(responses), (False, False))] * (tokens // length)
     kinds = ["tiled", "plain"] if model.num_heads * length * tokens * 4 <= PLAIN_BYTES else ["tiled"]
     steps = {kind: make_stepper(model, pairs, length, kind) for kind in kinds}
     seconds = {kind: [] for kind in kinds}
@@ -98,11 +97,11 @@ def make_stepper(model: models.ModelConfig, pairs: list[Pair], length: int, atte
     compute = execution.make_compute(config.model, model, mesh)
     shardings = models.param_shardings(mesh, model)
     params = jax.jit(lambda: models.init_params(model, jax.random.key(0)), out_shardings=shardings)()
-    objective = spin_objective(model, compute, "logistic", 0.1)
+    objective = batch_loss(OBJECTIVES["logistic"], Settings(beta=0.1), model, compute)
     optimizer = make_optimizer("rmsprop", learning_rate_schedule(1e-6, 1000, 0.1), 1.0, 0.0)
     init, step = programs.jit_training(objective, optimizer, 1, params, mesh)
     plan = plan_training(pairs, np.arange(len(pairs))[None], Packing(1, 64, length))
-    batch = put(spin_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays, sharding.batch_sharding(mesh))
+    batch = put(pack_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays, sharding.batch_sharding(mesh))
     state = init(params)
 
     def make_step() -> None:

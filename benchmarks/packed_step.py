@@ -79,7 +79,8 @@ def load_config(argument: str) -> ConfigDict:
 def fill(config: ConfigDict, ways: int, batches: int, shapes: int | None = None) -> float:
     """The share of all slots that is not padding, where so many devices split the rows of each batch."""
     lengths = draw(config, batches * PAIRS)
-    pairs = [Pair(0, 0, *(np.zeros(tokens, np.int32) for tokens in pair), False, False) for pair in lengths]
+    parts = ([np.zeros(tokens, np.int32) for tokens in pair] for pair in lengths)
+    pairs = [Pair(0, 0, prompt, tuple(responses), (False, False)) for prompt, *responses in parts]
     packing = Packing(ways, config.train.length_multiple, config.train.row_length, shapes or batches)
     return plan_training(pairs, np.arange(len(pairs)).reshape(batches, PAIRS), packing).fill
 

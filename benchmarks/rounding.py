@@ -31,7 +31,7 @@ import numpy as np  # noqa: E402
 from spin_jax import checkpoints, models, sizing
 from spin_jax.config import base_config, override  # noqa: E402
 from spin_jax.data.chat_format import load_chat  # noqa: E402
-from spin_jax.data.packing import Packing, Plan, of_pairs, plan_scoring, plan_training, spin_batch
+from spin_jax.data.packing import Packing, Plan, of_pairs, pack_batch, plan_scoring, plan_training
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
 from spin_jax.devices.transfer import everywhere, fetch, put
@@ -62,7 +62,7 @@ class Player:
         """[pairs, 2], by the training step's own program."""
         scoring, found = everywhere(True, self.mesh), np.zeros((len(pairs), 2), np.float32)
         for rows, shape in zip(plan.batches, plan.shapes, strict=True):
-            batch = put(spin_batch(self.model, pairs, rows, shape).arrays, self.placed)
+            batch = put(pack_batch(self.model, pairs, rows, shape).arrays, self.placed)
             self.state, _, logps = self.training.step(self.state, None, batch, scoring)
             found[[i for row in rows for i in row]] = of_pairs(fetch(logps), rows)
         return found
@@ -75,7 +75,9 @@ class Player:
         """A few steps, the last of them past the first of the warm-up, whose learning rate is 0."""
         for step in (0, 1):
             rows, shape = plan.batches[step], plan.shapes[step]
-            batch = spin_batch(self.model, pairs, rows, shape, logps[[i for row in rows for i in row]]).arrays
+            batch = pack_batch(
+                self.model, pairs, rows, shape, reference_logps=logps[[i for row in rows for i in row]]
+            ).arrays
             put_batch = put(batch, self.placed)
             self.state, _, _ = self.training.step(self.state, None, put_batch, everywhere(False, self.mesh))
 
@@ -109,7 +111,7 @@ def main() -> None:
         del player
     found["bfloat16 against float32"] = found.pop("bfloat16") - found.pop("float32")
     found["after a step"] = found.pop("bfloat16, moved") - (moved := found.pop("float32, moved"))
-    lengths = np.array([len(pair.real) + len(pair.generated) for pair in pairs])
+    lengths = np.array([sum(map(len, pair.responses)) for pair in pairs])
     short = lengths <= np.median(lengths)
     heads = (f"{'all':>8}", f"{'short':>8}", f"{'long':>8}", f"{f'loss, beta {args.beta:g}':>16}")
     means = [f"{lengths[of].mean():.0f}" for of in (short, ~short)]
@@ -130,7 +132,7 @@ def read_pairs(model: str, path: str, count: int) -> list[Pair]:
         return chat.real_response(prompts[asked], rows[answered]["response"])[:400]
 
     return [
-        Pair(i, 0, chat.generation_prompt(prompts[i])[-200:], response(i, i), response(i, i + count), False, False)
+        Pair(i, 0, chat.generation_prompt(prompts[i])[-200:], (response(i, i), response(i, i + count)), (False, False))
         for i in range(count)
     ]
 

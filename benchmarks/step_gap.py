@@ -29,12 +29,13 @@ from etils import epath  # noqa: E402
 
 from spin_jax import checkpoints, models, sizing
 from spin_jax.config import base_config  # noqa: E402
-from spin_jax.data.packing import Packing, plan_training, spin_batch
+from spin_jax.data.packing import Packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding
 from spin_jax.devices.transfer import put  # noqa: E402
 from spin_jax.models import execution
-from spin_jax.objectives.spin import spin_objective  # noqa: E402
+from spin_jax.objectives import OBJECTIVES  # noqa: E402
+from spin_jax.objectives.interface import Settings, batch_loss  # noqa: E402
 from spin_jax.tasks import toy  # noqa: E402
 from spin_jax.training import programs
 from spin_jax.training.loop import fit  # noqa: E402
@@ -57,7 +58,7 @@ class Training:
         shardings = models.param_shardings(self.mesh, model)
         self._new_params = jax.jit(lambda: models.init_params(model, jax.random.key(0)), out_shardings=shardings)
         self.init, self.step = programs.jit_training(
-            spin_objective(model, compute, "logistic", 0.1),
+            batch_loss(OBJECTIVES["logistic"], Settings(beta=0.1), model, compute),
             make_optimizer("rmsprop", self.schedule, 1.0, 0.0),
             1,
             self._new_params(),
@@ -66,7 +67,7 @@ class Training:
         self.sharding = sharding.batch_sharding(self.mesh)
         rng = np.random.default_rng(0)
         ids = lambda: rng.integers(1, model.vocab_size, length // 2, dtype=np.int32)  # noqa: E731
-        self._pairs = [Pair(i, 0, ids(), ids(), ids(), False, False) for i in range(ROWS)]
+        self._pairs = [Pair(i, 0, ids(), (ids(), ids()), (False, False)) for i in range(ROWS)]
         packing = Packing(sharding.ways(self.mesh, "rows"), 128, config.train.row_length)
         self._plan = plan_training(self._pairs, batch_order(ROWS, pairs, 0, steps), packing)
 
@@ -74,7 +75,7 @@ class Training:
         return self.init(self._new_params())
 
     def make_batch(self, step: int):
-        return spin_batch(self.model, self._pairs, self._plan.batches[step], self._plan.shapes[step])
+        return pack_batch(self.model, self._pairs, self._plan.batches[step], self._plan.shapes[step])
 
 
 def in_the_loop(training: Training, steps: int) -> tuple[list[float], list[bool]]:

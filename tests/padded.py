@@ -10,19 +10,13 @@ from spin_jax.models import Compute, ModelConfig, forward, unembed
 
 
 def pair_logprobs(config: ModelConfig, params: dict, pairs: list[Pair], compute: Compute) -> jax.Array:
-    """log p(y|x) of the real and the generated response of each pair, f32 [pairs, 2]."""
-    return jnp.stack(
-        [
-            jnp.stack([logprob(config, params, pair.prompt, y, compute) for y in (pair.real, pair.generated)])
-            for pair in pairs
-        ]
+    """log p(y|x) of the responses of each pair, f32 [pairs, Y]."""
+    rows = [(len(pair.prompt), np.concatenate([pair.prompt, y])) for pair in pairs for y in pair.responses]
+    length = -(-max(len(row) for _, row in rows) // 16) * 16
+    tokens_NT = np.array([np.pad(row, (0, length - len(row))) for _, row in rows])
+    logps_NTV = jax.nn.log_softmax(
+        unembed(config, params, forward(config, params, tokens_NT, compute=compute)[0], compute)
     )
-
-
-def logprob(config: ModelConfig, params: dict, prompt: np.ndarray, response: np.ndarray, compute: Compute) -> jax.Array:
-    """log p(response | prompt), f32, of a row that is padded to a multiple of 16 tokens."""
-    row = np.concatenate([prompt, response])
-    tokens_1T = np.pad(row, (0, -len(row) % 16))[None]
-    logits_TV = unembed(config, params, forward(config, params, tokens_1T, compute=compute)[0], compute)[0]
-    predicting = jnp.arange(len(prompt) - 1, len(row) - 1)
-    return jnp.sum(jax.nn.log_softmax(logits_TV)[predicting, response])
+    chosen_NT = jnp.take_along_axis(logps_NTV[:, :-1], tokens_NT[:, 1:, None], axis=2)[..., 0]
+    of_response_NT = np.array([[prompt - 1 <= t < len(row) - 1 for t in range(length - 1)] for prompt, row in rows])
+    return jnp.sum(jnp.where(of_response_NT, chosen_NT, 0.0), axis=1).reshape(len(pairs), -1)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spin_jax.data.batch import HostBatch
-from spin_jax.data.packing import Packing, Plan, plan_training, sft_batch, spin_batch
-from spin_jax.data.pairs import Pair
+from spin_jax.data.packing import Packing, Plan, pack_batch, plan_training
+from spin_jax.data.pairs import RESPONSES, Pair
 from spin_jax.models import ModelConfig, abstract_params
 
 CONFIG = ModelConfig(
@@ -53,7 +53,7 @@ def tokens(rng: np.random.Generator, length: int) -> np.ndarray:
 def pairs(lengths: tuple[tuple[int, int, int], ...] = LENGTHS, seed: int = 0) -> list[Pair]:
     rng = np.random.default_rng(seed)
     return [
-        Pair(row, 0, tokens(rng, prompt), tokens(rng, real), tokens(rng, generated), False, generated == 9)
+        Pair(row, 0, tokens(rng, prompt), (tokens(rng, real), tokens(rng, generated)), (False, generated == 9))
         for row, (prompt, real, generated) in enumerate(lengths)
     ]
 
@@ -68,9 +68,9 @@ def packed(
     plan = _plan(pairs, packing)
     rows, shape = plan.batches[0], plan.shapes[0]
     if sft:
-        return sft_batch(CONFIG, pairs, rows, shape)
+        return pack_batch(CONFIG, pairs, rows, shape, responses=("real",), mean_over="tokens")
     in_rows = None if opponent_logps is None else opponent_logps[list(itertools.chain(*rows))]
-    return spin_batch(CONFIG, pairs, rows, shape, in_rows)
+    return pack_batch(CONFIG, pairs, rows, shape, responses=RESPONSES, reference_logps=in_rows)
 
 
 def places(pairs: list[Pair], packing: Packing = PACKING) -> tuple[np.ndarray, np.ndarray]:

@@ -22,14 +22,15 @@ from parent import Parent  # noqa: E402
 
 from spin_jax import checkpoints, models
 from spin_jax.config import base_config  # noqa: E402
-from spin_jax.data.packing import Packing, plan_scoring, plan_training, spin_batch
+from spin_jax.data.packing import Packing, pack_batch, plan_scoring, plan_training
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
 from spin_jax.devices.transfer import put  # noqa: E402
 from spin_jax.evaluation import scoring
 from spin_jax.evaluation.scoring import score  # noqa: E402
 from spin_jax.models import execution
-from spin_jax.objectives.spin import spin_objective  # noqa: E402
+from spin_jax.objectives import OBJECTIVES  # noqa: E402
+from spin_jax.objectives.interface import Settings, batch_loss  # noqa: E402
 from spin_jax.training import programs
 from spin_jax.training.optimizer import make_optimizer
 from spin_jax.training.train_step import on_adapters
@@ -62,10 +63,10 @@ def main() -> None:
     else:
         plan = plan_training(pairs, np.arange(len(pairs)).reshape(-1, size), packing)
         batches = [
-            spin_batch(model, pairs, rows, shape, logps[list(itertools.chain(*rows))]).arrays
+            pack_batch(model, pairs, rows, shape, reference_logps=logps[list(itertools.chain(*rows))]).arrays
             for rows, shape in zip(plan.batches, plan.shapes, strict=True)
         ]
-        objective = spin_objective(model, compute, "logistic", s["beta"])
+        objective = batch_loss(OBJECTIVES["logistic"], Settings(beta=s["beta"]), model, compute)
     if rank:
         opponent = params
         params = programs.make_adapters(model, rank, mesh)(jax.random.key(0))
@@ -104,7 +105,8 @@ def load(directory: pathlib.Path, model: models.ModelConfig, compute: models.Com
 
 
 def as_pair(ids: dict[str, list[int]]) -> Pair:
-    return Pair(0, 0, *(np.array(ids[k], np.int32) for k in ("prompt", "real", "generated")), False, False)
+    prompt, *responses = (np.array(ids[name], np.int32) for name in ("prompt", "real", "generated"))
+    return Pair(0, 0, prompt, tuple(responses), (False, False))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def measures(steps: list[dict], pairs: int, flops: float, peak: float | None) ->
 
 
 def as_pair(ids: dict[str, list[int]]) -> Pair:
-    return Pair(0, 0, ids["prompt"], ids["real"], ids["generated"], False, False)
+    return Pair(0, 0, ids["prompt"], (ids["real"], ids["generated"]), (False, False))
 
 
 if __name__ == "__main__":

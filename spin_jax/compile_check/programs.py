@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from spin_jax import sizing
 from spin_jax.data.batch import Batch, empty_batch
-from spin_jax.data.packing import Plan, forward_flops, make_packing, plan_scoring, plan_training, spin_batch
+from spin_jax.data.packing import Plan, forward_flops, make_packing, pack_batch, plan_scoring, plan_training
 from spin_jax.data.pairs import Pair
 from spin_jax.devices import sharding
 from spin_jax.evaluation.scoring import make_scorer
@@ -93,7 +93,8 @@ def make_programs(
 
 
 def _blank_pair(*lengths: int) -> Pair:
-    return Pair(0, 0, *(np.zeros(tokens, np.int32) for tokens in lengths), False, False)
+    prompt, *responses = (np.zeros(tokens, np.int32) for tokens in lengths)
+    return Pair(0, 0, prompt, tuple(responses), (False,) * len(responses))
 
 
 def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute, params: dict) -> list[Program]:
@@ -172,8 +173,8 @@ def kernel_share(model: ModelConfig, compute: Compute, pairs: Sequence[Pair], pl
         return 1.0
     ways = sharding.ways(compute.mesh, "heads")
     _, tile = heads_and_tile(model.num_heads // ways, model.num_kv_heads // ways, model.head_dim, compute.dtype)
-    rows = spin_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays.rows
-    return share_of_causal(rows.ends_BT, rows.positions_BT, tile, model.sliding_window)
+    rows = pack_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays.rows
+    return share_of_causal(rows.visible_until_BT, rows.positions_BT, tile, model.sliding_window)
 
 
 def _in_compute_dtype(params: dict, compute: Compute) -> dict:

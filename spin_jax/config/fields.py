@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class Field:
         default: its value where nobody gives another; a value is of its type. A tuple of numbers has an entry an
             iteration, the last of which serves all later ones.
         doc: what it is, with its unit, and why the default is what it is.
-        choices: the words that it may be; none: any text.
+        choices: the words that it may be, or the registry that has them, as "package:NAME"; none: any text.
         bounds: of a number, or of each entry of a tuple.
         resume: FIXED, FREE, CONTENT or BY_ITERATION.
         decodes: whether a sampled response depends on it, beside the model, the prompt and the seed.
@@ -52,10 +53,17 @@ class Field:
 
     default: object
     doc: str
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] | str = ()
     bounds: Bounds | None = None
     resume: str = FIXED
     decodes: bool = False
+
+    def words(self) -> tuple[str, ...]:
+        """The words that it may be. A registry is asked when they are wanted: it belongs to who reads the field."""
+        if isinstance(self.choices, tuple):
+            return self.choices
+        package, _, name = self.choices.partition(":")
+        return tuple(getattr(importlib.import_module(package), name))
 
     def check(self, name: str, value: object) -> None:
         """Refuse a value that is not of the default's kind, or not among the choices or within the bounds.
@@ -67,8 +75,9 @@ class Field:
         if not _is_like(value, self.default):
             what = _kind(self.default) + (", not text" if isinstance(value, str) else "")
             raise UserError(f"{given} must be {what}: write it as {as_flag(name, _example(value, self.default))}")
-        if self.choices and value not in self.choices:
-            raise UserError(f"{given} is not one of {', '.join(self.choices)}{did_you_mean(value, self.choices)}")
+        words = self.words()
+        if words and value not in words:
+            raise UserError(f"{given} is not one of {', '.join(words)}{did_you_mean(value, words)}")
         if self.bounds:
             values = value if isinstance(value, tuple) else (value,)
             if not values:

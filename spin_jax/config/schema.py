@@ -173,8 +173,8 @@ FIELDS: dict[str, Field] = {
     ),
     "spin.loss": Field(
         "logistic",
-        "One of losses.LOSSES. The paper's choice.",
-        choices=("logistic", "hinge", "exponential", "correlation"),
+        "The objective: one of objectives.OBJECTIVES. The paper's choice.",
+        choices="spin_jax.objectives:OBJECTIVES",
     ),
     "spin.beta": Field((0.1,), "Lambda of equation 4.7, an entry an iteration.", bounds=above(0), resume=BY_ITERATION),
     "spin.opponent": Field(
@@ -288,8 +288,8 @@ def listing() -> str:
 
 def _described(field: Field) -> str:
     text = field.doc
-    if field.choices:
-        text += f" One of {', '.join(field.choices)}."
+    if words := field.words():
+        text += f" One of {', '.join(words)}."
     if field.bounds:
         lowest, highest, inclusive = field.bounds
         text += f" {'At least' if inclusive else 'Above'} {lowest}, at most {highest:,}."

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spin_jax.data.batch import HostBatch, Rows, Shape, empty_batch
+from spin_jax.data.batch import HostBatch, PackedRows, Shape, empty_batch
 from spin_jax.data.bin_packing import Packed, best_fit, few_lengths, pack, round_up
 from spin_jax.data.pairs import Pair
 from spin_jax.devices import sharding
@@ -118,59 +118,78 @@ def _plan(pairs: Sequence[Pair], batches: Sequence[Packed], packing: Packing) ->
     targets: dict[int, int] = {}
     used = padded = total = 0
     for length, rows in batches:
-        targets_of_rows = [sum(len(pairs[i].real) + len(pairs[i].generated) for i in row) for row in rows]
+        targets_of_rows = [sum(len(y) for i in row for y in pairs[i].responses) for row in rows]
         targets[length] = max(targets.get(length, 1), *targets_of_rows)
         chosen = [pairs[i] for i in itertools.chain(*rows)]
         used += sum(slots(pair) for pair in chosen)
         total += len(rows) * length
         padded += _padded_slots(chosen, packing.multiple)
     most = max(len(row) for _, rows in batches for row in rows)
-    shapes = [Shape(len(rows), length, round_up(targets[length], packing.multiple), most) for length, rows in batches]
+    responses = max(len(pair.responses) for pair in pairs)
+    shapes = [
+        Shape(len(rows), length, round_up(targets[length], packing.multiple), most, responses)
+        for length, rows in batches
+    ]
     return Plan([rows for _, rows in batches], shapes, used / total, padded / total)
 
 
 def slots(pair: Pair) -> int:
     """Tokens that a pair takes in a row: its prompt once, and its responses without their last tokens, which predict
     nothing."""
-    return len(pair.prompt) + max(len(pair.real) - 1, 0) + max(len(pair.generated) - 1, 0)
+    return len(pair.prompt) + sum(max(len(y) - 1, 0) for y in pair.responses)
 
 
 def _padded_slots(pairs: Sequence[Pair], multiple: int) -> int:
     """What the same pairs take where each response is a row of its own behind a copy of its prompt."""
-    lengths = [
-        len(pair.prompt) + len(response) for pair in pairs for response in (pair.real, pair.generated) if len(response)
-    ]
+    lengths = [len(pair.prompt) + len(y) for pair in pairs for y in pair.responses if len(y)]
     return len(lengths) * round_up(max(lengths), multiple)
 
 
 # ---- layout
 
 
-def spin_batch(
+def pack_batch(
     model: ModelConfig,
     pairs: Sequence[Pair],
     rows: Sequence[Sequence[int]],
     shape: Shape,
-    opponent_logps: np.ndarray | None = None,
+    *,
+    responses: Sequence[str] = (),
+    mean_over: str = "pairs",
+    reference_logps: np.ndarray | None = None,
 ) -> HostBatch:
-    """Those of `pairs` that `rows` names, for `spin.spin_objective`.
+    """Lay out those of `pairs` that `rows` names.
 
     Args:
-        opponent_logps: log p_t of the real and generated responses, [pairs of the batch, 2], row after row; None gives
-            NaN, where nobody reads them.
+        responses: names of a pair's responses, for its facts.
+        mean_over: "pairs" or "tokens", as `Objective.mean_over`: what the weights make of a sum over pairs.
+        reference_logps: log p_t of the responses, [pairs of the batch, Y], row after row; None gives NaN, where nobody
+            reads them.
     """
     chosen = [pairs[i] for i in itertools.chain(*rows)]
-    facts = {
-        "lengths/real": float(np.mean([len(pair.real) for pair in chosen])),
-        "lengths/generated": float(np.mean([len(pair.generated) for pair in chosen])),
-        "cut/real": float(np.mean([pair.real_cut for pair in chosen])),
-        "cut/generated": float(np.mean([pair.generated_cut for pair in chosen])),
-    }
-    batch = _host_batch(model, pairs, rows, shape, 1 / len(chosen), facts)
-    batch.arrays.opponent_logps_BP2[:] = np.nan if opponent_logps is None else 0
-    if opponent_logps is not None:
-        batch.arrays.opponent_logps_BP2[_places(rows)] = opponent_logps
-    return batch
+    arrays = empty_batch(shape)
+    weight = 1 / (len(chosen) if mean_over == "pairs" else sum(len(y) for pair in chosen for y in pair.responses))
+    for row, numbers in enumerate(rows):
+        slot = target = 0
+        for place, number in enumerate(numbers):
+            first_id = place * shape.responses
+            slot, target = _write(arrays.rows, pairs[number], row, first_id, slot, target)
+            arrays.weights_BP[row, place] = weight
+    arrays.reference_logps_BPY[:] = np.nan if reference_logps is None else 0
+    if reference_logps is not None:
+        arrays.reference_logps_BPY[_places(rows)] = reference_logps
+    facts = {}
+    for y, name in enumerate(responses):
+        facts[f"lengths/{name}"] = float(np.mean([len(pair.responses[y]) for pair in chosen]))
+        facts[f"cut/{name}"] = float(np.mean([pair.truncated[y] for pair in chosen]))
+    tokens = sum(slots(pair) for pair in chosen)
+    return HostBatch(
+        arrays,
+        np.array([pair.row for pair in chosen]),
+        facts | {"fill": tokens / arrays.rows.tokens_BT.size},
+        tokens,
+        sum(forward_flops(model, pair) for pair in chosen),
+    )
 
 
 def of_pairs(x_BP: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -184,53 +203,22 @@ def _places(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array(places).T)
 
 
-def sft_batch(model: ModelConfig, pairs: Sequence[Pair], rows: Sequence[Sequence[int]], shape: Shape) -> HostBatch:
-    """Those of `pairs` that `rows` names, without generated responses, for `sft.sft_objective`."""
-    lengths = [len(pairs[i].real) for i in itertools.chain(*rows)]
-    return _host_batch(model, pairs, rows, shape, 1 / sum(lengths), {"lengths/real": float(np.mean(lengths))})
-
-
-def _host_batch(
-    model: ModelConfig,
-    pairs: Sequence[Pair],
-    rows: Sequence[Sequence[int]],
-    shape: Shape,
-    weight: float,
-    facts: dict[str, float],
-) -> HostBatch:
-    arrays = empty_batch(shape)
-    for row, numbers in enumerate(rows):
-        slot = target = 0
-        for place, number in enumerate(numbers):
-            slot, target = _write(arrays.rows, pairs[number], row, place, slot, target)
-            arrays.weights_BP[row, place] = weight
-    chosen = [pairs[i] for i in itertools.chain(*rows)]
-    tokens = sum(slots(pair) for pair in chosen)
-    return HostBatch(
-        arrays,
-        np.array([pair.row for pair in chosen]),
-        facts | {"fill": tokens / arrays.rows.tokens_BT.size},
-        tokens,
-        sum(forward_flops(model, pair) for pair in chosen),
-    )
-
-
-def _write(rows: Rows, pair: Pair, row: int, place: int, slot: int, target: int) -> tuple[int, int]:
+def _write(rows: PackedRows, pair: Pair, row: int, first_id: int, slot: int, target: int) -> tuple[int, int]:
     """Writes a pair into its row from `slot` and `target` on; returns where the next one goes."""
     prompt, end = len(pair.prompt), slot + slots(pair)
     rows.tokens_BT[row, slot : slot + prompt] = pair.prompt
     rows.positions_BT[row, slot : slot + prompt] = np.arange(prompt)
-    rows.ends_BT[row, slot:end] = end
+    rows.visible_until_BT[row, slot:end] = end
     last_of_prompt, at = slot + prompt - 1, slot + prompt
-    for which, response in enumerate((pair.real, pair.generated)):
+    for y, response in enumerate(pair.responses):
         inputs = max(len(response) - 1, 0)
         rows.tokens_BT[row, at : at + inputs] = response[:-1]
         rows.positions_BT[row, at : at + inputs] = prompt + np.arange(inputs)
-        rows.ends_BT[row, at : at + inputs] = at + inputs
+        rows.visible_until_BT[row, at : at + inputs] = at + inputs
         those = slice(target, target + len(response))
-        rows.sources_BR[row, those] = np.r_[last_of_prompt, at : at + inputs][: len(response)]
+        rows.predictor_index_BR[row, those] = np.r_[last_of_prompt, at : at + inputs][: len(response)]
         rows.targets_BR[row, those] = response
-        rows.owners_BR[row, those] = 2 * place + which
+        rows.response_ids_BR[row, those] = first_id + y
         at, target = at + inputs, target + len(response)
     return end, target
 
@@ -240,11 +228,11 @@ def forward_flops(model: ModelConfig, pair: Pair) -> float:
     keys inside it."""
     window = model.sliding_window or math.inf
     prompt, tokens, seen = len(pair.prompt), 0, 0.0
-    spans = [(0, prompt)] + [(prompt, prompt + max(len(y) - 1, 0)) for y in (pair.real, pair.generated)]
+    spans = [(0, prompt)] + [(prompt, prompt + max(len(y) - 1, 0)) for y in pair.responses]
     for first, end in spans:
         tokens += end - first
         seen += float(np.minimum(np.arange(first + 1, end + 1), window).sum())
-    targets = len(pair.real) + len(pair.generated)
+    targets = sum(map(len, pair.responses))
     return tokens * flops_per_token(model, seen / tokens) + targets * unembed_flops(model)
 
 

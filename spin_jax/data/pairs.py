@@ -1,4 +1,4 @@
-"""Pairs of a real and a generated response: as token ids, and on disk in the authors' Parquet layout."""
+"""Pairs, a prompt with its responses: as token ids, and on disk in the authors' Parquet layout."""
 
 import contextlib
 import dataclasses
@@ -18,23 +18,32 @@ _MODEL = b"spin_jax_model"  # in a pairs file's metadata
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One prompt x with a real response y and a generated one y', as int32 ids of shape [tokens].
+    """One prompt x with its responses, as int32 ids of shape [tokens].
 
     Attributes:
         row: row number of the example in its source.
-        iteration: self-play iteration t whose opponent wrote `generated`.
+        iteration: self-play iteration t whose opponent wrote the generated response; -1 without one.
         prompt: x, within the prompt budget.
-        real, generated: y and y', with their stop id only where they really ended.
-        real_cut, generated_cut: the response was cut at a budget, so it does not end in a stop id.
+        responses: in the order of the objective's names, for SPIN the real one y and the generated one y'. Each has
+            its stop id only where it really ended.
+        truncated: for each, whether it was cut at a budget, so that it does not end in a stop id.
     """
 
     row: int
     iteration: int
     prompt: np.ndarray
-    real: np.ndarray
-    generated: np.ndarray
-    real_cut: bool
-    generated_cut: bool
+    responses: tuple[np.ndarray, ...]
+    truncated: tuple[bool, ...]
+
+
+RESPONSES = ("real", "generated")  # what a run's pairs hold, in order
+
+
+def choose(pair: Pair, names: Sequence[str]) -> Pair:
+    """The pair with those of its responses that are named, of RESPONSES."""
+    places = [RESPONSES.index(name) for name in names]
+    responses, truncated = (tuple(values[i] for i in places) for values in (pair.responses, pair.truncated))
+    return dataclasses.replace(pair, responses=responses, truncated=truncated)
 
 
 def write_pairs_parquet(

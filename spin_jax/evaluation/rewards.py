@@ -11,7 +11,7 @@ from spin_jax.objectives.margin_losses import rewards
 
 
 def held_out_rewards(policy_logps: np.ndarray, opponent_logps: np.ndarray, beta: float) -> dict[str, float]:
-    """Rewards (equation 4.6) of held-out pairs, from log-probs [pairs, 2]."""
+    """Rewards (equation 4.6) of held-out pairs of a real and a generated response, from log-probs [pairs, 2]."""
     real, generated = np.asarray(rewards(policy_logps.astype(np.float64), opponent_logps.astype(np.float64), beta)).T
     return {
         "held_out/rewards/accuracy": float(np.mean(real > generated)),
@@ -22,5 +22,5 @@ def held_out_rewards(policy_logps: np.ndarray, opponent_logps: np.ndarray, beta:
 
 
 def nats_per_token(pairs: Sequence[Pair], logps: np.ndarray) -> float:
-    """A model's mean loss on the human responses as a plain language model, from its log-probs [pairs, 2]."""
-    return -float(logps[:, 0].sum(dtype=np.float64)) / sum(len(pair.real) for pair in pairs)
+    """A model's mean loss on the human responses as a plain language model, from its log-probs [pairs, Y]."""
+    return -float(logps[:, 0].sum(dtype=np.float64)) / sum(len(pair.responses[0]) for pair in pairs)

@@ -15,9 +15,9 @@ _LOG = logging.getLogger(__name__)
 
 
 def write_scores(path: epath.Path, key: str, logps: np.ndarray, pairs: Sequence[Pair]) -> None:
-    """Store scores [..., 2] with their key and with the rows and iterations of `pairs`, which they are of, in order.
+    """Store scores [..., Y] with their key and with the rows and iterations of `pairs`, which they are of, in order.
     They take the place of the parts."""
-    of_pairs = np.reshape([(pair.row, pair.iteration) for pair in pairs], logps.shape)
+    of_pairs = np.reshape([(pair.row, pair.iteration) for pair in pairs], (*logps.shape[:-1], 2))
     write_whole(path, _npz(key=key, logps=logps, rows=of_pairs[..., 0], iterations=of_pairs[..., 1]))
     for part in find(path.parent, "part-*.npz"):
         part.unlink()
@@ -43,7 +43,7 @@ class Parts:
         self._directory, self._key, self._every, self._name, self._kept = directory, key, every, name, 0
 
     def read(self) -> list[np.ndarray]:
-        """What is there, [pairs of a batch, 2] a batch, without a gap."""
+        """What is there, [pairs of a batch, Y] a batch, without a gap."""
         done = multihost.on_first(self._read)
         self._kept = len(done)
         return done

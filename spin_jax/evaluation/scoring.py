@@ -16,7 +16,7 @@ import jaxlib
 import numpy as np
 
 from spin_jax.data.batch import HostBatch
-from spin_jax.data.packing import Plan, of_pairs, spin_batch
+from spin_jax.data.packing import Plan, of_pairs, pack_batch
 from spin_jax.data.pairs import Pair
 from spin_jax.devices.compiler_options import jit
 from spin_jax.devices.transfer import everywhere, fetch, put
@@ -30,7 +30,7 @@ from spin_jax.runtime.progress import Loop
 
 @functools.cache
 def make_scorer(model: ModelConfig, compute: Compute) -> Callable:
-    """(params, batch) -> log-probs of both responses of each pair; the very function that training differentiates."""
+    """(params, batch) -> log-probs of the responses of each pair; the very function that training differentiates."""
     return jit(compute.mesh, lambda params, batch: pair_logprobs(model, params, batch, compute))
 
 
@@ -51,7 +51,7 @@ def score(
     name: str,
     parts: "Parts | None" = None,
 ) -> np.ndarray:
-    """log p(y|x) of the real and the generated response of each pair under `params`, in nats, f32 [pairs, 2].
+    """log p(y|x) of the responses of each pair under `params`, in nats, f32 [pairs, Y].
 
     `logprobs` is the jitted `logprobs.pair_logprobs`. Each process computes its devices' rows, and all get all scores.
     `parts` keeps what is scored, and has what an earlier call kept.
@@ -59,11 +59,14 @@ def score(
     Raises:
         UserError: a score is not finite; the message names the rows.
     """
-    logps, done = np.zeros((len(pairs), 2), np.float32), parts.read() if parts else []
+    logps, done = (
+        np.zeros((len(pairs), max(len(pair.responses) for pair in pairs)), np.float32),
+        parts.read() if parts else [],
+    )
     with Loop(name, len(pairs), "pair", sum(map(len, done))) as loop:
         for rows, shape in list(zip(plan.batches, plan.shapes, strict=True))[len(done) :]:
             preemption.between_batches()
-            batch = spin_batch(model, pairs, rows, shape)
+            batch = pack_batch(model, pairs, rows, shape)
             done.append(of_pairs(fetch(logprobs(params, put(batch.arrays, sharding))), rows))
             check_finite(done[-1], batch.rows)
             if parts:
@@ -95,7 +98,7 @@ def score_steps(
         parts: keeps what is scored, and has what an earlier call kept.
 
     Returns:
-        the state, and f32 [steps, pairs of a batch, 2] in nats, each batch's pairs row after row.
+        the state, and f32 [steps, pairs of a batch, Y] in nats, each batch's pairs row after row.
 
     Raises:
         UserError: a score is not finite; the message names the rows.
@@ -119,7 +122,7 @@ def score_steps(
 
 
 def check_finite(logps: np.ndarray, rows: np.ndarray) -> None:
-    """Refuse scores [pairs, 2] that are not finite; `rows` are the pairs' numbers in the data set."""
+    """Refuse scores [pairs, Y] that are not finite; `rows` are the pairs' numbers in the data set."""
     wrong = ~np.isfinite(logps).all(axis=1)
     if wrong.any():
         numbers = ", ".join(map(str, sorted(set(rows[wrong].tolist()))[:20]))
@@ -143,7 +146,7 @@ def scores_key(
     `models.fingerprint` identifies it. Scores of another key are not those that this run would make."""
     digest = hashlib.sha256(json.dumps([VERSION, model]).encode())
     for pair in pairs:
-        for tokens in (pair.prompt, pair.real, pair.generated):
+        for tokens in (pair.prompt, *pair.responses):
             digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
     devices = compute.mesh.devices
     kernel = compute.kernel.name if compute.kernel else None

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec
 from spin_jax.devices.sharding import spec, ways
 from spin_jax.generation.sampling import Decoding, next_tokens, token_keys, token_logprobs
 from spin_jax.models import (
-    NOWHERE,
+    EMPTY_POSITION,
     Columns,
     Compute,
     ModelConfig,
@@ -250,7 +250,7 @@ def prefill(decoder: Decoder, params: dict, queue: Queue, prompts: Prompts) -> Q
     """The queue with new prompts in the places that are given one."""
     batch, width = prompts.tokens_QW.shape
     positions_QW = jnp.arange(width, dtype=jnp.int32)[None] - (width - prompts.lengths_Q)[:, None]
-    positions_QW = jnp.where(positions_QW < 0, NOWHERE, positions_QW)
+    positions_QW = jnp.where(positions_QW < 0, EMPTY_POSITION, positions_QW)
     cache = decoder.cache(batch, width)
     hidden_QWD, cache = forward(decoder.model, params, prompts.tokens_QW, positions_QW, cache, compute=decoder.compute)
     new_Q = prompts.lengths_Q > 0
@@ -262,7 +262,7 @@ def prefill(decoder: Decoder, params: dict, queue: Queue, prompts: Prompts) -> Q
         new = jax.lax.slice_in_dim(new, width - kept, width, axis=axis)
         new = jnp.concatenate([jax.lax.slice_in_dim(old, 0, old.shape[axis] - kept, axis=axis), new], axis)
         if name == "positions":  # what an earlier, longer prompt left in the columns before
-            new = jnp.where((jnp.arange(new.shape[1]) < new.shape[1] - kept)[None], NOWHERE, new)
+            new = jnp.where((jnp.arange(new.shape[1]) < new.shape[1] - kept)[None], EMPTY_POSITION, new)
         return jnp.where(jnp.expand_dims(new_Q, [i for i in range(old.ndim) if i != rows]), new, old)
 
     def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -342,7 +342,7 @@ def _step(decoder: Decoder, params: dict, slots: Slots, decoding: Decoding) -> S
     if decoding.stops_SV is not None:
         state_B = decoding.stops_SV[state_B, tokens_B]
         still_B &= state_B < decoding.stops_SV.shape[0] - 1
-    positions_B1 = jnp.where(still_B, row.prompts_B + done.lengths_B - 1, NOWHERE)[:, None]
+    positions_B1 = jnp.where(still_B, row.prompts_B + done.lengths_B - 1, EMPTY_POSITION)[:, None]
     columns = _columns(decoder, row, still_B, slots.steps)
     hidden_B1D, cache = forward(model, params, tokens_B[:, None], positions_B1, row.cache, columns, compute=compute)
     row = row._replace(cache=cache, hidden_BD=hidden_B1D[:, 0])
@@ -439,7 +439,7 @@ def _moved(slot: jax.Array, place: jax.Array, path: tuple, to: jax.Array, of: ja
     """A slot's array of a cache with a place's in its first columns, and nothing in the others that anybody sees."""
     name = path[0].key
     if name == "positions":
-        return to.at[slot].set(jnp.full(to.shape[1], NOWHERE).at[: of.shape[1]].set(of[place]))
+        return to.at[slot].set(jnp.full(to.shape[1], EMPTY_POSITION).at[: of.shape[1]].set(of[place]))
     rows = rows_axis(name, to)
     taken = jax.lax.dynamic_slice_in_dim(of, place, 1, axis=rows)
     return jax.lax.dynamic_update_slice_in_dim(to, taken, slot, axis=rows)

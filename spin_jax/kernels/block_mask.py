@@ -26,13 +26,15 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: the difference of t
 ENDS, POSITIONS = 0, 1  # of tokens_B2T
 
 
-def block_tokens(ends_BT: jax.Array, positions_BT: jax.Array, tile: int) -> jax.Array:
+def block_tokens(visible_until_BT: jax.Array, positions_BT: jax.Array, tile: int) -> jax.Array:
     """Ends and positions of whole blocks, int32 [B, 2, T]. Padding is ahead of every query, so that none sees it."""
-    batch, length = ends_BT.shape
+    batch, length = visible_until_BT.shape
     padding = -length % tile
     slots_BT = jax.lax.broadcasted_iota(jnp.int32, (batch, length + padding), 1)
-    ends_BT, positions_BT = (jnp.pad(x_BT, ((0, 0), (0, padding))) for x_BT in (ends_BT, positions_BT))
-    return jnp.stack([jnp.maximum(ends_BT, slots_BT + 1), positions_BT], axis=1)
+    visible_until_BT, positions_BT = (
+        jnp.pad(x_BT, ((0, 0), (0, padding))) for x_BT in (visible_until_BT, positions_BT)
+    )
+    return jnp.stack([jnp.maximum(visible_until_BT, slots_BT + 1), positions_BT], axis=1)
 
 
 class Walk(NamedTuple):
@@ -59,9 +61,11 @@ def needed_tiles(tokens_B2T: jax.Array, tile: int, sliding_window: int | None) -
     return needed_BIJ
 
 
-def share_of_causal(ends_BT: jax.Array, positions_BT: jax.Array, tile: int, sliding_window: int | None) -> float:
+def share_of_causal(
+    visible_until_BT: jax.Array, positions_BT: jax.Array, tile: int, sliding_window: int | None
+) -> float:
     """The tiles that kernels visit, over those of the same rows if each held one sequence."""
-    needed_BIJ = needed_tiles(block_tokens(ends_BT, positions_BT, tile), tile, sliding_window)
+    needed_BIJ = needed_tiles(block_tokens(visible_until_BT, positions_BT, tile), tile, sliding_window)
     batch, blocks, _ = needed_BIJ.shape
     return int(needed_BIJ.sum()) / (batch * blocks * (blocks + 1) // 2)
 

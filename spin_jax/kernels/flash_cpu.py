@@ -29,7 +29,7 @@ def tiled_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    ends_BT: jax.Array,
+    visible_until_BT: jax.Array,
     positions_BT: jax.Array,
     *,
     sliding_window: int | None,
@@ -37,7 +37,7 @@ def tiled_attention(
     """What `flash.flash_attention` computes: [B, T, N, H] in q's dtype, differentiable in q, k, v."""
     batch, length, heads, head_dim = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
-    tokens_B2T = block_tokens(ends_BT, positions_BT, TILE)
+    tokens_B2T = block_tokens(visible_until_BT, positions_BT, TILE)
     padding = ((0, 0), (0, tokens_B2T.shape[2] - length), (0, 0), (0, 0))
 
     def blocks(x: jax.Array, *heads: int) -> jax.Array:

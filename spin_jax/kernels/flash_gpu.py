@@ -53,7 +53,7 @@ def tokamax_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    ends_BT: jax.Array,
+    visible_until_BT: jax.Array,
     positions_BT: jax.Array,
     *,
     sliding_window: int | None,
@@ -68,19 +68,19 @@ def tokamax_attention(
     """
     from tokamax._src.ops.attention import api, base
 
-    slots_T = jnp.arange(ends_BT.shape[1], dtype=jnp.int32)
+    slots_T = jnp.arange(visible_until_BT.shape[1], dtype=jnp.int32)
     # Padding sees itself: the kernels divide by the sum of a query's weights.
-    ends_BT = jnp.maximum(ends_BT, slots_T[None] + 1)
-    mask = base.Mask(q_end=ends_BT[:, None], k_start=first_seen(ends_BT)[:, None], is_causal=True)
+    visible_until_BT = jnp.maximum(visible_until_BT, slots_T[None] + 1)
+    mask = base.Mask(q_end=visible_until_BT[:, None], k_start=first_seen(visible_until_BT)[:, None], is_causal=True)
     if sliding_window is not None:
         mask &= (positions_BT[:, :, None] - positions_BT[:, None, :] < sliding_window)[:, None]
     return api.IMPLEMENTATIONS[implementation](q_BTNH, k_BTKH, v_BTKH, mask=mask)
 
 
-def first_seen(ends_BT: jax.Array) -> jax.Array:
+def first_seen(visible_until_BT: jax.Array) -> jax.Array:
     """The first slot that each slot sees, int32 [B, T]: the first whose end is beyond it."""
-    slots_T = jnp.arange(ends_BT.shape[1], dtype=jnp.int32)
+    slots_T = jnp.arange(visible_until_BT.shape[1], dtype=jnp.int32)
     # The first end beyond a slot is where the largest end so far grows beyond it.
-    largest_BT = jax.lax.cummax(ends_BT, axis=1)
+    largest_BT = jax.lax.cummax(visible_until_BT, axis=1)
     search = jax.vmap(lambda largest_T: jnp.searchsorted(largest_T, slots_T, side="right"))
     return search(largest_BT).astype(jnp.int32)

@@ -68,7 +68,7 @@ def flash_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    ends_BT: jax.Array,
+    visible_until_BT: jax.Array,
     positions_BT: jax.Array,
     *,
     sliding_window: int | None,
@@ -81,7 +81,7 @@ def flash_attention(
 
     Args:
         q_BTNH: N is a multiple of K: query heads [n G, (n + 1) G) share kv head n.
-        ends_BT: int32, the first slot that no longer sees this one.
+        visible_until_BT: int32, the first slot that no longer sees this one.
         positions_BT: int32, places of the tokens in their sequences, which repeat where two of them share a beginning.
         sliding_window: how many of these places a token sees, its own and those before it; None: all.
         interpret: run without a TPU: exact, slow, for tests.
@@ -89,7 +89,7 @@ def flash_attention(
     length, heads, head_dim = q_BTNH.shape[1:]
     kv_heads, tile = heads_and_tile(heads, k_BTKH.shape[2], head_dim, q_BTNH.dtype)
     tiling = Tiling(tile, kv_heads, heads // k_BTKH.shape[2], sliding_window, interpret)
-    tokens_B2T = block_tokens(ends_BT, positions_BT, tile)
+    tokens_B2T = block_tokens(visible_until_BT, positions_BT, tile)
     padding = tokens_B2T.shape[2] - length
     # Heads before tokens: XLA lays the projections out so, without a copy.
     q_BNTH, k_BKTH, v_BKTH = (

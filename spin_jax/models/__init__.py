@@ -3,7 +3,7 @@
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.execution import REMAT_POLICIES, Compute, kept_numbers
 from spin_jax.models.flops import flops_per_token, num_params, unembed_flops
-from spin_jax.models.kv_cache import NOWHERE, Columns, cache_dtype, columns_axis, init_cache, rows_axis
+from spin_jax.models.kv_cache import EMPTY_POSITION, Columns, cache_dtype, columns_axis, init_cache, rows_axis
 from spin_jax.models.llama import forward, unembed
 from spin_jax.models.lora import abstract_adapters, adapter_shardings, attach, init_adapters, merge, num_adapter_params
 from spin_jax.models.params import (
@@ -16,7 +16,7 @@ from spin_jax.models.params import (
 )
 
 __all__ = [
-    "NOWHERE",
+    "EMPTY_POSITION",
     "REMAT_POLICIES",
     "Columns",
     "Compute",

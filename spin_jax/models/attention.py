@@ -92,7 +92,7 @@ def causal_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    ends_BT: jax.Array | None,
+    visible_until_BT: jax.Array | None,
     positions_BT: jax.Array,
     sliding_window: int | None,
     kernel: Kernel | None,
@@ -105,15 +105,15 @@ def causal_attention(
 
     Args:
         q_BTNH: N is a multiple of K: query heads [n G, (n + 1) G) share kv head n.
-        ends_BT: int32, above j for token j; None where a row is one sequence.
+        visible_until_BT: int32, above j for token j; None where a row is one sequence.
         positions_BT: int32, places of the tokens in their sequences.
         kernel: from `choose_kernel`; None computes with jax.numpy. The kernel's mesh axes divide B, N and K.
     """
     if kernel is None:
         k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
-        return attend(q_BTNH, k_BKHT, v_BKTH, causal_mask(ends_BT, positions_BT, sliding_window))
-    if ends_BT is None:
-        ends_BT = jnp.full(positions_BT.shape, positions_BT.shape[1], jnp.int32)
+        return attend(q_BTNH, k_BKHT, v_BKTH, causal_mask(visible_until_BT, positions_BT, sliding_window))
+    if visible_until_BT is None:
+        visible_until_BT = jnp.full(positions_BT.shape, positions_BT.shape[1], jnp.int32)
     if kernel.name == "flash":
         attention = functools.partial(flash_attention, interpret=kernel.mesh.devices.flat[0].platform != "tpu")
     elif kernel.name == "tiled":
@@ -129,7 +129,7 @@ def causal_attention(
     by_device = jax.shard_map(
         attention, mesh=kernel.mesh, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False
     )
-    return by_device(q_BTNH, k_BTKH, v_BTKH, ends_BT, positions_BT)
+    return by_device(q_BTNH, k_BTKH, v_BTKH, visible_until_BT, positions_BT)
 
 
 def attend_cached(
@@ -169,12 +169,12 @@ def attention_mask(queries_BT: jax.Array, keys_BS: jax.Array, sliding_window: in
     return mask_BTS if sliding_window is None else mask_BTS & (distance_BTS < sliding_window)
 
 
-def causal_mask(ends_BT: jax.Array | None, positions_BT: jax.Array, sliding_window: int | None) -> jax.Array:
+def causal_mask(visible_until_BT: jax.Array | None, positions_BT: jax.Array, sliding_window: int | None) -> jax.Array:
     """What `causal_attention` says that a query sees, bool [B, T, T]."""
     slots_T = jnp.arange(positions_BT.shape[1], dtype=jnp.int32)
     mask_BTT = attention_mask(slots_T[None], slots_T[None], None)
-    if ends_BT is not None:
-        mask_BTT = mask_BTT & (slots_T[None, :, None] < ends_BT[:, None, :])
+    if visible_until_BT is not None:
+        mask_BTT = mask_BTT & (slots_T[None, :, None] < visible_until_BT[:, None, :])
     if sliding_window is not None:
         mask_BTT = mask_BTT & (positions_BT[:, :, None] - positions_BT[:, None, :] < sliding_window)
     return mask_BTT
@@ -184,7 +184,7 @@ def dot_product(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    ends_BT: jax.Array,
+    visible_until_BT: jax.Array,
     positions_BT: jax.Array,
     *,
     sliding_window: int | None,
@@ -194,7 +194,7 @@ def dot_product(
 
     cuDNN has no mask of this kind: it is written down, [B, 1, T, T], and no tile is skipped.
     """
-    mask_B1TT = causal_mask(ends_BT, positions_BT, sliding_window)[:, None]
+    mask_B1TT = causal_mask(visible_until_BT, positions_BT, sliding_window)[:, None]
     if implementation == "cudnn":
         return cudnn_attention(q_BTNH, k_BTKH, v_BTKH, mask_B1TT)
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TT, implementation=implementation)

@@ -2,7 +2,7 @@
 
     k, v         [L, B, K, S, H]
     kT           in the place of k, on CPUs: [L, B, K, H, S]
-    positions    int32 [B, S], of the tokens in the columns; NOWHERE where a column holds none
+    positions    int32 [B, S], of the tokens in the columns; EMPTY_POSITION where a column holds none
 
 Columns stand beside head_dim, as the loop over tokens wants them: in any other order a TPU's compiler makes a second
 cache to its taste, where it is not one head a chip. On CPUs a matmul takes its second operand with the summed axis in
@@ -25,7 +25,7 @@ from spin_jax.devices.sharding import constrain
 from spin_jax.models.config import ModelConfig
 
 # The position of what no token may see: ahead of all of them, and far from overflow when positions are subtracted.
-NOWHERE = 2**30
+EMPTY_POSITION = 2**30
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["written", "start"], meta_fields=["starts"])
@@ -66,7 +66,7 @@ def init_cache(
 
     keys = {"kT": (config.head_dim, columns)} if device.platform == "cpu" else {"k": (columns, config.head_dim)}
     cache = {name: zeros(*sizes) for name, sizes in (keys | {"v": (columns, config.head_dim)}).items()}
-    return cache | {"positions": jnp.full((batch, columns), NOWHERE, jnp.int32)}
+    return cache | {"positions": jnp.full((batch, columns), EMPTY_POSITION, jnp.int32)}
 
 
 def cache_dtype(compute_dtype: jnp.dtype, platform: str) -> jnp.dtype:

@@ -46,14 +46,14 @@ class Tokens(NamedTuple):
     Attributes:
         rope: the (cos, sin) of `rope_tables`.
         positions_BT: int32, their places in their sequences.
-        ends_BT: int32, without a cache, where rows see themselves: the slots from which on they are not seen, or None.
+        visible_until_BT: int32, without a cache: the slots of their row from which on they are not seen, or None.
         columns: with a cache: those of its columns that are written and read.
         mask_BTS: with a cache: which of its columns each sees.
     """
 
     rope: tuple[jax.Array, jax.Array]
     positions_BT: jax.Array
-    ends_BT: jax.Array | None = None
+    visible_until_BT: jax.Array | None = None
     columns: Columns | None = None
     mask_BTS: jax.Array | None = None
 
@@ -111,7 +111,13 @@ class Attention(nnx.Module):
         if cache is None:
             q_BTNH, k_BTKH, v_BTKH = (kept(x, QKV, compute) for x in (q_BTNH, k_BTKH, v_BTKH))
             attended_BTNH = causal_attention(
-                q_BTNH, k_BTKH, v_BTKH, tokens.ends_BT, tokens.positions_BT, config.sliding_window, compute.kernel
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                tokens.visible_until_BT,
+                tokens.positions_BT,
+                config.sliding_window,
+                compute.kernel,
             )
         else:
             cache = cache_lib.write(cache, k_BTKH, v_BTKH, index, tokens.columns.written)
@@ -182,14 +188,14 @@ class Llama(nnx.Module):
         layers: dict | tuple[dict, ...],
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
-        ends_BT: jax.Array | None,
+        visible_until_BT: jax.Array | None,
         cache: dict | None,
         columns: Columns,
         compute: Compute,
     ) -> tuple[jax.Array, dict | None]:
         config = self.config
         rope, positions_BT = rope_tables(config, positions_BT), jnp.broadcast_to(positions_BT, tokens_BT.shape)
-        tokens, seen = Tokens(rope, positions_BT, ends_BT), {}
+        tokens, seen = Tokens(rope, positions_BT, visible_until_BT), {}
         if cache is not None:
             positions_BS = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, (0, columns.written))
             mask_BTS = attention_mask(positions_BT, positions_BS, config.sliding_window)
@@ -273,7 +279,7 @@ def forward(
     cache: dict | None = None,
     columns: Columns = Columns(),  # noqa: B008, frozen
     *,
-    ends_BT: jax.Array | None = None,
+    visible_until_BT: jax.Array | None = None,
     compute: Compute = Compute(),  # noqa: B008, frozen
 ) -> tuple[jax.Array, dict | None]:
     """Runs the decoder up to and including its final norm; `unembed` turns the result into logits.
@@ -285,10 +291,10 @@ def forward(
         tokens_BT: int32. Rows are padded on the right, where causality keeps the padding from the tokens.
         positions_BT: int32, the place of each token in its sequence; 0, 1, ... if None.
         cache: what earlier calls have seen, from `init_cache`. A token sees the columns whose position is not ahead of
-            its own; one that is padding is given the position NOWHERE, where nobody sees it.
+            its own; one that is padding is given the position EMPTY_POSITION, where nobody sees it.
         columns: of the cache, those that this call writes and reads.
-        ends_BT: int32, without a cache, for rows that hold several sequences: token j is seen by those at slots j to
-            ends_BT[j] - 1 of its row. None where a row is one sequence.
+        visible_until_BT: int32, without a cache, for rows that hold several sequences: token j is seen by those at
+            slots j to visible_until_BT[j] - 1 of its row. None where a row is one sequence.
 
     Returns:
         Hidden states [B, T, D] in `compute.dtype`, and the cache with this call's keys and values (None if none came).
@@ -298,7 +304,7 @@ def forward(
     layers = params["layers"]
     some_layer = layers[0] if isinstance(layers, tuple) else layers
     model = nnx.merge(split_abstract(config)[0], params | {"layers": some_layer})
-    return model(layers, tokens_BT, positions_BT, ends_BT, cache, columns, compute)
+    return model(layers, tokens_BT, positions_BT, visible_until_BT, cache, columns, compute)
 
 
 def unembed(config: ModelConfig, params: dict, hidden_XD: jax.Array, compute: Compute = Compute()) -> jax.Array:  # noqa: B008

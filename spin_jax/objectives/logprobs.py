@@ -3,23 +3,26 @@
 import jax
 import jax.numpy as jnp
 
-from spin_jax.data.batch import Batch, Rows
+from spin_jax.data.batch import Batch, PackedRows
 from spin_jax.models import Compute, ModelConfig, forward, unembed
 
 
-def response_logprobs(config: ModelConfig, params: dict, rows: Rows, responses: int, compute: Compute) -> jax.Array:
-    """log p(y|x) = sum_j log p(y_j | x, y_<j) of each row's responses, in nats, f32 [B, responses]; 0 of none.
+def response_logprobs(
+    config: ModelConfig, params: dict, rows: PackedRows, responses: int, compute: Compute
+) -> jax.Array:
+    """log p(y|x) = sum_j log p(y_j | x, y_<j) of each row's Z responses, in nats, f32 [B, Z]; 0 of none.
 
     Only positions that predict a response token reach the vocabulary projection: they are gathered from the hidden
     states, and scored `compute.logits_chunk` at a time. Each chunk's logits are recomputed in the backward pass, so
     that memory holds one chunk of them; all at once are kept, as the backward pass begins with them.
     """
-    hidden_BTD, _ = forward(config, params, rows.tokens_BT, rows.positions_BT, ends_BT=rows.ends_BT, compute=compute)
-    hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.sources_BR[:, :, None], axis=1)
+    seen = {"visible_until_BT": rows.visible_until_BT}
+    hidden_BTD, _ = forward(config, params, rows.tokens_BT, rows.positions_BT, **seen, compute=compute)
+    hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictor_index_BR[:, :, None], axis=1)
     logps_BR = token_logprobs(config, params, hidden_BRD, rows.targets_BR, compute)
     # A sum and no matmul, whose operands a TPU would round.
-    own_BRY = rows.owners_BR[:, :, None] == jnp.arange(responses, dtype=jnp.int32)[None, None]
-    return jnp.sum(jnp.where(own_BRY, logps_BR[:, :, None], 0.0), axis=1)
+    own_BRZ = rows.response_ids_BR[:, :, None] == jnp.arange(responses, dtype=jnp.int32)[None, None]
+    return jnp.sum(jnp.where(own_BRZ, logps_BR[:, :, None], 0.0), axis=1)
 
 
 def token_logprobs(
@@ -48,6 +51,6 @@ def token_logprobs(
 
 
 def pair_logprobs(config: ModelConfig, params: dict, batch: Batch, compute: Compute) -> jax.Array:
-    """log p(y|x) of both responses of each pair, in nats, f32 [B, P, 2]; the prompt is read once for both."""
-    rows, pairs = batch.weights_BP.shape
-    return response_logprobs(config, params, batch.rows, 2 * pairs, compute).reshape(rows, pairs, 2)
+    """log p(y|x) of the responses of each pair, in nats, f32 [B, P, Y]; the prompt is read once for all of them."""
+    shape = batch.reference_logps_BPY.shape
+    return response_logprobs(config, params, batch.rows, shape[1] * shape[2], compute).reshape(shape)

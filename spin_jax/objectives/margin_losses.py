@@ -8,8 +8,6 @@ with y the real response, y' the generated one, p_t the opponent and beta the pa
 the paper's Assumption 5.1: convex, non-increasing, l'(0) < 0.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -33,14 +31,6 @@ def correlation(margin: jax.Array) -> jax.Array:
     """l(t) = 1 - t (Assumption 5.1); the integral probability metric of equation 4.1. Unbounded below. l(0) = 1, l'(0)
     = -1."""
     return 1.0 - margin
-
-
-LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "logistic": logistic,
-    "hinge": hinge,
-    "exponential": exponential,
-    "correlation": correlation,
-}
 
 
 def rewards(policy_logps: jax.Array, opponent_logps: jax.Array, beta: jax.Array) -> jax.Array:

@@ -1,22 +1,11 @@
-"""The objective of supervised fine-tuning."""
+"""Supervised fine-tuning: the mean over response tokens of -log p(y_j | x, y_<j)."""
 
-import jax
-import jax.numpy as jnp
-
-from spin_jax.data.batch import Batch
-from spin_jax.models import Compute, ModelConfig
-from spin_jax.objectives.logprobs import pair_logprobs
-from spin_jax.objectives.spin import Objective
+from spin_jax.objectives.interface import Objective, Settings
 
 
-def sft_objective(config: ModelConfig, compute: Compute) -> Objective:
-    """Mean over response tokens of -log p(y_j | x, y_<j): plain supervised fine-tuning."""
+def _of_pairs(policy_BPY, reference_BPY, lengths_BPY, settings: Settings):
+    del reference_BPY, lengths_BPY, settings
+    return -policy_BPY[..., 0], {}
 
-    def objective(params: dict, opponent: None, batch: Batch) -> tuple[jax.Array, tuple]:
-        del opponent
-        logps_BP2 = pair_logprobs(config, params, batch, compute)
-        with jax.named_scope("loss"):
-            loss = -jnp.sum(logps_BP2[..., 0] * batch.weights_BP)
-        return loss, ({"loss": loss}, logps_BP2)
 
-    return objective
+sft = Objective(_of_pairs, ("real",), reference=False, mean_over="tokens")

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
 from etils import epath
 
 from spin_jax.data.pairs import Pair, read_model, read_sampled, write_pairs_parquet
@@ -14,8 +13,6 @@ from spin_jax.generation.response_files import Response, forget_parts
 from spin_jax.runtime import multihost
 from spin_jax.self_play.run import Run
 from spin_jax.self_play.workdir import check_model
-
-NOTHING = np.zeros(0, np.int32)  # no response
 
 
 def write_responses(
@@ -60,7 +57,7 @@ def pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
         if absent := [example.row for example in examples if example.row not in sampled]:
             raise UserError(f"{path} has no response to row {absent[0]}: the data changed; give another --workdir")
         asked = [(example, response) for example in examples for response in sampled[example.row]]
-        pairs = multihost.shared(lambda one: run.pair(one[0], *one[1], t), asked)
+        pairs = multihost.shared(lambda one: run.pair(one[0], one[1], t), asked)
         trained = sum(len(sampled[example.row]) for example in run.train_examples)
         run.pairs[t] = pairs[:trained], pairs[trained:]
     return run.pairs[t]
@@ -78,4 +75,4 @@ def sft_pairs(run: Run) -> list[Pair]:
 
 
 def sft_pair(run: Run, example: Example, tokens: Tokenised | None = None) -> Pair:
-    return run.pair(example, NOTHING, False, -1, tokens)
+    return run.pair(example, tokens=tokens)

@@ -146,32 +146,26 @@ class Run:
     def pair(
         self,
         example: Example,
-        response: np.ndarray | str,
-        finished: bool,
-        iteration: int,
+        generated: tuple[np.ndarray | str, bool] | None = None,
+        iteration: int = -1,
         tokens: Tokenised | None = None,
     ) -> Pair:
-        """The token ids of an example and its generated response, cut to the budget; `tokens` are those of an example
-        that is not the run's."""
-        tokens = tokens or self.tokens[example.row]
-        generated = self.chat.generated_response(example.prompt, response, finished)
-        data = self.config.data
-        fitted = fit(
-            tokens.prompt,
-            tokens.real,
-            generated,
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length,
-        )
-        return Pair(
-            row=example.row,
-            iteration=iteration,
-            prompt=fitted.prompt,
-            real=fitted.responses[0],
-            generated=fitted.responses[1],
-            real_cut=fitted.cut[0],
-            generated_cut=fitted.cut[1] or not finished,
-        )
+        """The token ids of an example and of a generated response, if there is one, cut to the budget.
+
+        Args:
+            generated: the response, and whether it ended by itself.
+            iteration: whose opponent wrote it.
+            tokens: of an example that is not the run's.
+        """
+        tokens, data = tokens or self.tokens[example.row], self.config.data
+        responses, ended = [tokens.real], [True]
+        if generated:
+            responses.append(self.chat.generated_response(example.prompt, *generated))
+            ended.append(generated[1])
+        budget = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
+        fitted = fit(tokens.prompt, *responses, **budget)
+        truncated = tuple(cut or not whole for cut, whole in zip(fitted.cut, ended, strict=True))
+        return Pair(example.row, iteration, fitted.prompt, fitted.responses, truncated)
 
 
 def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -> Run:

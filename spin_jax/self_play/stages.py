@@ -1,7 +1,6 @@
 """The stages of an iteration. Each reads what it needs from the run's workdir, writes what it makes, and does nothing
 if that exists."""
 
-import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from etils import epath
 
 from spin_jax.config import at_iteration
 from spin_jax.data.packing import Plan, forward_flops, make_packing, plan_scoring
-from spin_jax.data.pairs import Pair
+from spin_jax.data.pairs import Pair, choose
 from spin_jax.data.sources import Example
 from spin_jax.data.tokenize import tokenise
 from spin_jax.devices import sharding
@@ -24,10 +23,10 @@ from spin_jax.generation.engine import generate, warn_if_endless
 from spin_jax.generation.programs import make_sampler
 from spin_jax.generation.response_files import Prompt, note_settings
 from spin_jax.generation.stop_strings import stop_table
-from spin_jax.objectives.margin_losses import LOSSES
+from spin_jax.objectives import OBJECTIVES
 from spin_jax.reports import summary
 from spin_jax.runtime import multihost, out_of_memory
-from spin_jax.self_play.pairs import NOTHING, pairs_of, sft_pair, sft_pairs, write_responses
+from spin_jax.self_play.pairs import pairs_of, sft_pair, sft_pairs, write_responses
 from spin_jax.self_play.run import Run
 from spin_jax.self_play.training_stage import (
     TrainingStage,
@@ -103,7 +102,7 @@ def score_pairs(run: Run, t: int) -> None:
     if is_trained(run.iteration(t)):
         return
     _held_out_scores(run, t)
-    if run.config.spin.opponent == "stored":
+    if run.config.spin.opponent == "stored" and OBJECTIVES[run.config.spin.loss].reference:
         _step_scores(run, t, spin_stage(run, t))
 
 
@@ -115,11 +114,12 @@ def train_policy(run: Run, t: int) -> None:
     if is_trained(directory):
         return
     stage, logps = spin_stage(run, t), None
-    if not stage.spec.live:
+    if stage.spec.is_scored:
         if not multihost.on_first(_steps_path(run, t).exists):
             raise UserError(f"{_steps_path(run, t)} is missing: run the score stage of iteration {t} first")
         logps = _step_scores(run, t, stage)
-    start_loss = float(LOSSES[stage.spec.loss](0.0)), START_TOLERANCE[run.config.spin.opponent]
+    at_start = stage.spec.objective.at_start(stage.spec.settings)
+    start_loss = None if at_start is None else (at_start, START_TOLERANCE[run.config.spin.opponent])
     make_batch = stage.make_batch(run, logps)
     export_model(run, directory, fit_stage(run, stage, make_batch, directory, f"iteration {t}: train", start_loss))
 
@@ -145,8 +145,8 @@ def evaluate_policy(run: Run, t: int) -> None:
     def measure() -> dict:
         train, held_out = pairs_of(run, t)
         row = {"model": f"iteration {t}", "iteration": t}
-        row["generated/tokens"] = float(np.mean([len(pair.generated) for pair in train]))
-        row["generated/cut"] = float(np.mean([pair.generated_cut for pair in train]))
+        row["generated/tokens"] = float(np.mean([len(pair.responses[1]) for pair in train]))
+        row["generated/cut"] = float(np.mean([pair.truncated[1] for pair in train]))
         if not held_out:
             return row | summary.last_step(run.iteration(t)) | _exact_measures(run, run.start_of(t + 1))
         by_policy = _score(run, run.start_of(t + 1), held_out, f"iteration {t}: evaluate", (run.iteration(t), _PARTS))
@@ -194,7 +194,7 @@ def _measure_once(directory: epath.Path, measure: Callable[[], dict]) -> None:
 def _score(
     run: Run, model: epath.Path, pairs: Sequence[Pair], name: str, kept: tuple[epath.Path, str] | None = None
 ) -> np.ndarray:
-    """Log-probs of pairs, [pairs, 2], under the model in a directory. `kept`: where, and by what name, a pass that is
+    """Log-probs of pairs, [pairs, Y], under the model in a directory. `kept`: where, and by what name, a pass that is
     cut leaves what it has scored to the next."""
     if not pairs:
         return np.zeros((0, 2), np.float32)
@@ -221,7 +221,7 @@ def _scoring_plan(run: Run, pairs: Sequence[Pair]) -> Plan:
 
 
 def _held_out_scores(run: Run, t: int) -> np.ndarray:
-    """log p_t of the held-out pairs of iteration t, [pairs, 2]: stored, or computed and stored."""
+    """log p_t of the held-out pairs of iteration t, [pairs, Y]: stored, or computed and stored."""
     pairs = pairs_of(run, t)[1]
     if not pairs:
         return np.zeros((0, 2), np.float32)
@@ -241,7 +241,7 @@ def _steps_path(run: Run, t: int) -> epath.Path:
 
 
 def _step_scores(run: Run, t: int, stage: TrainingStage) -> np.ndarray:
-    """log p_t of the pairs of each training step of iteration t, [steps, pairs of a batch, 2]: stored, or computed and
+    """log p_t of the pairs of each training step of iteration t, [steps, pairs of a batch, Y]: stored, or computed and
     stored. Those of another mesh or version of jax are made anew: they would not cancel."""
     path, model = _steps_path(run, t), run.identity_of(stage.start)
     key = scores_key(stage.pairs, stage.plan, run.compute, stage.spec.micro_batches, model)
@@ -284,8 +284,8 @@ def _exact_measures(run: Run, model: epath.Path) -> dict[str, float]:
 def _iteration_flops(run: Run, t: int) -> float:
     """Model FLOPs that iteration t spends on its training rows: sampling, scoring, training."""
     stage = spin_stage(run, t)
-    sampling = sum(forward_flops(run.model, dataclasses.replace(pair, real=NOTHING)) for pair in pairs_of(run, t)[0])
-    passes = stage.spec.passes + (0 if stage.spec.live else 1)
+    sampling = sum(forward_flops(run.model, choose(pair, ["generated"])) for pair in pairs_of(run, t)[0])
+    passes = stage.spec.passes + stage.spec.is_scored
     return sampling + passes * stage.spec.steps * _forward_flops(run, stage.pairs)
 
 

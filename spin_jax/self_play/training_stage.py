@@ -12,8 +12,8 @@ from etils import epath
 
 from spin_jax.checkpoints.train_state import damaged_of
 from spin_jax.data.batch import HostBatch
-from spin_jax.data.packing import Plan, make_packing, plan_training, sft_batch, spin_batch
-from spin_jax.data.pairs import Pair
+from spin_jax.data.packing import Plan, make_packing, pack_batch, plan_training
+from spin_jax.data.pairs import Pair, choose
 from spin_jax.devices import sharding
 from spin_jax.models import for_compute
 from spin_jax.models.params import make_resharding
@@ -37,16 +37,16 @@ class TrainingStage(NamedTuple):
     pairs: list[Pair]
     plan: Plan
 
-    def make_batch(self, run: Run, opponent_logps: np.ndarray | None = None) -> Callable[[int], HostBatch]:
-        """step -> batch, a function of (seed, step) and the pairs; for SPIN with the opponent's log-probs, where
-        they are given: [steps, pairs of a batch, 2]."""
-        plan = self.plan
-        if not self.spec.loss:
-            return lambda step: sft_batch(run.model, self.pairs, plan.batches[step], plan.shapes[step])
+    def make_batch(self, run: Run, reference_logps: np.ndarray | None = None) -> Callable[[int], HostBatch]:
+        """step -> batch, a function of (seed, step) and the pairs; with the reference's log-probs where they are given:
+        [steps, pairs of a batch, Y]."""
+        plan, objective = self.plan, self.spec.objective
+        named = {"responses": objective.responses, "mean_over": objective.mean_over}
 
         def batch(step: int) -> HostBatch:
-            logps = None if opponent_logps is None else opponent_logps[step]
-            return spin_batch(run.model, self.pairs, plan.batches[step], plan.shapes[step], logps)
+            logps = None if reference_logps is None else reference_logps[step]
+            rows, shape = plan.batches[step], plan.shapes[step]
+            return pack_batch(run.model, self.pairs, rows, shape, **named, reference_logps=logps)
 
         return batch
 
@@ -63,6 +63,7 @@ def spin_stage(run: Run, t: int) -> TrainingStage:
     train, pairs = run.config.train, mixed_pairs(run, t)
     steps = num_steps(len(pairs), train.epochs, train.batch_size)
     spec = programs.spin_spec(run.config, run.model, run.compute, t, steps)
+    pairs = [choose(pair, spec.objective.responses) for pair in pairs]
     return _planned(run, spec, run.start_of(t), run.config.seed + t, pairs)
 
 

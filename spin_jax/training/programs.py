@@ -1,6 +1,6 @@
-"""Every jitted program of a run, made by one function each, which is cached: no program is compiled twice.
+"""The programs of a training stage, made by one function each, which is cached: no program is compiled twice.
 
-`spin_jax/compile_check/programs.py` lists them with the shapes that a run calls them with.
+The stages of a run and the Python surface run them, and `spin_jax/compile_check/programs.py` compiles them ahead.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from spin_jax.models import (
     merge,
     param_shardings,
 )
-from spin_jax.objectives.sft import sft_objective
-from spin_jax.objectives.spin import Objective, spin_objective
+from spin_jax.objectives import OBJECTIVES
+from spin_jax.objectives.interface import BatchLoss, Objective, Settings, batch_loss
 from spin_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from spin_jax.training.train_step import TrainState, init_state, make_step, on_adapters, state_shardings
 
@@ -51,8 +51,8 @@ class TrainingSpec:
 
     Attributes:
         model, compute: what is trained, and how it computes.
-        loss: one of losses.LOSSES; None: supervised fine-tuning.
-        beta: lambda of equation 4.7.
+        objective: one of objectives.OBJECTIVES.
+        settings: what it reads of the config.
         live: every step computes the opponent's log-probs anew, from its params.
         rank, alpha: of low-rank updates; rank 0 trains all weights.
         optimizer, peak, steps, warmup_ratio, clip_norm, weight_decay: see `optimizer.make_optimizer` and its schedule.
@@ -61,8 +61,8 @@ class TrainingSpec:
 
     model: ModelConfig
     compute: Compute
-    loss: str | None
-    beta: float
+    objective: Objective
+    settings: Settings
     live: bool
     rank: int
     alpha: float
@@ -75,6 +75,11 @@ class TrainingSpec:
     micro_batches: int
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the reference's log-probs are computed before training."""
+        return self.objective.reference and not self.live
+
+    @property
     def passes(self) -> int:
         """Forward passes that a step's FLOPs count as: a backward pass is two matmuls for each of the forward, or one
         where the weights are frozen. The updates' own, a few per cent, are not counted."""
@@ -83,20 +88,20 @@ class TrainingSpec:
 
 def spin_spec(config: ConfigDict, model: ModelConfig, compute: Compute, t: int, steps: int) -> TrainingSpec:
     """Iteration t's training stage."""
-    live, beta = config.spin.opponent == "live", at_iteration(config.spin.beta, t)
-    peak = at_iteration(config.train.learning_rate, t)
-    return _spec(config, model, compute, config.spin.loss, beta, live, config.train.optimizer, peak, steps)
+    objective, settings = OBJECTIVES[config.spin.loss], Settings(beta=at_iteration(config.spin.beta, t))
+    live, peak = config.spin.opponent == "live" and objective.reference, at_iteration(config.train.learning_rate, t)
+    return _spec(config, model, compute, objective, settings, live, config.train.optimizer, peak, steps)
 
 
 def sft_spec(config: ConfigDict, model: ModelConfig, compute: Compute, peak: float, steps: int) -> TrainingSpec:
     """Supervised fine-tuning."""
-    return _spec(config, model, compute, None, 0.0, False, config.sft.optimizer, peak, steps)
+    return _spec(config, model, compute, OBJECTIVES["sft"], Settings(), False, config.sft.optimizer, peak, steps)
 
 
-def _spec(config, model, compute, loss, beta, live, optimizer, peak, steps) -> TrainingSpec:
+def _spec(config, model, compute, objective, settings, live, optimizer, peak, steps) -> TrainingSpec:
     train, rank, alpha = config.train, config.lora.rank, config.lora.alpha
     of_steps = optimizer, peak, steps, train.warmup_ratio, train.clip_norm, train.weight_decay, train.micro_batches
-    return TrainingSpec(model, compute, loss, beta, live, rank, alpha, *of_steps)
+    return TrainingSpec(model, compute, objective, settings, live, rank, alpha, *of_steps)
 
 
 class Training(NamedTuple):
@@ -120,23 +125,20 @@ def make_training(spec: TrainingSpec) -> Training:
     """The programs of a training stage."""
     mesh = spec.compute.mesh
     trained = located(abstract_params(spec.model), param_shardings(mesh, spec.model))
-    if spec.loss:
-        objective = spin_objective(spec.model, spec.compute, spec.loss, spec.beta)
-    else:
-        objective = sft_objective(spec.model, spec.compute)
+    loss = batch_loss(spec.objective, spec.settings, spec.model, spec.compute)
     if spec.rank:
-        objective = on_adapters(objective, spec.alpha / spec.rank, spec.live)
+        loss = on_adapters(loss, spec.alpha / spec.rank, spec.live)
         adapters = abstract_adapters(spec.model, spec.rank)
         trained = located(adapters, adapter_shardings(mesh, spec.model, spec.rank))
     schedule = learning_rate_schedule(spec.peak, spec.steps, spec.warmup_ratio)
     optimizer = make_optimizer(spec.optimizer, schedule, spec.clip_norm, spec.weight_decay)
-    init, step = jit_training(objective, optimizer, spec.micro_batches, trained, mesh)
+    init, step = jit_training(loss, optimizer, spec.micro_batches, trained, mesh)
     state = located(init.eval_shape(trained), state_shardings(optimizer, trained))
     return Training(init, step, schedule, state)
 
 
 def jit_training(
-    objective: Objective, optimizer: optax.GradientTransformation, micro_batches: int, params: dict, mesh: Mesh
+    loss: BatchLoss, optimizer: optax.GradientTransformation, micro_batches: int, params: dict, mesh: Mesh
 ) -> tuple[Callable, Callable]:
     """The jitted (init: params -> state, `train_step.make_step`); both donate their first argument.
 
@@ -145,7 +147,7 @@ def jit_training(
     """
     shardings = state_shardings(optimizer, params)
     init = functools.partial(init_state, optimizer=optimizer)
-    step = make_step(objective, optimizer, micro_batches)
+    step = make_step(loss, optimizer, micro_batches)
     return (
         jit(mesh, init, donate_argnums=0, out_shardings=shardings),
         jit(mesh, step, donate_argnums=0, out_shardings=(shardings, None, sharding.batch_sharding(mesh))),

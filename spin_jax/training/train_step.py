@@ -1,4 +1,4 @@
-"""One optimizer step, as pure functions on pytrees: the SPIN and SFT objectives, the optimizer, the update."""
+"""One optimizer step, as pure functions on pytrees."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax.models import attach
-from spin_jax.objectives.spin import Objective
+from spin_jax.objectives.interface import BatchLoss
 
 
 class TrainState(NamedTuple):
@@ -29,12 +29,12 @@ class TrainState(NamedTuple):
     healthy: jax.Array
 
 
-def on_adapters(objective: Objective, scale: float, live: bool) -> Objective:
-    """`objective` as a function of low-rank updates of frozen params, which are the step's `opponent` then: the policy
-    is opponent + scale a b, and one copy of the opponent serves both. `live`: the objective asks for the opponent."""
+def on_adapters(loss: BatchLoss, scale: float, live: bool) -> BatchLoss:
+    """`loss` as a function of low-rank updates of frozen params, which are the step's `opponent` then: the policy is
+    opponent + scale a b, and one copy of the opponent serves both. `live`: the loss asks for the opponent."""
 
     def adapted(adapters: dict, opponent: dict, batch: NamedTuple) -> tuple[jax.Array, tuple]:
-        return objective(attach(opponent, adapters, scale), opponent if live else None, batch)
+        return loss(attach(opponent, adapters, scale), opponent if live else None, batch)
 
     return adapted
 
@@ -58,12 +58,12 @@ def state_shardings(optimizer: optax.GradientTransformation, params: dict) -> Tr
     return TrainState(everywhere, param_shardings, opt_state, everywhere)
 
 
-def make_step(objective: Objective, optimizer: optax.GradientTransformation, micro_batches: int) -> Callable:
-    """step(state, opponent, batch, scoring=False) -> (state, metrics, log-probs [B, P, 2]), to be jitted; pure.
+def make_step(loss_fn: BatchLoss, optimizer: optax.GradientTransformation, micro_batches: int) -> Callable:
+    """step(state, opponent, batch, scoring=False) -> (state, metrics, log-probs [B, P, Y]), to be jitted; pure.
 
     The batch's leading axis is cut into `micro_batches` equal parts, whose gradients are added up in f32: the loss, its
     gradient and every metric are sums over the whole batch. Adds `grad_norm` (before clipping) and `healthy` to the
-    objective's metrics.
+    loss's metrics.
 
     With `scoring`, a bool scalar, the state stays as it is and no gradient is computed. The log-probs are those that a
     training call finds, bit for bit, since the same instructions of the same program compute them: what the opponent is
@@ -72,7 +72,7 @@ def make_step(objective: Objective, optimizer: optax.GradientTransformation, mic
 
     def gradient(params: dict, opponent: dict | None, batch: NamedTuple, scoring: jax.Array):
         """(gradient, metrics, log-probs); the gradient is 0, and not computed, with `scoring`."""
-        loss, backward, (metrics, logps) = jax.vjp(lambda p: objective(p, opponent, batch), params, has_aux=True)
+        loss, backward, (metrics, logps) = jax.vjp(lambda p: loss_fn(p, opponent, batch), params, has_aux=True)
         # The backward pass is the first branch, which the compile check counts.
         (grads,) = jax.lax.cond(
             scoring, lambda: (jax.tree.map(jnp.zeros_like, params),), lambda: backward(jnp.ones_like(loss))

@@ -137,8 +137,8 @@ def test_responses_have_the_number_of_what_can_be_addressed():
 
 @pytest.mark.parametrize("field", [name for name, field in FIELDS.items() if field.choices])
 def test_a_word_that_is_no_choice_is_refused_with_the_choices(field):
-    assert refusal({field: "zzz"}) == f"--config.{field}=zzz is not one of {', '.join(FIELDS[field].choices)}"
-    assert FIELDS[field].default in FIELDS[field].choices
+    assert refusal({field: "zzz"}) == f"--config.{field}=zzz is not one of {', '.join(FIELDS[field].words())}"
+    assert FIELDS[field].default in FIELDS[field].words()
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -154,7 +154,7 @@ def test_a_field_says_what_it_is_and_may_have_its_default(name):
 
 
 def test_a_word_that_is_nearly_a_choice_is_told_it():
-    assert refusal({"spin.loss": "hings"}).endswith("correlation: did you mean hinge?")
+    assert refusal({"spin.loss": "hings"}).endswith("sft: did you mean hinge?")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from spin_jax.data.packing import Packing, forward_flops, plan_scoring, plan_training, sft_batch, slots, spin_batch
-from spin_jax.data.pairs import Pair
+from spin_jax.data.packing import Packing, forward_flops, pack_batch, plan_scoring, plan_training, slots
+from spin_jax.data.pairs import Pair, choose
 from spin_jax.errors import UserError
 from spin_jax.training.schedule import batch_order, num_steps
 
@@ -70,7 +70,7 @@ def test_a_training_plan_keeps_pairs_whole_and_batches_as_they_were(packing):
         assert shape.length % packing.multiple == 0 and shape.targets % packing.multiple == 0
         for row in rows:
             assert sum(slots(PAIRS[i]) for i in row) <= shape.length
-            assert sum(len(PAIRS[i].real) + len(PAIRS[i].generated) for i in row) <= shape.targets
+            assert sum(len(y) for i in row for y in PAIRS[i].responses) <= shape.targets
             assert len(row) <= shape.pairs
     assert len({shape.rows for shape in plan.shapes}) == 1
     assert len(set(plan.shapes)) == len({shape.length for shape in plan.shapes}), "one program a length"
@@ -102,7 +102,7 @@ def test_fill_and_what_padding_would_have_taken():
     assert plan.fill == used / total > 0.97
     padded = 0
     for chosen in order:
-        lengths = [len(PAIRS[i].prompt) + len(y) for i in chosen for y in (PAIRS[i].real, PAIRS[i].generated)]
+        lengths = [len(PAIRS[i].prompt) + len(y) for i in chosen for y in PAIRS[i].responses]
         padded += 128 * -(-max(lengths) // 16) * 16
     assert plan.saved == padded / total > 2
     assert f"{plan.fill:.1%} full" in str(plan)
@@ -119,7 +119,7 @@ def blank_pairs(slots_of_each: list[int]) -> list[Pair]:
     """Pairs that take so many slots."""
     prompt, responses = np.zeros(1, np.int32), [np.zeros(1 + (n - 1) // 2, np.int32) for n in slots_of_each]
     return [
-        Pair(0, 0, prompt, y, np.zeros(n - len(y) + 1, np.int32), False, False)
+        Pair(0, 0, prompt, (y, np.zeros(n - len(y) + 1, np.int32)), (False, False))
         for n, y in zip(slots_of_each, responses, strict=True)
     ]
 
@@ -160,7 +160,7 @@ def test_a_scoring_plan_is_one_program_and_scores_each_pair_once():
 
 
 def test_a_batch_holds_its_pairs():
-    """Slot by slot and target by target, from the docstrings of Rows and Batch."""
+    """Slot by slot and target by target, from the docstrings of PackedRows and Batch."""
     pairs, logps = tiny.pairs(), np.array([(-1.0 - i, -2.0 * i) for i in range(8)])
     batch, (of_row, of_place) = tiny.packed(pairs, opponent_logps=logps), tiny.places(pairs)
     arrays, rows = batch.arrays, batch.arrays.rows
@@ -168,10 +168,10 @@ def test_a_batch_holds_its_pairs():
     padding = np.ones_like(rows.tokens_BT, bool)
     for pair, row, place in zip(pairs, of_row, of_place, strict=True):
         targets, start = {}, None
-        for which, response in enumerate((pair.real, pair.generated)):
-            owned = rows.owners_BR[row] == 2 * place + which
+        for which, response in enumerate(pair.responses):
+            owned = rows.response_ids_BR[row] == 2 * place + which
             np.testing.assert_array_equal(rows.targets_BR[row, owned], response)
-            sources = rows.sources_BR[row, owned]
+            sources = rows.predictor_index_BR[row, owned]
             targets[which] = sources
             start = sources[0] - len(pair.prompt) + 1
             # What the predicting tokens are: the prompt's last, then the response without its last.
@@ -184,17 +184,21 @@ def test_a_batch_holds_its_pairs():
         np.testing.assert_array_equal(rows.tokens_BT[row, prompt], pair.prompt)
         np.testing.assert_array_equal(rows.positions_BT[row, prompt], np.arange(len(pair.prompt)))
         # The prompt is seen by both responses, the real one by itself alone, the generated one by none after it.
-        assert set(rows.ends_BT[row, prompt]) == {end}
-        assert set(rows.ends_BT[row, targets[0][1:]]) <= {start + len(pair.prompt) + len(pair.real) - 1}
-        assert set(rows.ends_BT[row, targets[1][1:]]) <= {end}
+        assert set(rows.visible_until_BT[row, prompt]) == {end}
+        assert set(rows.visible_until_BT[row, targets[0][1:]]) <= {
+            start + len(pair.prompt) + len(pair.responses[0]) - 1
+        }
+        assert set(rows.visible_until_BT[row, targets[1][1:]]) <= {end}
         assert padding[row, start:end].all(), "pairs do not overlap"
         padding[row, start:end] = False
-        np.testing.assert_array_equal(arrays.opponent_logps_BP2[row, place], logps[pair.row])
+        np.testing.assert_array_equal(arrays.reference_logps_BPY[row, place], logps[pair.row])
         np.testing.assert_allclose(arrays.weights_BP[row, place], 1 / 8)
     np.testing.assert_array_equal(
-        rows.ends_BT[padding], np.broadcast_to(np.arange(1, 33), padding.shape)[padding], "padding sees itself alone"
+        rows.visible_until_BT[padding],
+        np.broadcast_to(np.arange(1, 33), padding.shape)[padding],
+        "padding sees itself alone",
     )
-    assert (rows.owners_BR >= 0).sum() == sum(real + generated for _, real, generated in tiny.LENGTHS)
+    assert (rows.response_ids_BR >= 0).sum() == sum(real + generated for _, real, generated in tiny.LENGTHS)
     np.testing.assert_allclose(arrays.weights_BP.sum(), 1)
     assert sorted(batch.rows) == list(range(8))
     assert batch.tokens == (~padding).sum() == sum(map(sum, tiny.LENGTHS)) - 16
@@ -209,21 +213,21 @@ def test_a_batch_holds_its_pairs():
 
 def test_unscored_pairs_have_nan_so_that_they_cannot_be_trained_on():
     arrays = tiny.packed(tiny.pairs()).arrays
-    assert np.isnan(arrays.opponent_logps_BP2).all()
+    assert np.isnan(arrays.reference_logps_BPY).all()
 
 
 def without_generated(pairs: list[Pair]) -> list[Pair]:
-    return [dataclasses.replace(pair, generated=np.zeros(0, np.int32)) for pair in pairs]
+    return [choose(pair, ["real"]) for pair in pairs]
 
 
 def test_sft_batch_holds_real_responses_and_weights_tokens_equally():
     batch = tiny.packed(without_generated(tiny.pairs()), sft=True)
     arrays = batch.arrays
-    owners = arrays.rows.owners_BR[arrays.rows.owners_BR >= 0]
-    assert len(owners) == 40 and not (owners % 2).any()
+    owners = arrays.rows.response_ids_BR[arrays.rows.response_ids_BR >= 0]
+    assert len(owners) == 40
     np.testing.assert_allclose(arrays.weights_BP[arrays.weights_BP > 0], 1 / 40, rtol=1e-6)
     assert (arrays.weights_BP > 0).sum() == 8
-    assert batch.facts == {"lengths/real": 5.0, "fill": batch.tokens / arrays.rows.tokens_BT.size}
+    assert batch.facts == {"lengths/real": 5.0, "cut/real": 0.0, "fill": batch.tokens / arrays.rows.tokens_BT.size}
 
 
 # ---- FLOPs
@@ -255,8 +259,5 @@ def test_padding_costs_no_flops():
 def test_layouts_name_their_pairs():
     pairs = tiny.pairs()
     plan = plan_training(pairs, np.array([[3, 5], [2, 0]]), Packing(1, 8, 16))
-    for lay_out in (spin_batch, sft_batch):
-        assert [set(lay_out(tiny.CONFIG, pairs, *b).rows) for b in zip(plan.batches, plan.shapes, strict=True)] == [
-            {3, 5},
-            {2, 0},
-        ]
+    batches = zip(plan.batches, plan.shapes, strict=True)
+    assert [set(pack_batch(tiny.CONFIG, pairs, *batch).rows) for batch in batches] == [{3, 5}, {2, 0}]

@@ -17,7 +17,8 @@ from spin_jax.generation.engine import Progress, generate
 from spin_jax.generation.programs import make_sampler
 from spin_jax.generation.response_files import Prompt
 from spin_jax.models import Compute, param_shardings
-from spin_jax.objectives.spin import spin_objective
+from spin_jax.objectives import OBJECTIVES
+from spin_jax.objectives.interface import Settings, batch_loss
 from spin_jax.training.optimizer import make_optimizer
 from spin_jax.training.train_step import init_state, make_step, state_shardings
 
@@ -48,7 +49,7 @@ def two_steps(sizes: tuple[int, int, int], line: int = 0) -> tuple[dict, dict]:
     shardings = state_shardings(optimizer(), params)
     state = jax.jit(functools.partial(init_state, optimizer=optimizer()), out_shardings=shardings)(params)
     compute = Compute(mesh=mesh, line=line) if line else Compute()
-    objective = spin_objective(tiny.CONFIG, compute, "logistic", 0.1)
+    objective = batch_loss(OBJECTIVES["logistic"], Settings(beta=0.1), tiny.CONFIG, compute)
     step = jax.jit(make_step(objective, optimizer(), 1), donate_argnums=0, out_shardings=(shardings, None, None))
     batch = tiny.packed(tiny.pairs(), Packing(8, 8, 1), opponent_logps=np.full((8, 2), -10.0)).arrays
     for _ in range(2):

@@ -157,8 +157,9 @@ def test_the_exported_model_is_the_trained_one(finished):
     run = open_run(finished.config, finished.workdir)
     model = spin_jax.load(finished.workdir / "iteration_1" / "model")
     sampled = read_sampled(finished.workdir / "iteration_1" / "generated" / "pairs.parquet")
-    pairs = [run.pair(example, *sampled[example.row][0], 1) for example in run.held_out_examples]
-    nats = -sum(plain_logprob(model, pair.prompt, pair.real) for pair in pairs) / sum(len(p.real) for p in pairs)
+    pairs = [run.pair(example, sampled[example.row][0], 1) for example in run.held_out_examples]
+    real = [(pair.prompt, pair.responses[0]) for pair in pairs]
+    nats = -sum(plain_logprob(model, *one) for one in real) / sum(len(response) for _, response in real)
     assert finished.rows[2]["held_out/nats_per_token"] == pytest.approx(nats, rel=1e-6)
     assert finished.rows[1]["held_out/nats_per_token"] != pytest.approx(nats, rel=1e-3)
 
@@ -179,8 +180,8 @@ def test_iteration_1_scores_new_and_old_pairs_under_its_own_opponent(finished):
     for scores in (steps, held_out):
         found = zip(scores["iterations"].flat, scores["rows"].flat, scores["logps"].reshape(-1, 2), strict=True)
         for t, row, logps in list(found)[::5]:
-            pair = run.pair(examples[row], *sampled[t][row][0], t)
-            live = [plain_logprob(opponent, pair.prompt, response) for response in (pair.real, pair.generated)]
+            pair = run.pair(examples[row], sampled[t][row][0], t)
+            live = [plain_logprob(opponent, pair.prompt, response) for response in pair.responses]
             np.testing.assert_allclose(logps, live, rtol=1e-5)
 
     def of_first_pairs(t: int) -> np.ndarray:
@@ -380,9 +381,9 @@ def test_the_papers_templates(tiny_model, tiny_data, tmp_path):
     run = open_run(config, tmp_path)
     example = run.train_examples[0]
     [(tokens, finished)] = read_sampled(tmp_path / "iteration_0" / "generated" / "pairs.parquet")[example.row]
-    pair = run.pair(example, tokens, finished, 0)
+    pair = run.pair(example, (tokens, finished), 0)
     question = example.prompt[0]["content"]
     decode = run.chat.tokenizer.decode
     assert decode(pair.prompt) == f"<|system|>\n</s>\n<|user|>\n{question}</s>\n<|assistant|>\n"
-    assert decode(pair.real) == f"{question[::-1]}</s>\n</s>"
+    assert decode(pair.responses[0]) == f"{question[::-1]}</s>\n</s>"
     assert example.row in read_scores(tmp_path, 0)["rows"]

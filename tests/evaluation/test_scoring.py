@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from spin_jax import checkpoints, models, sizing
 from spin_jax.config import base_config, override
 from spin_jax.data.chat_format import load_chat
-from spin_jax.data.packing import Packing, Plan, plan_scoring, plan_training, spin_batch
+from spin_jax.data.packing import Packing, Plan, pack_batch, plan_scoring, plan_training
 from spin_jax.data.pairs import Pair
 from spin_jax.devices import sharding
 from spin_jax.devices.transfer import put
@@ -47,7 +47,7 @@ def plan_of(pairs: list[Pair], size: int, epochs: int, packing: Packing) -> Plan
 def score_all(training, state, frozen, model, pairs, plan, mesh, parts, watch: Callable = lambda step: None):
     def make_batch(step: int):
         watch(step)
-        return spin_batch(model, pairs, plan.batches[step], plan.shapes[step])
+        return pack_batch(model, pairs, plan.batches[step], plan.shapes[step])
 
     placed = sharding.batch_sharding(mesh)
     settings = {"plan": plan, "make_batch": make_batch, "sharding": placed, "parts": parts, "name": "score"}
@@ -58,7 +58,7 @@ def first_metrics(training, state, frozen, model, pairs, plan, mesh, scores) -> 
     """Of a training step on each batch, all from the same state: where the policy is its opponent."""
     found = []
     for rows, shape, logps in zip(plan.batches, plan.shapes, scores, strict=True):
-        batch = spin_batch(model, pairs, rows, shape, logps).arrays
+        batch = pack_batch(model, pairs, rows, shape, reference_logps=logps).arrays
         fresh = jax.tree.map(jnp.copy, state)  # the step donates it
         _, metrics, _ = training.step(fresh, frozen, put(batch, sharding.batch_sharding(mesh)), False)
         found.append(jax.device_get(metrics))
@@ -112,7 +112,7 @@ def test_a_real_model_starts_level_in_bfloat16_where_other_rows_do_not(assets, s
         return chat.real_response([{"role": "user", "content": question["instruction"]}], answer["response"])[:100]
 
     asked = [chat.generation_prompt([{"role": "user", "content": row["instruction"]}])[-30:] for row in rows]
-    pairs = [Pair(i, 0, asked[i], ids(rows[i], rows[i]), ids(rows[i], rows[i - 1]), False, False) for i in range(8)]
+    pairs = [Pair(i, 0, asked[i], (ids(rows[i], rows[i]), ids(rows[i], rows[i - 1])), (False, False)) for i in range(8)]
     mesh = sharding.one_device_mesh()
     model, params = checkpoints.load(smollm2, shardings=models.param_shardings(mesh, checkpoints.read_config(smollm2)))
     plan, packing = plan_of(pairs, 4, 2, Packing(1, 256, 1024)), Packing(1, 256, 512)

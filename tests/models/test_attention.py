@@ -51,15 +51,15 @@ def rows(length: int, heads: int, kv_heads: int, head_dim: int, packed: bool) ->
         for (name, count), key in zip(shapes.items(), keys, strict=False)
     }
     slots_BT = np.broadcast_to(np.arange(length, dtype=np.int32), (BATCH, length))
-    positions_BT, ends_BT = slots_BT, None
+    positions_BT, visible_until_BT = slots_BT, None
     if packed:
         starts_BT = np.array(jax.random.bernoulli(keys[4], 2.0 / length, (BATCH, length)))
         starts_BT[:, 0] = True
         positions_BT = slots_BT - np.maximum.accumulate(np.where(starts_BT, slots_BT, 0), axis=1)
         later_BT = np.roll(np.where(starts_BT, slots_BT, length), -1, axis=1)
         later_BT[:, -1] = length
-        ends_BT = np.minimum.accumulate(later_BT[:, ::-1], axis=1)[:, ::-1].astype(np.int32)
-    return arrays | {"positions": positions_BT, "ends": ends_BT}
+        visible_until_BT = np.minimum.accumulate(later_BT[:, ::-1], axis=1)[:, ::-1].astype(np.int32)
+    return arrays | {"positions": positions_BT, "ends": visible_until_BT}
 
 
 def value_and_gradients(attend, arrays: dict, dtype=jnp.float32) -> dict[str, np.ndarray]:
@@ -217,9 +217,9 @@ def gpu_calls(attend) -> list[str]:
 
 def test_first_slot_that_is_seen():
     """Where a kernel may begin: for each slot the first of the row whose end is beyond it."""
-    ends_BT = np.array([[6, 6, 4, 4, 6, 6, 7, 10, 9, 10], [1, 10, 10, 4, 10, 10, 10, 8, 10, 10]], np.int32)
+    visible_until_BT = np.array([[6, 6, 4, 4, 6, 6, 7, 10, 9, 10], [1, 10, 10, 4, 10, 10, 10, 8, 10, 10]], np.int32)
     expected = [[0, 0, 0, 0, 0, 0, 6, 7, 7, 7], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]]
-    np.testing.assert_array_equal(flash_gpu.first_seen(jnp.asarray(ends_BT)), expected)
+    np.testing.assert_array_equal(flash_gpu.first_seen(jnp.asarray(visible_until_BT)), expected)
 
 
 @tpu.needs_libtpu

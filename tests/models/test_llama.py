@@ -118,7 +118,7 @@ def test_cache_gives_the_uncached_hidden_states(family, keys):
         cache[keys] = cache.pop("kT" if keys == "k" else "k").swapaxes(3, 4)
     # What an earlier use left behind must not matter.
     cache |= jax.tree.map(lambda x: x + 100.0, {name: cache[name] for name in (keys, "v")})
-    positions_BT = np.where(np.arange(9) < prompt_lengths_B[:, None], np.arange(9), models.NOWHERE)
+    positions_BT = np.where(np.arange(9) < prompt_lengths_B[:, None], np.arange(9), models.EMPTY_POSITION)
     prefill_BTD, cache = forward(config, params, tokens_BT[:, :9], positions_BT, cache)
     for row, length in enumerate(prompt_lengths_B):
         np.testing.assert_allclose(prefill_BTD[row, :length], expected_BTD[row, :length], atol=2e-5)

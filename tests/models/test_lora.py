@@ -24,8 +24,9 @@ from spin_jax.models import (
     param_shardings,
 )
 from spin_jax.models.projections import Adapted, project_adapted
+from spin_jax.objectives import OBJECTIVES
+from spin_jax.objectives.interface import Settings, batch_loss
 from spin_jax.objectives.logprobs import pair_logprobs
-from spin_jax.objectives.spin import spin_objective
 from spin_jax.training import programs
 from spin_jax.training.optimizer import make_optimizer
 from spin_jax.training.train_step import init_state, make_step, on_adapters
@@ -135,7 +136,7 @@ OPTIMIZER = make_optimizer("rmsprop", optax.constant_schedule(1e-2), 1.0, 0.0)
 
 
 def lora_step(live: bool, micro_batches: int = 1, optimizer: optax.GradientTransformation = OPTIMIZER):
-    objective = on_adapters(spin_objective(tiny.CONFIG, COMPUTE, "logistic", BETA), SCALE, live)
+    objective = on_adapters(batch_loss(OBJECTIVES["logistic"], Settings(beta=BETA), tiny.CONFIG, COMPUTE), SCALE, live)
     return make_step(objective, optimizer, micro_batches)
 
 
@@ -183,7 +184,9 @@ def two_steps(sizes: tuple[int, int, int], line: int = 0) -> tuple[dict, dict]:
     compute = Compute(mesh=mesh, line=line)
     base = jax.device_put(tiny.host_params(), param_shardings(mesh, tiny.CONFIG))
     fresh = programs.make_adapters(tiny.CONFIG, RANK, mesh)(jax.random.key(3))
-    objective = on_adapters(spin_objective(tiny.CONFIG, compute, "logistic", BETA), SCALE, live=True)
+    objective = on_adapters(
+        batch_loss(OBJECTIVES["logistic"], Settings(beta=BETA), tiny.CONFIG, compute), SCALE, live=True
+    )
     # Linear in the gradient: RMSProp makes a whole step of a rounding where the gradient is near 0.
     init, step = programs.jit_training(objective, optax.sgd(1.0, momentum=0.9), 1, fresh, mesh)
     state, rows = init(fresh), jax.device_put(batch(), sharding.batch_sharding(mesh))

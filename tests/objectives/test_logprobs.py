@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,11 @@ import pytest
 import tiny
 
 from spin_jax.data.batch import Batch
-from spin_jax.data.packing import Packing
+from spin_jax.data.packing import Packing, pack_batch, plan_scoring
+from spin_jax.data.pairs import Pair
+from spin_jax.devices.sharding import RULES, make_mesh
 from spin_jax.models import REMAT_POLICIES, Compute
+from spin_jax.models.attention import Kernel
 from spin_jax.objectives.logprobs import pair_logprobs
 
 # (prompt, real, generated) tokens: short beside long, responses of one token, one of none.
@@ -26,11 +30,11 @@ def make_batch(packing: Packing = IN_TWO_ROWS, pad_seed: int | None = None) -> B
     batch = tiny.packed(tiny.pairs(LENGTHS), packing).arrays
     if pad_seed is not None:
         rng, rows = np.random.default_rng(pad_seed), batch.rows
-        lonely_BT = rows.ends_BT == np.arange(1, rows.ends_BT.shape[1] + 1)
+        lonely_BT = rows.visible_until_BT == np.arange(1, rows.visible_until_BT.shape[1] + 1)
         # A pair's last token ends with itself, too; it is behind nobody's target.
         lonely_BT &= np.roll(lonely_BT, 1, axis=1)
         rows.tokens_BT[lonely_BT] = tiny.tokens(rng, lonely_BT.sum())
-        nobodys_BR = rows.owners_BR < 0
+        nobodys_BR = rows.response_ids_BR < 0
         rows.targets_BR[nobodys_BR] = tiny.tokens(rng, nobodys_BR.sum())
         assert lonely_BT.any() and nobodys_BR.any()
     return batch
@@ -84,6 +88,41 @@ def test_packed_pairs_have_the_logprobs_and_gradients_of_rows_of_their_own(packi
     assert padded_P2[4, 1] == packed_P2[4, 1] == 0, "an empty response has log-prob 0"
     np.testing.assert_allclose(packed_P2, padded_P2, rtol=2e-6)
     # Two computations in another order, each off by the f32 rounding of sums of some hundred terms.
+    assert_trees_close(packed_grads, padded_grads, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "attention"), [(1, "plain"), (2, "tiled"), (3, "plain"), (3, "tiled"), (3, "flash"), (4, "tiled")]
+)
+def test_any_number_of_responses_to_a_prompt_are_blind_to_each_other(count, attention):
+    """Log-prob by log-prob and gradient by gradient, against a row for each response."""
+    rng = np.random.default_rng(count)
+    pairs = [
+        Pair(row, 0, tiny.tokens(rng, prompt), tuple(tiny.tokens(rng, 1 + (row + 3 * y) % 7) for y in range(count)), ())
+        for row, prompt in enumerate((1, 9, 4, 6))
+    ]
+    kernel = None
+    if attention != "plain":
+        mesh = make_mesh(devices=jax.devices()[:1])
+        kernel = Kernel(attention, mesh, RULES["rows"], RULES["heads"])
+    plan = plan_scoring(pairs, len(pairs), Packing(2, 8, 24))
+    batch = pack_batch(tiny.CONFIG, pairs, plan.batches[0], plan.shapes[0]).arrays
+    assert plan.shapes[0].responses == count and len(plan.batches) == 1
+    order = list(itertools.chain(*plan.batches[0]))
+    weights = jnp.arange(1.0, count * len(pairs) + 1).reshape(-1, count)
+
+    def packed_sum(params: dict) -> tuple[jax.Array, jax.Array]:
+        logps_BPY = pair_logprobs(tiny.CONFIG, params, batch, Compute(remat="none", kernel=kernel))
+        logps = logps_BPY[batch.weights_BP > 0]
+        return jnp.sum(weights[jnp.array(order)] * logps), logps
+
+    def padded_sum(params: dict) -> tuple[jax.Array, jax.Array]:
+        logps = padded.pair_logprobs(tiny.CONFIG, params, pairs, PLAIN)
+        return jnp.sum(weights * logps), logps
+
+    packed_grads, packed = jax.jit(jax.grad(packed_sum, has_aux=True))(tiny.params())
+    padded_grads, by_rows = jax.jit(jax.grad(padded_sum, has_aux=True))(tiny.params())
+    np.testing.assert_allclose(packed, by_rows[jnp.array(order)], rtol=5e-6)
     assert_trees_close(packed_grads, padded_grads, 1e-5)
 
 

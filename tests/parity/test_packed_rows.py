@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from spin_jax import checkpoints
 from spin_jax.data.chat_format import chat_format
-from spin_jax.data.packing import Packing, plan_training, spin_batch
+from spin_jax.data.packing import Packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair
 from spin_jax.models import Compute
 from spin_jax.objectives.logprobs import pair_logprobs
@@ -28,7 +28,7 @@ def real_pairs(assets, smollm2) -> list[Pair]:
     for row, other in zip(rows[:3], rows[3:], strict=True):
         prompt = [{"role": "user", "content": f"{row['instruction']}\n{row['input']}"}]
         responses = (chat.real_response(prompt, answer["output"]) for answer in (row, other))
-        pairs.append(Pair(len(pairs), 0, chat.training_prompt(prompt), *responses, False, False))
+        pairs.append(Pair(len(pairs), 0, chat.training_prompt(prompt), tuple(responses), (False, False)))
     return pairs
 
 
@@ -39,7 +39,7 @@ def test_logprobs_and_gradients_are_those_of_padded_rows(assets, smollm2):
     (rows,), (shape,) = plan.batches, plan.shapes
     assert shape.rows == 1 and plan.fill > 0.9
     order = np.argsort(rows[0])
-    batch = spin_batch(config, pairs, rows, shape).arrays
+    batch = pack_batch(config, pairs, rows, shape).arrays
 
     def weighted(logprobs, params: dict) -> tuple[jax.Array, jax.Array]:
         logps_P2 = logprobs(params)

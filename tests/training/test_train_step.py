@@ -1,6 +1,5 @@
 """One optimizer step, through the real model: objectives, gradients, schedule, optimizer, and what stops it."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -15,11 +14,11 @@ import pytest
 import tiny
 
 from spin_jax.data.batch import Batch, HostBatch
+from spin_jax.data.pairs import choose
 from spin_jax.models import Compute
+from spin_jax.objectives import OBJECTIVES
+from spin_jax.objectives.interface import Settings, batch_loss
 from spin_jax.objectives.logprobs import pair_logprobs
-from spin_jax.objectives.margin_losses import LOSSES
-from spin_jax.objectives.sft import sft_objective
-from spin_jax.objectives.spin import spin_objective
 from spin_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from spin_jax.training.train_step import TrainState, init_state, make_step
 
@@ -74,12 +73,14 @@ def jitted_step(objective, optimizer: optax.GradientTransformation, micro_batche
 @functools.cache
 def spin_step(micro_batches: int):
     """One compiled step for all tests of a kind."""
-    return jitted_step(spin_objective(tiny.CONFIG, COMPUTE, "logistic", BETA), rmsprop(), micro_batches)
+    return jitted_step(
+        batch_loss(OBJECTIVES["logistic"], Settings(beta=BETA), tiny.CONFIG, COMPUTE), rmsprop(), micro_batches
+    )
 
 
 @functools.cache
 def sft_step(micro_batches: int):
-    return jitted_step(sft_objective(tiny.CONFIG, COMPUTE), rmsprop(), micro_batches)
+    return jitted_step(batch_loss(OBJECTIVES["sft"], Settings(), tiny.CONFIG, COMPUTE), rmsprop(), micro_batches)
 
 
 def assert_trees_close(actual: dict, expected: dict, share: float) -> None:
@@ -92,10 +93,10 @@ def assert_trees_close(actual: dict, expected: dict, share: float) -> None:
 # ---- the SPIN objective
 
 
-@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize("loss", ("logistic", "hinge", "exponential", "correlation"))
 def test_the_policy_starts_level_with_its_opponent(loss):
     """Loss l(0), no reward, no margin and no accuracy: nothing has been won yet."""
-    objective = jax.jit(spin_objective(tiny.CONFIG, COMPUTE, loss, BETA))
+    objective = jax.jit(batch_loss(OBJECTIVES[loss], Settings(beta=BETA), tiny.CONFIG, COMPUTE))
     value, (metrics, _) = objective(tiny.params(), None, scored_batch(0))
     np.testing.assert_allclose(value, VALUE_AT_0[loss], rtol=2e-7)
     assert metrics["rewards/real"] == metrics["rewards/generated"] == metrics["rewards/margin"] == 0
@@ -164,7 +165,7 @@ def test_a_live_opponent_is_the_stored_one():
 
 
 def sft_batch() -> HostBatch:
-    without = [dataclasses.replace(pair, generated=np.zeros(0, np.int32)) for pair in tiny.pairs()]
+    without = [choose(pair, ["real"]) for pair in tiny.pairs()]
     return tiny.packed(without, sft=True)
 
 
@@ -172,7 +173,9 @@ def test_sft_loss_is_the_mean_over_tokens():
     pairs = tiny.pairs()
     _, metrics, _ = sft_step(1)(init_state(tiny.params(), rmsprop()), None, sft_batch().arrays)
     real_logps_P = pair_logps(tiny.params())[:, 0]
-    np.testing.assert_allclose(metrics["loss"], -real_logps_P.sum() / sum(len(p.real) for p in pairs), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["loss"], -real_logps_P.sum() / sum(len(p.responses[0]) for p in pairs), rtol=1e-6
+    )
 
 
 # ---- micro-batches
@@ -252,12 +255,12 @@ def assert_trees_equal(actual, expected) -> None:
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_loss_that_is_not_finite_changes_nothing_then_or_later(micro_batches):
     step, good = spin_step(micro_batches), scored_batch(1)
-    opponent_BP2 = good.opponent_logps_BP2.copy()
+    opponent_BP2 = good.reference_logps_BPY.copy()
     opponent_BP2[1, 0, 1] = np.nan  # one response of one pair was never scored
     state, metrics, _ = step(init_state(tiny.params(), rmsprop()), None, good)
     assert metrics["healthy"] and state.healthy
     before = jax.device_get(state)
-    state, metrics, _ = step(state, None, good._replace(opponent_logps_BP2=opponent_BP2))
+    state, metrics, _ = step(state, None, good._replace(reference_logps_BPY=opponent_BP2))
     assert not np.isfinite(metrics["loss"])
     for _ in range(2):
         assert not metrics["healthy"] and not state.healthy
