@@ -203,7 +203,7 @@ def test_code_names_exist(document):
     for dotted in re.findall(r"`(\w+(?:\.\w+)+)`", text):
         module, _, name = dotted.partition(".")
         if module in MODULES and module not in SECTIONS | {"config"} and name not in FILE_SUFFIXES:
-            pkgutil.resolve_name(f"{MODULES[module]}:{name}")
+            pkgutil.resolve_name(f"{MODULES[module]}.{name}")
     tests = {
         node.name
         for path in (ROOT / "tests").rglob("test_*.py")

@@ -9,8 +9,9 @@ from spin_jax.config import STAGES
 from spin_jax.reports import summary
 from spin_jax.runtime import compilation_cache, multihost, out_of_memory, progress
 from spin_jax.runtime.lease import held
-from spin_jax.self_play import outlook, stages
+from spin_jax.self_play import outlook
 from spin_jax.self_play.run import Run, open_run
+from spin_jax.self_play.stages import evaluate, generate, score, sft, sft_control, train
 from spin_jax.self_play.workdir import make
 
 
@@ -39,7 +40,7 @@ def self_play(
         run.profile = profile
         outlook.tell(run)
         with progress.expected(outlook.loops(run, only)):
-            stages.fine_tune(run)
+            sft.fine_tune(run)
             for t in range(config.iterations):
                 if not _iterate(run, t, only):
                     break
@@ -51,17 +52,17 @@ def _iterate(run: Run, t: int, only: Sequence[str]) -> bool:
     model = run.iteration(t) / "model" / "config.json"
     was_finished = multihost.on_first(model.exists)
     if "generate" in only:
-        stages.generate_responses(run, t)  # y'_i ~ p_t(.|x_i) for every prompt
+        generate.generate_responses(run, t)  # y'_i ~ p_t(.|x_i) for every prompt
     if "score" in only:
-        stages.score_pairs(run, t)  # log p_t of y_i and y'_i
+        score.score_pairs(run, t)  # log p_t of y_i and y'_i
     if "train" in only:
-        stages.train_policy(run, t)  # theta_{t+1} = argmin of equation 4.7, from theta_t; it is the next opponent
+        train.train_policy(run, t)  # theta_{t+1} = argmin of equation 4.7, from theta_t; it is the next opponent
     if not multihost.on_first(model.exists):
         return False
-    stages.describe_start(run)
-    stages.evaluate_policy(run, t)
+    evaluate.describe_start(run)
+    evaluate.evaluate_policy(run, t)
     if run.config.sft.control:
-        stages.continue_sft(run, t)
+        sft_control.continue_sft(run, t)
     multihost.on_first(lambda: _report(run.workdir, t + 1 == run.config.iterations))
     return was_finished or set(only) == set(STAGES)
 

@@ -1,0 +1,55 @@
+"""The baseline of an iteration: plain SFT for as much compute."""
+
+from collections.abc import Sequence
+
+from spin_jax.data.packing import forward_flops
+from spin_jax.data.pairs import Pair, choose
+from spin_jax.evaluation.rewards import nats_per_token
+from spin_jax.runtime import out_of_memory
+from spin_jax.self_play.pairs import pairs_of, sft_pairs
+from spin_jax.self_play.run import Run
+from spin_jax.self_play.stages.evaluate import exact_measures, measure_once
+from spin_jax.self_play.stages.score import EVALUATION_PARTS, score_pairs_of
+from spin_jax.self_play.training_stage import export_model, fit_sft, is_trained, spin_stage
+from spin_jax.training import programs
+
+
+@out_of_memory.tells("SFT control", out_of_memory.for_training)
+def continue_sft(run: Run, t: int) -> None:
+    """The baseline: plain SFT of the same start, on the same examples, for the FLOPs that iteration t spent, and its
+    summary row."""
+    directory = run.iteration(t) / "control"
+    start = run.iteration(t - 1) / "control" / "model" if t else run.start_of(0)
+    if not is_trained(directory):
+        pairs = sft_pairs(run)
+        steps = max(1, round(_iteration_flops(run, t) / _sft_step_flops(run, pairs)))
+        peak = run.config.sft.control_learning_rate
+        export_model(run, directory, fit_sft(run, start, pairs, steps, peak, directory, f"iteration {t}: SFT control"))
+
+    def measure() -> dict:
+        row = {"model": f"SFT control {t}", "iteration": None}
+        if held_out := pairs_of(run, t)[1]:
+            name = f"iteration {t}: evaluate SFT control"
+            logps = score_pairs_of(run, directory / "model", held_out, name, (directory, EVALUATION_PARTS))
+            row["held_out/nats_per_token"] = nats_per_token(held_out, logps)
+        return row | exact_measures(run, directory / "model")
+
+    measure_once(directory, measure)
+
+
+def _iteration_flops(run: Run, t: int) -> float:
+    """Model FLOPs that iteration t spends on its training rows: sampling, scoring, training."""
+    stage = spin_stage(run, t)
+    sampling = sum(forward_flops(run.model, choose(pair, ["generated"])) for pair in pairs_of(run, t)[0])
+    passes = stage.spec.passes + stage.spec.is_scored
+    return sampling + passes * stage.spec.steps * _forward_flops(run, stage.pairs)
+
+
+def _sft_step_flops(run: Run, pairs: Sequence[Pair]) -> float:
+    spec = programs.sft_spec(run.config, run.model, run.compute, peak=0.0, steps=1)
+    return spec.passes * _forward_flops(run, pairs)
+
+
+def _forward_flops(run: Run, pairs: Sequence[Pair]) -> float:
+    """Of a forward pass over a batch of such pairs, on average."""
+    return sum(forward_flops(run.model, pair) for pair in pairs) * run.config.train.batch_size / len(pairs)
