@@ -143,7 +143,7 @@ def scores_key(
     model: Mapping[str, str] | None = None,
 ) -> str:
     """A hash of all that decides the bits of scores: token ids, batches, programs, devices, and the model as
-    `models.fingerprint` identifies it. Scores of another key are not those that this run would make."""
+    `checkpoints.fingerprint` identifies it. Scores of another key are not those that this run would make."""
     digest = hashlib.sha256(json.dumps([VERSION, model]).encode())
     for pair in pairs:
         for tokens in (pair.prompt, *pair.responses):

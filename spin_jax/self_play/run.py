@@ -81,7 +81,7 @@ class Run:
         return self.workdir / "sft" / "model" if self.config.sft.epochs else self.source
 
     def identity_of(self, directory: epath.Path) -> dict[str, str]:
-        """What identifies the model in `directory`, by `models.fingerprint`: kept with what it wrote and scored."""
+        """The fingerprint of the model in `directory`: kept with what it wrote and scored."""
         if directory not in self._identities:
             with self._reading(directory):
                 self._identities[directory] = multihost.on_first(lambda: checkpoints.fingerprint(directory))

@@ -123,7 +123,7 @@ def _note(config: ConfigDict, workdir: epath.Path, source: epath.Path, data: str
 
 
 def check_model(before: Mapping[str, str] | None, now: Mapping[str, str], complaint: str, remedy: str) -> None:
-    """Refuse what was made with another model than today's, both as `models.fingerprint` identifies them; an empty
+    """Refuse what was made with another model than today's, both as `checkpoints.fingerprint` identifies them; an empty
     `before` is of a time when it was not kept.
 
     Raises:

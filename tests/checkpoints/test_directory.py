@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_files
+from etils import epath
 
-from spin_jax import checkpoints, models
+from spin_jax import checkpoints
 from spin_jax.checkpoints.directory import FETCHED, VARIANTS
 from spin_jax.errors import UserError
 from spin_jax.models import ModelConfig
@@ -103,10 +104,10 @@ def test_an_export_has_nothing_of_an_older_tokenizer(crowded, tmp_path):
 def test_an_export_travels_whole_to_an_object_store_and_back(crowded, tmp_path, monkeypatch):
     config, params = checkpoints.load(crowded)
     monkeypatch.setattr("spin_jax.checkpoints.directory.is_remote", lambda path: True)
-    with checkpoints.uploaded(models.directory.epath.Path(tmp_path / "store" / "model")) as local:
+    with checkpoints.uploaded(epath.Path(tmp_path / "store" / "model")) as local:
         checkpoints.save(local, config, params, source=crowded, dtype=np.float32)
     assert files_of(tmp_path / "store" / "model") == OURS | WRITTEN | set(TOKENIZER)
-    with checkpoints.downloaded(models.directory.epath.Path(crowded)) as local:
+    with checkpoints.downloaded(epath.Path(crowded)) as local:
         jax.tree.map(np.testing.assert_array_equal, checkpoints.load(local)[1], params)
 
 

@@ -11,7 +11,7 @@ import pytest
 import tiny_files
 
 from spin_jax import checkpoints
-from spin_jax.checkpoints import fingerprint
+from spin_jax.checkpoints import fingerprints
 from spin_jax.errors import UserError
 
 PARTS = {"architecture", "weights", "tokenizer", "chat template", "stop ids"}
@@ -98,8 +98,8 @@ def test_large_weights_are_sampled_in_every_tensor(model, monkeypatch):
     """Past `_WHOLE` bytes: a tensor that was trained is seen, whichever it is, and most bytes are not read."""
     file = model / "model.safetensors"
     size = file.stat().st_size
-    monkeypatch.setattr(fingerprint, "_WHOLE", size // 8)
-    monkeypatch.setattr(fingerprint, "_BLOCK", 64)
+    monkeypatch.setattr(fingerprints, "_WHOLE", size // 8)
+    monkeypatch.setattr(fingerprints, "_BLOCK", 64)
     before = checkpoints.fingerprint(model)
     config, params = checkpoints.load(model)
     for name, _ in jax.tree.leaves_with_path(params):

@@ -145,15 +145,15 @@ def test_sharded_load_and_save_equal_unsharded(family, tmp_path):
 _MEASURE = """
 import json, pathlib, re, sys
 import jax, jax.numpy as jnp
-from spin_jax import models
+from spin_jax import checkpoints
 # Not getrusage: its maximum includes what the parent held when it started this process.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 jnp.zeros(()).block_until_ready()
 before = peak()
-config, params = models.load(sys.argv[1])
+config, params = checkpoints.load(sys.argv[1])
 jax.block_until_ready(params)
 loaded = peak()
-models.save(sys.argv[2], config, params)
+checkpoints.save(sys.argv[2], config, params)
 print(json.dumps({"load": loaded - before, "save": peak() - loaded}))
 """
 

@@ -41,7 +41,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def pair(request, tmp_path_factory):
-    """A random model of theirs, its directory, and what `models.load` makes of it."""
+    """A random model of theirs, its directory, and what `checkpoints.load` makes of it."""
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
     for name, weight in theirs.named_parameters():
