@@ -122,9 +122,10 @@ def read_results(workdir: epath.Path) -> list[dict]:
 
 
 def last_step(iteration: epath.Path) -> dict[str, float]:
-    """Margin and accuracy of an iteration's last training step, for a summary without held-out rows."""
+    """Margin and accuracy of an iteration's last training step, as far as its objective has them, for a summary without
+    held-out rows."""
     row = metric_writer.read_metrics(iteration / metric_writer.FILE_NAME)[-1]
-    return {f"last_step/{name}": row[name] for name in ("rewards/accuracy", "rewards/margin")}
+    return {f"last_step/{name}": row[name] for name in ("rewards/accuracy", "rewards/margin") if name in row}
 
 
 def write_summary(workdir: epath.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
