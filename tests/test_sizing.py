@@ -9,7 +9,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_slices import Described
+from described import Described
 
 from spin_jax import sizing
 from spin_jax.compile_check.known_models import known

@@ -4,6 +4,7 @@ import dataclasses
 import types
 
 import pytest
+from described import Described
 
 from spin_jax.config import base_config
 from spin_jax.devices.accelerators import (
@@ -21,19 +22,6 @@ from spin_jax.devices.accelerators import (
     use_slice,
 )
 from spin_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Described:
-    """What `jax.Device` says of itself."""
-
-    platform: str
-    device_kind: str
-    bytes_limit: int | None = None
-    compute_capability: str = ""
-
-    def memory_stats(self) -> dict | None:
-        return {"bytes_limit": self.bytes_limit} if self.bytes_limit else None
 
 
 @pytest.mark.parametrize(
