@@ -3,10 +3,13 @@
     python benchmarks/unchanged.py programs DIRECTORY     the lowered programs of three configs
     python benchmarks/unchanged.py check DIRECTORY        the compile check's report of one of them
     python benchmarks/unchanged.py runs DIRECTORY         weights, responses and metrics of six tiny runs
-    python benchmarks/unchanged.py compare BEFORE AFTER   name every difference; exit status 1 if there is one
+    python benchmarks/unchanged.py compare BEFORE AFTER   name every difference; exit status 1 if there is one,
+                                                          or nothing that both have
+    python benchmarks/unchanged.py golden DIRECTORY       programs.json of the quickstart, which a test keeps
 
 Write BEFORE with the code of an earlier commit (git worktree add ../before COMMIT) and AFTER with the code at hand, on
-the same machine and the same version of jax. tests/golden/test_programs.py keeps a small part of it.
+the same machine and the same version of jax. tests/compile_check/test_golden_programs.py holds the quickstart's
+programs to tests/golden/programs.json.
 """
 
 import base64
@@ -56,8 +59,9 @@ def main(command: str, *directories: str) -> int:
         return compare(*map(pathlib.Path, directories))
     directory = pathlib.Path(directories[0])
     directory.mkdir(parents=True, exist_ok=True)
-    found = {"programs": programs, "check": check, "runs": runs}[command](directory)
-    (directory / f"{command}.json").write_text(json.dumps(found, indent=1) + "\n")
+    found = {"programs": programs, "check": check, "runs": runs, "golden": golden}[command](directory)
+    name = {"golden": "programs"}.get(command, command)
+    (directory / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
@@ -71,6 +75,14 @@ def programs(directory: pathlib.Path) -> dict[str, object]:
             (directory / f"{label.replace(': ', '-').replace(' ', '_')}.mlir").write_text(text)
             found[label] = hashlib.sha256(text.encode()).hexdigest()
     return found
+
+
+def golden(directory: pathlib.Path | None = None) -> dict[str, str]:
+    """The hashes of the quickstart's programs, and the jax that they were lowered by."""
+    import jax
+
+    texts = lowered(*PROGRAMS[0])
+    return {"jax": jax.__version__} | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def check(directory: pathlib.Path) -> dict[str, object]:
@@ -163,18 +175,19 @@ def contents(workdir: pathlib.Path) -> dict[str, object]:
 
 def compare(before: pathlib.Path, after: pathlib.Path) -> int:
     """Print what differs."""
-    differ = 0
+    differ = compared = 0
     for name in ("programs.json", "check.json", "runs.json"):
         if not ((before / name).exists() and (after / name).exists()):
             print(f"{name}: not in both")
             continue
+        compared += 1
         old, new = (json.loads((directory / name).read_text()) for directory in (before, after))
         for key in old | new:
             if old.get(key) != new.get(key):
                 differ += 1
                 print(f"{key}: {_difference(old.get(key), new.get(key))}")
-    print(f"{differ} differences")
-    return bool(differ)
+    print(f"{differ} differences in {compared} files")
+    return bool(differ or not compared)
 
 
 def _difference(old: object, new: object) -> str:

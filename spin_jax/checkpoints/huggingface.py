@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spin_jax.checkpoints import safetensors
 from spin_jax.checkpoints.directory import INDEX, WEIGHTS, read_config, resolve, stored_tensors, tokenizer_files
 from spin_jax.errors import UserError
-from spin_jax.models import params
+from spin_jax.models import abstract_params, for_compute
 from spin_jax.models.config import ModelConfig
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import find, read_json, read_json_if_there
@@ -97,7 +97,7 @@ def load(
     stored = stored_tensors(directory)
     _check_tensors(directory, config, stored)
 
-    abstract = jax.eval_shape(functools.partial(params.for_compute, dtype=dtype), params.abstract_params(config))
+    abstract = jax.eval_shape(functools.partial(for_compute, dtype=dtype), abstract_params(config))
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract)
@@ -233,7 +233,7 @@ def _names(path: tuple) -> tuple[str, ...]:
 
 def _weights(config: ModelConfig) -> Iterator[_Weight]:
     """Every tensor of a checkpoint, those of a layer together."""
-    leaves = jax.tree.leaves_with_path(params.abstract_params(config))
+    leaves = jax.tree.leaves_with_path(abstract_params(config))
     shapes = {_names(path): param.shape for path, param in leaves}
     layout = [(path, *_LAYOUT[path]) for path in _LAYOUT if path in shapes]
     for path, name, inputs in layout:

@@ -296,7 +296,3 @@ def _described(field: Field) -> str:
     if field.resume == FREE:
         text += " May change on resume."
     return textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    ")
-
-
-if __name__ == "__main__":
-    print(listing())

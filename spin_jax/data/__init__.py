@@ -1,1 +1,1 @@
-"""SFT data in, token rows out: `sources` reads files, `chat` turns messages into ids, `pairs` makes batches."""
+"""SFT data in, packed batches out: rows, examples, token ids, pairs, rows that several pairs share."""

@@ -1,6 +1,7 @@
-"""Every jitted program of a run, made by one function each, which is cached: no program is compiled twice.
+"""What is chosen per platform: the precision of matmuls, and what XLA is told beside the program, each with its reason.
 
-`spin_jax/compile_check/programs.py` lists them with the shapes that a run calls them with.
+They go with each program (`jax.jit(..., compiler_options=...)`), not into the environment: a run, a notebook and the
+compile check then compile the same thing.
 """
 
 import pathlib
@@ -10,11 +11,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-
-
-def jit(mesh: Mesh, function: Callable, **options) -> Callable:
-    return jax.jit(function, compiler_options=xla_options(mesh), **options)
-
 
 # Every TPU.
 _TPU: dict[str, bool | int] = {
@@ -85,3 +81,8 @@ def xla_options(mesh: Mesh | None) -> dict[str, bool | int] | None:
     if device.platform != "tpu":
         return None
     return _TPU | _TPU_GENERATIONS.get(device.device_kind, {})
+
+
+def jit(mesh: Mesh, function: Callable, **options) -> Callable:
+    """`jax.jit` with the compiler options for a mesh's devices."""
+    return jax.jit(function, compiler_options=xla_options(mesh), **options)

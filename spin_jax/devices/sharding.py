@@ -1,6 +1,9 @@
-"""Every jitted program of a run, made by one function each, which is cached: no program is compiled twice.
+"""Where arrays live: the device meshes, and one table from logical axes to mesh axes.
 
-`spin_jax/compile_check/programs.py` lists them with the shapes that a run calls them with.
+A run has two meshes over the same devices. Training splits params and optimizer state over "fsdp" and gathers each
+layer's weights as it is reached, since a step's matmuls are long enough to hide that. A decode step is not: it reads
+every weight for one token a row, and so its mesh splits matmuls over "tensor" instead and gathers nothing. The table
+serves both, because the decode mesh has an fsdp axis of 1.
 """
 
 import math
@@ -12,14 +15,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spin_jax.errors import UserError
-
-
-def located(shapes, shardings):
-    """ShapeDtypeStructs with shardings; one sharding serves all of a tree."""
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _: shardings, shapes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -218,3 +213,10 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
             f"{field}={size} does not split over {devices} devices (data x fsdp): write a multiple, as "
             f"{field}={-(-size // devices) * devices}"
         )
+
+
+def located(shapes, shardings):
+    """ShapeDtypeStructs with shardings; one sharding serves all of a tree."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -19,8 +19,7 @@ def write_scores(path: epath.Path, key: str, logps: np.ndarray, pairs: Sequence[
     They take the place of the parts."""
     of_pairs = np.reshape([(pair.row, pair.iteration) for pair in pairs], (*logps.shape[:-1], 2))
     write_whole(path, _npz(key=key, logps=logps, rows=of_pairs[..., 0], iterations=of_pairs[..., 1]))
-    for part in find(path.parent, "part-*.npz"):
-        part.unlink()
+    delete_parts(path.parent)
 
 
 def read_scores(path: epath.Path, key: str) -> np.ndarray | None:

@@ -1,6 +1,8 @@
-"""Every jitted program of a run, made by one function each, which is cached: no program is compiled twice.
+"""Log-probs of pairs: the opponent's, which an iteration's steps are trained against, and those of held-out pairs.
 
-`spin_jax/compile_check/programs.py` lists them with the shapes that a run calls them with.
+A margin is a difference of log-probs that are nearly equal, times beta. In bfloat16 each of them carries half a nat of
+rounding or more, which cancels only if policy and opponent are computed in the same way: the same rows, the same
+program. So each training step's own program scores each step's own batch (docs/algorithm.md has the measurements).
 """
 
 import functools

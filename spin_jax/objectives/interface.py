@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from spin_jax.data.batch import Batch
+from spin_jax.data.pairs import RESPONSES
 from spin_jax.models import Compute, ModelConfig
 from spin_jax.objectives.logprobs import pair_logprobs
 
@@ -35,7 +36,7 @@ class Objective:
     """
 
     loss: Callable[[jax.Array, jax.Array | None, jax.Array, Settings], tuple[jax.Array, dict[str, jax.Array]]]
-    responses: tuple[str, ...] = ("real", "generated")
+    responses: tuple[str, ...] = RESPONSES
     reference: bool = True
     mean_over: str = "pairs"
 
@@ -62,11 +63,8 @@ def batch_loss(objective: Objective, settings: Settings, model: ModelConfig, com
         elif objective.reference:
             reference_BPY = jax.lax.stop_gradient(pair_logprobs(model, opponent, batch, compute))
         with jax.named_scope("loss"):
-            of_pairs = objective.loss(policy_BPY, reference_BPY, response_lengths(batch), settings)
-            loss_BP, metrics_BP = of_pairs
-            metrics = {
-                name: jnp.sum(batch.weights_BP * x_BP) for name, x_BP in ({"loss": loss_BP} | metrics_BP).items()
-            }
+            loss_BP, metrics_BP = objective.loss(policy_BPY, reference_BPY, response_lengths(batch), settings)
+            metrics = jax.tree.map(lambda x_BP: jnp.sum(batch.weights_BP * x_BP), {"loss": loss_BP} | metrics_BP)
         return metrics["loss"], (metrics, policy_BPY)
 
     return loss

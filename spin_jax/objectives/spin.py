@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import jax
 
+from spin_jax.data.pairs import RESPONSES
 from spin_jax.objectives import margin_losses
 from spin_jax.objectives.interface import Objective, Settings, by_response
-
-REAL_GENERATED = ("real", "generated")
 
 
 def margin_objective(loss: Callable[[jax.Array], jax.Array]) -> Objective:
@@ -19,10 +18,10 @@ def margin_objective(loss: Callable[[jax.Array], jax.Array]) -> Objective:
         margins_BP = rewards_BPY[..., 0] - rewards_BPY[..., 1]
         # Accuracy is strict, as in the released code: 0 where policy and opponent are the same.
         metrics = {"rewards/margin": margins_BP, "rewards/accuracy": margins_BP > 0}
-        metrics |= by_response("rewards", REAL_GENERATED, rewards_BPY)
-        return loss(margins_BP), metrics | by_response("logps", REAL_GENERATED, policy_BPY)
+        metrics |= by_response("rewards", RESPONSES, rewards_BPY)
+        return loss(margins_BP), metrics | by_response("logps", RESPONSES, policy_BPY)
 
-    return Objective(of_pairs, REAL_GENERATED)
+    return Objective(of_pairs)
 
 
 logistic, hinge, exponential, correlation = map(

@@ -31,7 +31,7 @@ def self_play(
 
     Raises:
         UserError: a mistake in config, data, model or mesh, a full disk or memory, or a workdir in use; one line.
-        train.Stopped: asked to stop; the same command goes on from there.
+        preemption.Stopped: asked to stop; the same command goes on from there.
     """
     directory = multihost.on_each(lambda: make(workdir))
     compilation_cache.keep(directory)

@@ -9,11 +9,11 @@ from etils import epath
 
 from spin_jax import models
 from spin_jax.config import STAGES
-from spin_jax.objectives import OBJECTIVES
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import find
 from spin_jax.runtime.progress import Expected
 from spin_jax.self_play.run import Run
+from spin_jax.training.programs import is_scored
 from spin_jax.training.schedule import num_steps
 
 _LOG = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def loops(run: Run, only: Sequence[str] = STAGES) -> list[Expected]:
         loops = [("generate", "generate", 1)] if "generate" in only else []
         if "score" in only:
             loops += [("score held-out pairs", "held-out", 1)] * held_out
-            loops += [("score", "score", steps_of(run, t))] * _is_scored(run)
+            loops += [("score", "score", steps_of(run, t))] * is_scored(run.config.spin)
         if "train" in only:
             loops += [("train", "train", steps_of(run, t))] + [("evaluate", "held-out", 1)] * held_out
             if config.sft.control:  # for as much compute as the iteration
@@ -125,12 +125,7 @@ def _stage(run: Run, t: int) -> str:
     directory = run.iteration(t)
     if not (directory / "generated" / "pairs.parquet").exists() and not (t == 0 and _has_responses(run)):
         return "generate"
-    return "score" if _is_scored(run) and not (directory / "scores" / "steps.npz").exists() else "train"
-
-
-def _is_scored(run: Run) -> bool:
-    """Whether the opponent's log-probs are computed before training."""
-    return run.config.spin.opponent == "stored" and OBJECTIVES[run.config.spin.loss].reference
+    return "score" if is_scored(run.config.spin) and not (directory / "scores" / "steps.npz").exists() else "train"
 
 
 def _has_responses(run: Run) -> bool:

@@ -36,13 +36,14 @@ from spin_jax import checkpoints, models, sizing
 from spin_jax import config as config_lib
 from spin_jax.data.chat_format import ChatFormat, fit
 from spin_jax.data.dataset import load_dataset
-from spin_jax.data.pairs import Pair
+from spin_jax.data.pairs import RESPONSES, Pair
 from spin_jax.data.sources import Example
 from spin_jax.data.tokenize import Tokenised
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import check_slice
 from spin_jax.errors import UserError
 from spin_jax.language_model import open_player
+from spin_jax.objectives import OBJECTIVES
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import writing
 from spin_jax.self_play import workdir as workdirs
@@ -178,6 +179,7 @@ def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -
         UserError: one line for whatever is wrong.
     """
     config_lib.validate(config)
+    _check_objective(config.spin.loss)
     multihost.check_alike(config)
     multihost.on_first(lambda: check_slice(config, jax.devices()))
     workdir = multihost.on_each(lambda: workdirs.make(workdir))
@@ -210,6 +212,15 @@ def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -
         )
     _LOG.info(multihost.on_first(lambda: f"{sizing.describe(jax.devices())}: {sizing.what(given, config)}"))
     return Run(config, workdir, source, model, chat, train_examples, held_out, tokens, compute, decode)
+
+
+def _check_objective(name: str) -> None:
+    """Refuse an objective whose responses a run does not have."""
+    if missing := [response for response in OBJECTIVES[name].responses if response not in RESPONSES]:
+        raise UserError(
+            f"--config.spin.loss={name} needs a response called {missing[0]!r}, and a pair has {', '.join(RESPONSES)}: "
+            "name these in its Objective(responses=...)"
+        )
 
 
 def _is_finished(config: ConfigDict, workdir: epath.Path) -> bool:

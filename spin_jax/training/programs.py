@@ -75,15 +75,15 @@ class TrainingSpec:
     micro_batches: int
 
     @property
-    def is_scored(self) -> bool:
-        """Whether the reference's log-probs are computed before training."""
-        return self.objective.reference and not self.live
-
-    @property
     def passes(self) -> int:
         """Forward passes that a step's FLOPs count as: a backward pass is two matmuls for each of the forward, or one
         where the weights are frozen. The updates' own, a few per cent, are not counted."""
         return (2 if self.rank else 3) + self.live
+
+
+def is_scored(spin: ConfigDict) -> bool:
+    """Whether `config.spin` has the reference's log-probs computed before training, and not in it or not at all."""
+    return spin.opponent == "stored" and OBJECTIVES[spin.loss].reference
 
 
 def spin_spec(config: ConfigDict, model: ModelConfig, compute: Compute, t: int, steps: int) -> TrainingSpec:

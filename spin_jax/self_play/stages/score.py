@@ -12,7 +12,6 @@ from spin_jax.devices import sharding
 from spin_jax.evaluation import scoring
 from spin_jax.evaluation.score_files import Parts, delete_parts, read_scores, write_scores
 from spin_jax.evaluation.scoring import score, score_steps, scores_key
-from spin_jax.objectives import OBJECTIVES
 from spin_jax.runtime import multihost, out_of_memory
 from spin_jax.self_play.pairs import pairs_of
 from spin_jax.self_play.run import Run
@@ -28,12 +27,12 @@ def score_pairs(run: Run, t: int) -> None:
     `scores/held_out.npz`.
 
     Nothing is done where they are there, made by the programs that this run trains with, nor once the iteration has
-    trained. With a live opponent only the held-out pairs are scored.
+    trained. With a live opponent, or without a reference, only the held-out pairs are scored.
     """
     if is_trained(run.iteration(t)):
         return
     held_out_scores(run, t)
-    if run.config.spin.opponent == "stored" and OBJECTIVES[run.config.spin.loss].reference:
+    if programs.is_scored(run.config.spin):
         step_scores(run, t, spin_stage(run, t))
 
 

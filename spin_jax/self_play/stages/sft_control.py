@@ -41,7 +41,7 @@ def _iteration_flops(run: Run, t: int) -> float:
     """Model FLOPs that iteration t spends on its training rows: sampling, scoring, training."""
     stage = spin_stage(run, t)
     sampling = sum(forward_flops(run.model, choose(pair, ["generated"])) for pair in pairs_of(run, t)[0])
-    passes = stage.spec.passes + stage.spec.is_scored
+    passes = stage.spec.passes + programs.is_scored(run.config.spin)
     return sampling + passes * stage.spec.steps * _forward_flops(run, stage.pairs)
 
 

@@ -5,6 +5,7 @@ from spin_jax.runtime import multihost, out_of_memory
 from spin_jax.self_play.run import Run
 from spin_jax.self_play.stages.score import step_scores, steps_path
 from spin_jax.self_play.training_stage import export_model, fit_stage, is_trained, spin_stage
+from spin_jax.training.programs import is_scored
 
 # How far from l(0) an iteration's first loss may be. A stored opponent's log-probs are the step's own, and nothing but
 # the order of the sum over pairs is left. A live one is another part of the program, which a compiler may round
@@ -20,7 +21,7 @@ def train_policy(run: Run, t: int) -> None:
     if is_trained(directory):
         return
     stage, logps = spin_stage(run, t), None
-    if stage.spec.is_scored:
+    if is_scored(run.config.spin):
         if not multihost.on_first(steps_path(run, t).exists):
             raise UserError(f"{steps_path(run, t)} is missing: run the score stage of iteration {t} first")
         logps = step_scores(run, t, stage)

@@ -1,0 +1,49 @@
+"""Objectives in a run: one without a reference, and one whose responses nobody has."""
+
+import pytest
+import tiny_files
+
+import spin_jax
+from spin_jax import config as config_lib
+from spin_jax.errors import UserError
+from spin_jax.objectives import OBJECTIVES
+from spin_jax.objectives.interface import Objective, Settings
+from spin_jax.registry import Registry
+from spin_jax.runtime.metric_writer import read_metrics
+from spin_jax.self_play.run import open_run
+
+
+@pytest.mark.parametrize("opponent", ["stored", "live"])
+def test_without_a_reference_nothing_is_scored_before_training(tiny_model, tmp_path, opponent):
+    model, rows = spin_jax.load(tiny_model), tiny_files.make_rows()
+    overrides = tiny_files.SETTINGS | {"iterations": 1, "spin.loss": "sft", "spin.opponent": opponent}
+    spin_jax.spin(model, rows, tmp_path, overrides)
+    iteration = tmp_path / "iteration_0"
+    assert not (iteration / "scores" / "steps.npz").exists()
+    rows = read_metrics(iteration / "metrics.jsonl")
+    # A mean over tokens, near log(vocabulary) for a random model: a sum over a response would be many times that.
+    assert 0 < rows[0]["loss"] < 10 and "rewards/margin" not in rows[0] and "lengths/generated" not in rows[0]
+
+
+def test_an_objective_whose_responses_nobody_has_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES._things, "of three", Objective(lambda *logps: None, ("real", "proto")))
+    config = config_lib.base_config()
+    config_lib.override(config, {"spin.loss": "of three", "model.path": "nowhere", "data.train": "nowhere"})
+    with pytest.raises(UserError, match=r"needs a response called 'proto', and a pair has real, generated"):
+        open_run(config, tmp_path)
+
+
+def test_the_loss_at_the_start_is_where_policy_and_reference_agree():
+    for name, at_start in (("hinge", 1.0), ("exponential", 1.0), ("correlation", 1.0), ("sft", None)):
+        assert OBJECTIVES[name].at_start(Settings(beta=3.0)) == at_start
+
+
+def test_a_registry_imports_what_is_asked_for_and_takes_more():
+    registry = Registry({"sqrt": "math:sqrt", "absent": "no.such.module:thing"})
+    assert list(registry) == ["sqrt", "absent"] and registry["sqrt"](9.0) == 3.0
+    registry.register("one", 1)
+    registry.register("sqrt", "mine")
+    assert registry["sqrt"] == "mine"
+    assert list(registry) == ["sqrt", "absent", "one"] and len(registry) == 3
+    with pytest.raises(KeyError):
+        registry["two"]
