@@ -67,8 +67,10 @@ def plot_iterations(workdir: epath.PathLike) -> list[epath.Path]:
     if not iterations:
         return []
     held_out = {row["iteration"]: row for row in read_summary(workdir) if row.get("iteration") is not None}
-    paths = [workdir / "plots" / f"{plot.name}.png" for plot in PLOTS]
-    for plot, path in zip(PLOTS, paths, strict=True):
+    logged = {metric for rows in iterations.values() for row in rows for metric in row}
+    plots = [plot for plot in PLOTS if logged & {metric for metric, _ in plot.curves}]  # an objective may lack a margin
+    paths = [workdir / "plots" / f"{plot.name}.png" for plot in plots]
+    for plot, path in zip(plots, paths, strict=True):
         files.write_whole(path, _draw(plot, iterations, held_out))
     return paths
 

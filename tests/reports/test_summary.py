@@ -211,7 +211,7 @@ def test_plots_are_written(tmp_path):
     assert summary.plot_iterations(tmp_path) == []
     write_run(tmp_path, [0, 1], range(1, 4))
     paths = summary.plot_iterations(tmp_path)
-    assert [path.name for path in paths] == ["loss.png", "margin.png", "accuracy.png", "logps.png"]
+    assert [path.name for path in paths] == ["loss.png", "margin.png", "accuracy.png"], "log-probs were not logged"
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(path.name for path in paths)
     for path in paths:
         assert imread(os.fspath(path)).shape[:2] == (576, 1080)
