@@ -80,12 +80,12 @@ def load(
     dtype: jnp.dtype = jnp.float32,
     shardings: dict | None = None,
 ) -> tuple[ModelConfig, dict]:
-    """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint; `llama.init_params` describes the tree.
+    """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint; `models.init_params` describes the tree.
 
     Args:
         path_or_id: a directory with config.json and safetensors, or a Hub repository.
         revision: branch, tag or commit of a Hub repository.
-        dtype: of the params, whatever the file's; norm scales are float32, as `llama.for_compute` leaves them.
+        dtype: of the params, whatever the file's; norm scales are float32, as `models.for_compute` leaves them.
         shardings: a tree of jax.sharding.Sharding like the params'; each process reads only its own devices' slices.
             None: everything on this process's first device.
 

@@ -1,6 +1,6 @@
 """The programs of a config's run with the shapes that it calls them with, for compiling ahead of time.
 
-They are those of `spin_jax/training/programs.py`, which the stages run.
+They are those of the `programs` of training and of generation, and of `evaluation/scoring.py`, which the stages run.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from spin_jax.data.packing import Plan, forward_flops, make_packing, pack_batch,
 from spin_jax.data.pairs import Pair
 from spin_jax.devices import sharding
 from spin_jax.evaluation.scoring import make_scorer
-from spin_jax.generation import decode_loop as slots_lib
+from spin_jax.generation import decode_loop
 from spin_jax.generation.programs import make_sampler
 from spin_jax.generation.sampling import Decoding
 from spin_jax.kernels.block_mask import share_of_causal
@@ -100,16 +100,16 @@ def _blank_pair(*lengths: int) -> Pair:
 def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute, params: dict) -> list[Program]:
     settings = config.generate
     shards, size, cap = sharding.ways(compute.mesh, "rows"), settings.batch_size, settings.max_new_tokens
-    places = slots_lib.queue_places(settings.prefill_batch_size, size, shards)
-    width = slots_lib.prefill_width(config.data.max_prompt_length, settings.prompt_bucket)
+    places = decode_loop.queue_places(settings.prefill_batch_size, size, shards)
+    width = decode_loop.prefill_width(config.data.max_prompt_length, settings.prompt_bucket)
     sampler = make_sampler(model, settings, (model.vocab_size - 1,), compute)
     rows = sampler.start.eval_shape(size, places, width)
     slots, queue = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(compute.mesh, s)),
         rows,
-        slots_lib.specs(rows),
+        decode_loop.specs(rows),
     )
-    prompts = sharding.located(slots_lib.no_prompts(places, width), sharding.batch_sharding(compute.mesh))
+    prompts = sharding.located(decode_loop.no_prompts(places, width), sharding.batch_sharding(compute.mesh))
     decoding = jax.eval_shape(lambda: Decoding.of(settings, sampler.stop_ids))
     more = jax.ShapeDtypeStruct((), jnp.bool_)
     # How many steps a call makes is not known; the loop counts as one, in which slots are half way through on average.

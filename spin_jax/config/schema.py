@@ -26,7 +26,7 @@ FIELDS: dict[str, Field] = {
     "model.compute_dtype": Field(
         "auto",
         "Of activations and matmuls, which add up in float32. 'auto' is bfloat16 where the device has instructions for "
-        "it (xla.compute_dtype).",
+        "it (devices/compiler_options.py).",
         choices=("auto", "float32", "bfloat16"),
     ),
     "model.attention": Field(

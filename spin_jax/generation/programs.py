@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from spin_jax.devices.compiler_options import jit
 from spin_jax.devices.sharding import located
-from spin_jax.generation import decode_loop as slots_lib
+from spin_jax.generation import decode_loop
 from spin_jax.models import Compute, ModelConfig, abstract_params, for_compute, param_shardings, split_layers
 from spin_jax.models.params import make_resharding
 
@@ -22,19 +22,19 @@ def make_sampler(
     stop_ids: tuple[int, ...],
     compute: Compute,
     stops_SV: np.ndarray | None = None,
-) -> slots_lib.Sampler:
+) -> decode_loop.Sampler:
     """The sampler of `config.generate`; `stops_SV` from `stop_strings.stop_table`."""
     truncate = settings.top_p < 1 or settings.top_k > 0
-    decoder = slots_lib.Decoder(model, settings.max_new_tokens, truncate, compute)
+    decoder = decode_loop.Decoder(model, settings.max_new_tokens, truncate, compute)
     return dataclasses.replace(_sampler(decoder), stop_ids=stop_ids, stops_SV=stops_SV)
 
 
 @functools.cache
-def _sampler(decoder: slots_lib.Decoder) -> slots_lib.Sampler:
+def _sampler(decoder: decode_loop.Decoder) -> decode_loop.Sampler:
     mesh = decoder.compute.mesh
     rows = jax.tree.map(
         functools.partial(NamedSharding, mesh),
-        slots_lib.specs(jax.eval_shape(lambda: slots_lib.start(decoder, 1, 1, 1))),
+        decode_loop.specs(jax.eval_shape(lambda: decode_loop.start(decoder, 1, 1, 1))),
     )
     slots, queue = rows
     whole, ended = NamedSharding(mesh, PartitionSpec()), slots.responses
@@ -47,12 +47,12 @@ def _sampler(decoder: slots_lib.Decoder) -> slots_lib.Sampler:
         copy, laid_out = jit(mesh, lambda params: split_layers(cast(params)), out_shardings=whole), whole
     else:
         copy, laid_out = make_resharding(decoder.model, decoder.compute), param_shardings(mesh, decoder.model)
-    return slots_lib.Sampler(
+    return decode_loop.Sampler(
         copy=copy,
         abstract_params=located(copy.eval_shape(abstract_params(decoder.model)), laid_out),
-        start=make(slots_lib.start, static_argnums=(0, 1, 2), out_shardings=rows),
-        prefill=make(slots_lib.prefill, donate_argnums=1, out_shardings=queue),
-        decode=make(slots_lib.decode, donate_argnums=(1, 2), out_shardings=(slots, queue, ended, whole)),
-        drain=make(slots_lib.drain, donate_argnums=1, out_shardings=slots),
-        shrink=make(slots_lib.shrink, static_argnums=1, out_shardings=(slots, ended, whole)),
+        start=make(decode_loop.start, static_argnums=(0, 1, 2), out_shardings=rows),
+        prefill=make(decode_loop.prefill, donate_argnums=1, out_shardings=queue),
+        decode=make(decode_loop.decode, donate_argnums=(1, 2), out_shardings=(slots, queue, ended, whole)),
+        drain=make(decode_loop.drain, donate_argnums=1, out_shardings=slots),
+        shrink=make(decode_loop.shrink, static_argnums=1, out_shardings=(slots, ended, whole)),
     )

@@ -34,7 +34,7 @@ def tiled_attention(
     *,
     sliding_window: int | None,
 ) -> jax.Array:
-    """What `flash.flash_attention` computes: [B, T, N, H] in q's dtype, differentiable in q, k, v."""
+    """What `flash_tpu.flash_attention` computes: [B, T, N, H] in q's dtype, differentiable in q, k, v."""
     batch, length, heads, head_dim = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
     tokens_B2T = block_tokens(visible_until_BT, positions_BT, TILE)
