@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from spin_jax import sizing  # noqa: E402
 from spin_jax.compile_check.known_models import known  # noqa: E402
-from spin_jax.config import override  # noqa: E402
+from spin_jax.config import freeze, override  # noqa: E402
 from spin_jax.devices.accelerators import GiB, chip_of  # noqa: E402
 
 LORA = "--config.lora.rank=16"
@@ -68,6 +68,7 @@ def arithmetic(config: str, flags: str) -> dict:
     """Of a T4, in the form of the compile check's report."""
     given = runpy.run_path(str(ROOT / "configs" / f"{config}.py"))["get_config"]()
     override(given, {"data.train": "not read"} | ({"lora.rank": 16} if flags else {}))
+    given = freeze(given)
     model = known(given.model.path)
     chosen = sizing.choose(given, model, [T4])
     estimate, limit = sizing.training_bytes(chosen, model, sizing.target(chosen, model, [T4])), chip_of(T4).hbm_bytes

@@ -48,10 +48,12 @@ def seconds(config_file: str, cache: str) -> dict[str, tuple[float, float]]:
 
     from spin_jax.compile_check import programs
     from spin_jax.compile_check.known_models import known
+    from spin_jax.config import freeze
 
     jax.config.update("jax_compilation_cache_dir", cache)
     file, _, argument = config_file.partition(":")
     config = runpy.run_path(str(ROOT / file))["get_config"](*[argument] if argument else [])
+    config = freeze(config)
     found = {}
     for program in programs.make_programs(config, known(config.model.path), jax.devices()[:1]):
         start = time.perf_counter()

@@ -26,7 +26,7 @@ import packed_step  # noqa: E402
 
 from spin_jax import checkpoints, models, sizing  # noqa: E402
 from spin_jax.compile_check.known_models import known  # noqa: E402
-from spin_jax.config import base_config  # noqa: E402
+from spin_jax.config import Config, replace  # noqa: E402
 from spin_jax.data.packing import Packing, pack_batch, plan_training  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
@@ -90,8 +90,7 @@ def with_length(model: models.ModelConfig, length: int, tokens: int) -> dict:
 def make_stepper(model: models.ModelConfig, pairs: list[Pair], length: int, attention: str):
     """A function that makes one step and waits for it. One row a pair, which is the best that plain attention can have;
     so the two differ in what they skip inside a pair, and in memory."""
-    config = base_config()
-    config.model.attention = attention
+    config = replace(Config(), {"model.attention": attention})
     mesh = sharding.one_device_mesh()
     config = sizing.choose(config, model, list(mesh.devices.flat))
     compute = execution.make_compute(config.model, model, mesh)
@@ -119,9 +118,9 @@ def with_devices(name: str, tensor: int | None) -> dict:
     """What the compile check says of a step on a slice; a `tensor` of None is that of the config."""
     config, devices = packed_step.load_config(f"{name},code"), find_slice(name).devices
     if tensor:
-        config.mesh.update(fsdp=devices // tensor, tensor=tensor)
+        config = replace(config, {"mesh.fsdp": devices // tensor, "mesh.tensor": tensor})
     found = packed_step.report(config, name, packed_step.draw(config, packed_step.PAIRS))
-    mesh = {axis: size for axis, size in config.mesh.items() if axis in ("data", "fsdp", "tensor")}
+    mesh = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
     one = {"slice": name, "devices": devices, "mesh": mesh, "seconds": dict(found.work.seconds)}
     one |= {"bytes": found.total_bytes, "mfu": found.mfu}
     pairs = packed_step.PAIRS / sum(one["seconds"].values())

@@ -24,10 +24,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
 
 from spin_jax import sizing  # noqa: E402
 from spin_jax.compile_check import check  # noqa: E402
+from spin_jax.config import Config, freeze, replace  # noqa: E402
 from spin_jax.data.packing import Packing, plan_training  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices.accelerators import GiB, find_slice  # noqa: E402
@@ -51,7 +51,7 @@ def main() -> None:
             print(f"{ways:<8}" + "".join(f"{share:8.1%}" for share in fills), flush=True)
         lengths = draw(config, PAIRS)
         packed = report(config, name, lengths)
-        config.spin.opponent = "live"
+        config = replace(config, {"spin.opponent": "live"})
         # A pair with a prompt of one token is a row of 1,024 for each response: the padded step's arithmetic.
         length = config.data.max_length
         padded = report(config, name, [(1, length, length)] * PAIRS)
@@ -67,16 +67,16 @@ def main() -> None:
         print(f"{'':26}{sum(padded.work.seconds.values()) / sum(packed.work.seconds.values()):10.2f}\n", flush=True)
 
 
-def load_config(argument: str) -> ConfigDict:
+def load_config(argument: str) -> Config:
     spec = importlib.util.spec_from_file_location("zephyr_7b", ROOT / "configs" / "zephyr_7b.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(argument)
     config.train.row_length = sizing.ROW_LENGTH_TPU
-    return config
+    return freeze(config)
 
 
-def fill(config: ConfigDict, ways: int, batches: int, shapes: int | None = None) -> float:
+def fill(config: Config, ways: int, batches: int, shapes: int | None = None) -> float:
     """The share of all slots that is not padding, where so many devices split the rows of each batch."""
     lengths = draw(config, batches * PAIRS)
     parts = ([np.zeros(tokens, np.int32) for tokens in pair] for pair in lengths)
@@ -85,7 +85,7 @@ def fill(config: ConfigDict, ways: int, batches: int, shapes: int | None = None)
     return plan_training(pairs, np.arange(len(pairs)).reshape(batches, PAIRS), packing).fill
 
 
-def draw(config: ConfigDict, pairs: int) -> list[tuple[int, int, int]]:
+def draw(config: Config, pairs: int) -> list[tuple[int, int, int]]:
     """(prompt, real, generated) tokens of each pair."""
     rng = np.random.default_rng(0)
     prompts = draw_lengths(rng, *PROMPT, pairs, config.data.max_prompt_length)
@@ -99,7 +99,7 @@ def draw_lengths(rng: np.random.Generator, median: float, sigma: float, count: i
     return np.clip(median * np.exp(sigma * rng.standard_normal(count)), 1, longest).astype(int)
 
 
-def report(config: ConfigDict, name: str, lengths: list[tuple[int, int, int]]):
+def report(config: Config, name: str, lengths: list[tuple[int, int, int]]):
     (found,) = check.check(config, find_slice(name), lengths=lengths, names=["train step"])
     return found
 

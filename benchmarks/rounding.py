@@ -29,7 +29,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from spin_jax import checkpoints, models, sizing
-from spin_jax.config import base_config, override  # noqa: E402
+from spin_jax.config import Config, replace  # noqa: E402
 from spin_jax.data.chat_format import load_chat  # noqa: E402
 from spin_jax.data.packing import Packing, Plan, of_pairs, pack_batch, plan_scoring, plan_training
 from spin_jax.data.pairs import Pair  # noqa: E402
@@ -46,8 +46,7 @@ class Player:
     """The model in one dtype: its log-probs by the step's program and by the scoring program."""
 
     def __init__(self, directory: str, dtype: str, steps: int):
-        config = base_config()
-        override(config, {"model.compute_dtype": dtype, "train.learning_rate": (5e-7,)})
+        config = replace(Config(), {"model.compute_dtype": dtype, "train.learning_rate": (5e-7,)})
         self.mesh = sharding.one_device_mesh()
         self.placed = sharding.batch_sharding(self.mesh)
         shardings = models.param_shardings(self.mesh, checkpoints.read_config(pathlib.Path(directory)))

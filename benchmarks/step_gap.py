@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 from etils import epath  # noqa: E402
 
 from spin_jax import checkpoints, models, sizing
-from spin_jax.config import base_config  # noqa: E402
+from spin_jax.config import Config, ToyConfig  # noqa: E402
 from spin_jax.data.packing import Packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding
@@ -50,7 +50,7 @@ class Training:
     """The programs of a training stage, and its batches."""
 
     def __init__(self, model: models.ModelConfig, pairs: int, length: int, steps: int):
-        config = sizing.choose(base_config(), model, jax.devices())
+        config = sizing.choose(Config(), model, jax.devices())
         self.mesh, self.model = sharding.make_mesh(), model
         sharding.check_pairs(self.mesh, pairs, 1)
         compute = execution.make_compute(config.model, model, self.mesh)
@@ -139,7 +139,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     flags = parser.parse_args()
     logging.disable(logging.WARNING)
-    model = checkpoints.read_config(flags.model) if flags.model else toy.model_config(base_config().toy)
+    model = checkpoints.read_config(flags.model) if flags.model else toy.model_config(ToyConfig())
     training = Training(model, flags.pairs, flags.length, flags.steps + WARM_UP)
     loop, alone, starved = [], [], []  # a median a round; of every call
     for turn in range(flags.rounds):

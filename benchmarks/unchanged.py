@@ -99,11 +99,14 @@ def lowered(config: str, name: str, layers: int = 0) -> dict[str, str]:
 
     from spin_jax.compile_check import compiler, known_models
     from spin_jax.compile_check.programs import make_programs
+    from spin_jax.config import freeze
     from spin_jax.devices.accelerators import find_slice
     from spin_jax.runtime import cli
     from spin_jax.tasks import toy
 
     settings = cli.load_config(str(ROOT / config))
+    settings.data.train = settings.data.train or "not read"
+    settings = freeze(settings)
     if settings.model.path == "toy:":
         model = toy.model_config(settings.toy)
     else:

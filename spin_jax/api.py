@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from spin_jax import checkpoints, models
-from spin_jax.config import base_config, override, validate
-from spin_jax.config.schema import FIELDS
+from spin_jax.config import FIELDS, Config, base_config, freeze, override, replace
 from spin_jax.data.chat_format import ChatFormat, load_chat
 from spin_jax.data.sources import Message, read_prompts
 from spin_jax.data.tokenize import ask
@@ -96,13 +95,12 @@ class Model:
         chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         for name, value in {"seed": seed, **{f"generate.{name}": value for name, value in chosen.items()}}.items():
             FIELDS[name].check(name, value)
-        config = base_config()
-        config.generate.update(chosen)
+        config = replace(Config(), {f"generate.{name}": value for name, value in chosen.items()})
         mesh = sharding.one_device_mesh()
         config = choose(config, self.config, list(mesh.devices.flat), run=False)
-        settings = config.generate
-        settings.batch_size = min(settings.batch_size, 1 << (len(prompts) - 1).bit_length())
-        compute = make_decode_compute(config, self.config, make_compute(config.model, self.config, mesh))
+        slots = min(config.generate.batch_size, 1 << (len(prompts) - 1).bit_length())
+        settings = dataclasses.replace(config.generate, batch_size=slots)
+        compute = make_decode_compute(config.mesh, self.config, make_compute(config.model, self.config, mesh))
         with out_of_memory.told("sample", _FOR_SAMPLE):
             responses = generate(
                 make_sampler(self.config, settings, self.chat.stop_ids, compute),
@@ -180,14 +178,14 @@ def spin(
     workdir = make(_local(workdir))
     data = workdir / "examples.jsonl"
     start = workdir / "start"  # the model as it is in memory, which need not be what its directory holds
-    config = base_config()
+    written = base_config()
     from_model = {
         "model.path": os.fspath(start),
         "data.template": model.chat.name,
         "data.parse_special_tokens": not model.chat.codec.kept,
     }
-    override(config, from_model | {"data.train": os.fspath(data)} | overrides)
-    validate(config)
+    override(written, from_model | {"data.train": os.fspath(data)} | overrides)
+    config = freeze(written)
     with held(workdir, f"workdir={workdir}"):
         if (workdir / "config.json").exists() and data.exists() and data.read_text() != lines:
             raise UserError(

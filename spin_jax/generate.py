@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> int:
     return preemption.exit_status(lambda: batch_inference.answer(config, _OUT.value))
 
 
-def sampling_config() -> ConfigDict:
+def sampling_config() -> config_lib.Config:
     """The config of the flags, with the prompts in the place of its data.
 
     Raises:
@@ -52,8 +51,7 @@ def sampling_config() -> ConfigDict:
             "--config.model.path=WORKDIR/iteration_0/model"
         )
     config.data.train = _PROMPTS.value
-    config_lib.validate(config)
-    return config
+    return config_lib.freeze(config)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import logging
 from typing import NamedTuple
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from spin_jax import checkpoints, models
+from spin_jax.config import Config
 from spin_jax.data.chat_format import ChatFormat, load_chat
 from spin_jax.devices import sharding
 from spin_jax.models import execution
@@ -25,7 +25,7 @@ class Player(NamedTuple):
     decode: models.Compute  # on the decode mesh
 
 
-def open_player(config: ConfigDict, path: str) -> Player:
+def open_player(config: Config, path: str) -> Player:
     """The model at `path`, a directory or Hub id, and how it computes on the devices that there are; the config is one
     of `sizing.choose`.
 
@@ -36,7 +36,7 @@ def open_player(config: ConfigDict, path: str) -> Player:
     source = multihost.on_each(lambda: epath.Path(checkpoints.resolve(path, config.model.revision or None)))
     model = multihost.on_each(lambda: checkpoints.read_config(source))
     compute = execution.make_compute(config.model, model, mesh)
-    decode = execution.make_decode_compute(config, model, compute)
+    decode = execution.make_decode_compute(config.mesh, model, compute)
     sharding.check_batch(decode.mesh, "--config.generate.batch_size", config.generate.batch_size)
     models.param_shardings(decode.mesh, model)
     chat = multihost.on_each(

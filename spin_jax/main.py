@@ -18,7 +18,6 @@ if __name__ == "__main__":
     interrupts.end_at_once()  # before what takes longer to import
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
@@ -55,8 +54,7 @@ def main(argv: list[str]) -> int:
     if _WORKDIR.value == "":
         raise UserError("--workdir= is empty: name a directory, or leave the flag out")
     _check_stages(_STAGES.value)
-    config = cli.config()
-    config_lib.validate(config)
+    config = config_lib.freeze(cli.config())
     default = f"runs/{pathlib.PurePath(cli.config_file().partition(':')[0]).stem}"
     workdir = os.fspath(expand(_WORKDIR.value or default))
     _check_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -99,7 +97,7 @@ def _check_processes(coordinator: str | None, num_processes: int | None, process
         )
 
 
-def _check_mesh(config: ConfigDict, devices: int) -> None:
+def _check_mesh(config: config_lib.Config, devices: int) -> None:
     """Config and devices go together, as far as can be told without the model."""
     if devices:
         from jax.sharding import AbstractMesh

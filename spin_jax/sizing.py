@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from spin_jax.config import flatten
+from spin_jax.config import Config, flatten, replace
 from spin_jax.data.bin_packing import round_up
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import CPU, GiB, Slice, found, tensor_ways
@@ -40,7 +39,7 @@ PROGRAM = 0.3 * GiB  # of the step's code, and of buffers that are small beside 
 REFILLS = 8  # how often each slot is filled at least, where the number of prompts is known: else most idle in the end
 
 
-def choose(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> ConfigDict:
+def choose(config: Config, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> Config:
     """A copy of the config in which nothing is left to the devices, which are a run's or those of a described slice.
 
     Args:
@@ -49,15 +48,13 @@ def choose(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device]
     Raises:
         UserError: mesh and devices do not go together.
     """
-    on, chosen = target(config, model, devices, run), config.copy_and_resolve_references()
+    on = target(config, model, devices, run)
     data, fsdp, tensor = mesh_sizes(config, on.slice.devices, model.tensor_axes, model.hidden_size)
-    chosen.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+    changes: dict[str, int] = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     if not config.train.row_length:
         longest = ROW_LENGTH_TPU if on.attention == "flash" else ROW_LENGTH
-        chosen.train.row_length = max(longest, config.train.length_multiple)
-    _choose_slots(chosen, model, on)
-    _choose_memory(chosen, model, on)
-    return chosen
+        changes["train.row_length"] = max(longest, config.train.length_multiple)
+    return _choose_memory(_choose_slots(replace(config, changes), model, on), model, on)
 
 
 class Target(NamedTuple):
@@ -70,14 +67,14 @@ class Target(NamedTuple):
     run: bool  # as in `choose`
 
 
-def target(config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> Target:
+def target(config: Config, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> Target:
     """What the config computes on; raises as `attention.kernel_name`."""
     dtype = compute_dtype(config.model.compute_dtype, devices[0])
     attention = kernel_name(config.model.attention, devices[0], model.head_dim, dtype)
     return Target(found(devices), dtype, cache_dtype(dtype, devices[0].platform), attention, run)
 
 
-def mesh_sizes(config: ConfigDict, total: int, tensor_axes: Sequence[int] = (), hidden_size: int = 0) -> list[int]:
+def mesh_sizes(config: Config, total: int, tensor_axes: Sequence[int] = (), hidden_size: int = 0) -> list[int]:
     """The sizes of `config.mesh` on so many devices, none of them -1; raises as `sharding.mesh_sizes`.
 
     Args:
@@ -99,28 +96,28 @@ def mesh_sizes(config: ConfigDict, total: int, tensor_axes: Sequence[int] = (), 
 # ---- sampling
 
 
-def _choose_slots(config: ConfigDict, model: ModelConfig, on: Target) -> None:
+def _choose_slots(config: Config, model: ModelConfig, on: Target) -> Config:
     """As many slots as the cache may fill half of the memory with that weights leave, within SLOTS."""
-    settings = config.generate
+    batch_size, prefill = config.generate.batch_size, config.generate.prefill_batch_size
     copies = on.slice.devices // _ways(config, model, on)
-    if not settings.batch_size:
+    if not batch_size:
         slots = SLOTS_CPU if on.slice.chip.name == CPU.name else SLOTS
         if on.slice.chip.hbm_bytes:
             slots = min(slots, max(1, _slots_that_fit(config, model, on, 0.5)))
         if on.run and config.data.max_rows:  # else all of a file's prompts are answered
-            asked = config.data.max_rows * settings.responses
+            asked = config.data.max_rows * config.generate.responses
             slots = min(slots, max(SLOTS_CPU, _power_of_two(asked / REFILLS / copies)))
-        settings.batch_size = slots * copies
-    if not settings.prefill_batch_size:
-        settings.prefill_batch_size = min(PREFILL, settings.batch_size // copies) * copies
+        batch_size = slots * copies
+    prefill = prefill or min(PREFILL, batch_size // copies) * copies
+    return replace(config, {"generate.batch_size": batch_size, "generate.prefill_batch_size": prefill})
 
 
-def _ways(config: ConfigDict, model: ModelConfig, on: Target) -> int:
+def _ways(config: Config, model: ModelConfig, on: Target) -> int:
     """Devices that share a copy of the weights while sampling."""
     return sharding.decode_ways(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
 
 
-def _slots_that_fit(config: ConfigDict, model: ModelConfig, on: Target, share: float) -> int:
+def _slots_that_fit(config: Config, model: ModelConfig, on: Target, share: float) -> int:
     """Slots of a copy of the weights, a power of two, whose cache takes a share of the memory that weights leave; 0 if
     they leave none."""
     room = on.slice.chip.hbm_bytes - sum(sampling_bytes(config, model, on).values())
@@ -128,7 +125,7 @@ def _slots_that_fit(config: ConfigDict, model: ModelConfig, on: Target, share: f
     return _power_of_two(slots) if slots >= 1 else 0
 
 
-def sampling_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[str, float]:
+def sampling_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, float]:
     """Bytes a device by kind while sampling, without the cache: a run's params, and the copy that is sampled from. One
     CPU samples from another copy than the files are loaded into (`decode_loop.Decoder.by_layer`)."""
     count, held = num_params(model), {}
@@ -139,7 +136,7 @@ def sampling_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[s
     return held | {"copy": count * on.dtype.itemsize / _ways(config, model, on)}
 
 
-def cache_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> float:
+def cache_bytes(config: Config, model: ModelConfig, on: Target) -> float:
     """Bytes a device of a slot's keys and values."""
     tokens = config.data.max_prompt_length + config.generate.max_new_tokens
     of_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * on.cache_dtype.itemsize
@@ -154,8 +151,8 @@ def _power_of_two(number: float) -> int:
 # ---- training
 
 
-def _choose_memory(config: ConfigDict, model: ModelConfig, on: Target) -> None:
-    """Set remat and micro-batches: the fewest parts, and in those the most kept, that fit; else what needs least."""
+def _choose_memory(config: Config, model: ModelConfig, on: Target) -> Config:
+    """Choose remat and micro-batches: the fewest parts, and in those the most kept, that fit; else what needs least."""
     chip, ways = on.slice.chip, config.mesh.data * config.mesh.fsdp
     limit = SHARE * chip.hbm_bytes
     asked, parts = config.model.remat, config.train.micro_batches
@@ -165,12 +162,13 @@ def _choose_memory(config: ConfigDict, model: ModelConfig, on: Target) -> None:
     most = max(1, config.train.batch_size // ways)
     for micro_batches in [parts] if parts else [2**i for i in range(most.bit_length())]:
         for remat in policies:
-            config.model.remat, config.train.micro_batches = remat, micro_batches
-            if not limit or sum(training_bytes(config, model, on).values()) <= limit:
-                return
+            chosen = replace(config, {"model.remat": remat, "train.micro_batches": micro_batches})
+            if not limit or sum(training_bytes(chosen, model, on).values()) <= limit:
+                return chosen
+    return chosen
 
 
-def training_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[str, float]:
+def training_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, float]:
     """Estimated bytes a device by kind in a training step of the longest pairs; the config leaves nothing open.
 
     Params, optimizer and gradients follow from the number of params. The rest is the peak in the backward pass, as the
@@ -207,7 +205,7 @@ def training_bytes(config: ConfigDict, model: ModelConfig, on: Target) -> dict[s
     return needed
 
 
-def longest_pair(config: ConfigDict) -> tuple[int, int, int]:
+def longest_pair(config: Config) -> tuple[int, int, int]:
     """Tokens of prompt, real and generated response of the longest pair that a config allows: both responses fill their
     budgets. Generated responses that the data gives have the room of a human one."""
     data = config.data
@@ -217,7 +215,7 @@ def longest_pair(config: ConfigDict) -> tuple[int, int, int]:
 
 
 def check_memory(
-    config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], trains: bool = True, run: bool = True
+    config: Config, model: ModelConfig, devices: Sequence[jax.Device], trains: bool = True, run: bool = True
 ) -> None:
     """Refuse a config, with nothing left open, for which the devices are too little.
 
@@ -243,8 +241,7 @@ def check_memory(
     if stage == "sampling" and (slots := _slots_that_fit(config, model, on, 0.8)):
         tries.append(f"--config.generate.batch_size={slots * on.slice.devices // _ways(config, model, on)}")
     if trains and not config.lora.rank:
-        low_rank = config.copy_and_resolve_references()
-        low_rank.lora.rank = 16
+        low_rank = replace(config, {"lora.rank": 16})
         size = sum(_largest_stage(low_rank, model, on, trains)[1].values())
         if size <= SHARE * limit:
             tries.append(f"--config.lora.rank=16 with ten times the learning rate ({_gib(size)} GiB)")
@@ -254,7 +251,7 @@ def check_memory(
     raise UserError(f"{describe(devices)}: too little for {config.model.path}: {takes}; try {', or '.join(tries)}")
 
 
-def _largest_stage(config: ConfigDict, model: ModelConfig, on: Target, trains: bool) -> tuple[str, dict[str, float]]:
+def _largest_stage(config: Config, model: ModelConfig, on: Target, trains: bool) -> tuple[str, dict[str, float]]:
     """The stage that needs most, and its bytes a device by kind."""
     slots = config.generate.batch_size * _ways(config, model, on) / on.slice.devices
     sampling = sampling_bytes(config, model, on) | {"cache": slots * cache_bytes(config, model, on)}
@@ -273,7 +270,7 @@ def describe(devices: Sequence[jax.Device]) -> str:
     return f"{there.devices} x {there.chip.name}{memory}"
 
 
-def what(config: ConfigDict, chosen: ConfigDict) -> str:
+def what(config: Config, chosen: Config) -> str:
     """What was chosen, as flags."""
     before = flatten(config)
     fields = (as_flag(field, value) for field, value in flatten(chosen).items() if value != before[field])

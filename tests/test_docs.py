@@ -73,8 +73,7 @@ def launched_commands() -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[str, str]:
     """(a tiny model's directory, its data)."""
-    settings = config_lib.base_config().toy
-    settings.update(train_rows=16, eval_prompts=1, hidden_size=16, num_layers=1)
+    settings = config_lib.ToyConfig(train_rows=16, eval_prompts=1, hidden_size=16, num_layers=1)
     return toy.prepare(tmp_path_factory.mktemp("tiny"), settings, seed=0)
 
 
@@ -168,7 +167,7 @@ def test_bash_blocks(where, command, monkeypatch):
                 "generate": generate.sampling_config,
                 "compile_check": checked_config,
             }
-            config_lib.validate(configs[words[2].removeprefix("spin_jax.")]())
+            config_lib.freeze(configs[words[2].removeprefix("spin_jax.")]())
     else:
         assert words[2] in ("venv", "pip", "pytest", "http.server"), f"{where}: {command}"
 

@@ -5,10 +5,9 @@ import pathlib
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from spin_jax import checkpoints, models
-from spin_jax.config import base_config
+from spin_jax.config import Config, base_config, freeze
 
 TRAIN_ROWS, EVAL_ROWS = 16, 8
 TEMPLATE = (
@@ -90,9 +89,9 @@ def write_jsonl(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
     return path
 
 
-def make_config(model: pathlib.Path, data: pathlib.Path, changes: dict[str, object] | None = None) -> ConfigDict:
+def make_config(model: pathlib.Path, data: pathlib.Path, changes: dict[str, object] | None = None) -> Config:
     """The config of a tiny run, with `changes` by their dotted names."""
     config = base_config()
     paths = {"model.path": str(model), "data.train": str(data)}
     config.update_from_flattened_dict(SETTINGS | paths | (changes or {}))
-    return config
+    return freeze(config)

@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 
 from spin_jax import generate, main
 from spin_jax.compile_check import __main__
-from spin_jax.config import flatten, validate
+from spin_jax.config import Config, flatten, freeze
 from spin_jax.errors import UserError
 from spin_jax.runtime import cli
 
@@ -22,7 +22,7 @@ RIGHT = {
 }
 
 
-def start(program, line: str):
+def start(program, line: str) -> Config:
     """A command up to where it would import jax: its config."""
     with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
         patch.chdir(ROOT)
@@ -30,15 +30,13 @@ def start(program, line: str):
         cli.parse_flags(sys.argv)
         if program is main:
             assert main.main([]) == 0
-            return cli.config()
+            return freeze(cli.config())
         return __main__.config_and_slice()[0] if program is __main__ else generate.sampling_config()
 
 
 def read(words: str) -> dict[str, object]:
     """The fields that flags make of configs/base.py."""
-    config = start(main, f"{RIGHT[main]} {words}")
-    validate(config)
-    return flatten(config)
+    return flatten(start(main, f"{RIGHT[main]} {words}"))
 
 
 def refusal(program, line: str) -> str:

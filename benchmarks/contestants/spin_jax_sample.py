@@ -4,6 +4,7 @@ Options: `batch_size` (slots), and `static`: prompts in batches of that size, ea
 are refilled otherwise; and, where it is given, `compute_dtype`.
 """
 
+import dataclasses
 import pathlib
 import sys
 
@@ -17,7 +18,7 @@ from parent import Parent  # noqa: E402
 from spin_jax_step import load  # noqa: E402
 
 from spin_jax import checkpoints
-from spin_jax.config import base_config  # noqa: E402
+from spin_jax.config import GenerateConfig  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
 from spin_jax.generation import programs
 from spin_jax.generation.engine import Progress, generate
@@ -28,11 +29,12 @@ from spin_jax.models import Compute  # noqa: E402
 def main() -> None:
     parent = Parent()
     s = parent.settings
-    settings = base_config().generate
     prefill = s["batch_size"] if s["static"] else min(16, s["batch_size"])
-    settings.update(max_new_tokens=s["max_new_tokens"], batch_size=s["batch_size"], prefill_batch_size=prefill)
+    settings = GenerateConfig(
+        max_new_tokens=s["max_new_tokens"], batch_size=s["batch_size"], prefill_batch_size=prefill
+    )
     if s["static"]:
-        settings.tail_batch_size = s["batch_size"]
+        settings = dataclasses.replace(settings, tail_batch_size=s["batch_size"])
     mesh = sharding.one_device_mesh()
     compute = Compute(jnp.dtype(s.get("compute_dtype", "float32")), mesh=mesh)
     model = checkpoints.read_config(s["model"])

@@ -21,7 +21,7 @@ from padded import padded_batch, padded_objective  # noqa: E402
 from parent import Parent  # noqa: E402
 
 from spin_jax import checkpoints, models
-from spin_jax.config import base_config  # noqa: E402
+from spin_jax.config import Config, replace  # noqa: E402
 from spin_jax.data.packing import Packing, pack_batch, plan_scoring, plan_training
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
@@ -39,9 +39,8 @@ from spin_jax.training.train_step import on_adapters
 def main() -> None:
     parent = Parent()
     s = parent.settings
-    config = base_config()
-    for field in ("compute_dtype", "remat", "logits_chunk", "attention"):
-        config.model[field] = s.get(field, config.model[field])
+    fields = ("compute_dtype", "remat", "logits_chunk", "attention")
+    config = replace(Config(), {f"model.{field}": s[field] for field in fields if field in s})
     mesh = sharding.one_device_mesh()
     placed = sharding.batch_sharding(mesh)
     parts, rank = s.get("micro_batches", 1), s.get("lora_rank", 0)

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
 from spin_jax.compile_check.check import advice, check, describe, describe_model, memory_table
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> int:
     return preemption.exit_status(lambda: _check_and_tell(config, name, lengths))
 
 
-def config_and_slice() -> tuple[ConfigDict, str]:
+def config_and_slice() -> tuple[config_lib.Config, str]:
     """The config of the flags, as a run has it, and the slice: that of --slice, or of the config's argument.
 
     Raises:
@@ -75,11 +74,10 @@ def config_and_slice() -> tuple[ConfigDict, str]:
     name = named or _SLICE.value
     find_slice(name)
     config.data.train = config.data.train or "not read here"
-    config_lib.validate(config)
-    return config, name
+    return config_lib.freeze(config), name
 
 
-def _check_and_tell(config: ConfigDict, name: str, lengths: Sequence[tuple[int, int, int]] | None) -> int:
+def _check_and_tell(config: config_lib.Config, name: str, lengths: Sequence[tuple[int, int, int]] | None) -> int:
     from spin_jax import sizing
     from spin_jax.compile_check import compiler
 

@@ -4,14 +4,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from ml_collections import ConfigDict
-
+from spin_jax.config import Config
 from spin_jax.devices.accelerators import GiB, Slice, find_slice, smallest
 from spin_jax.errors import UserError
 
 
 def check(
-    config: ConfigDict,
+    config: Config,
     target: Slice,
     lengths: Sequence[tuple[int, int, int]] | None = None,
     layers: int = 0,
@@ -41,7 +40,7 @@ def check(
     return [compiler.report(program, target, compiler.CACHE if cache else None) for program in chosen]
 
 
-def describe_model(config: ConfigDict):
+def describe_model(config: Config):
     """The description of the config's model."""
     from spin_jax.compile_check import known_models
     from spin_jax.tasks import toy
@@ -94,7 +93,7 @@ def describe(report) -> str:
     return "\n".join(lines + ([_aligned(rows, left=4)] if work.traffic else []))
 
 
-def advice(config: ConfigDict, name: str, report) -> str:
+def advice(config: Config, name: str, report) -> str:
     """What would make a program fit, as far as bytes a chip tell: fields to change, slices to take."""
     from spin_jax.devices.sharding import mesh_sizes
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from spin_jax import sizing
+from spin_jax.config import Config
 from spin_jax.data.batch import Batch, empty_batch
 from spin_jax.data.packing import Plan, forward_flops, make_packing, pack_batch, plan_scoring, plan_training
 from spin_jax.data.pairs import Pair
@@ -66,7 +66,7 @@ class Program:
 
 
 def make_programs(
-    config: ConfigDict,
+    config: Config,
     model: ModelConfig,
     devices: Sequence[jax.Device],
     lengths: Sequence[tuple[int, int, int]] | None = None,
@@ -83,7 +83,7 @@ def make_programs(
     config = sizing.choose(config, model, devices)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     compute = execution.make_compute(config.model, model, mesh)
-    decode = execution.make_decode_compute(config, model, compute)
+    decode = execution.make_decode_compute(config.mesh, model, compute)
     sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches)
     sharding.check_batch(decode.mesh, "--config.generate.batch_size", config.generate.batch_size)
     params = sharding.located(abstract_params(model), param_shardings(mesh, model))
@@ -97,7 +97,7 @@ def _blank_pair(*lengths: int) -> Pair:
     return Pair(0, 0, prompt, tuple(responses), (False,) * len(responses))
 
 
-def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute, params: dict) -> list[Program]:
+def _sampling_programs(config: Config, model: ModelConfig, compute: Compute, params: dict) -> list[Program]:
     settings = config.generate
     shards, size, cap = sharding.ways(compute.mesh, "rows"), settings.batch_size, settings.max_new_tokens
     places = decode_loop.queue_places(settings.prefill_batch_size, size, shards)
@@ -138,7 +138,7 @@ def _sampling_programs(config: ConfigDict, model: ModelConfig, compute: Compute,
 
 
 def _training_programs(
-    config: ConfigDict, model: ModelConfig, compute: Compute, params: dict, pairs: Sequence[Pair]
+    config: Config, model: ModelConfig, compute: Compute, params: dict, pairs: Sequence[Pair]
 ) -> list[Program]:
     train, mesh = config.train, compute.mesh
     spec = programs.spin_spec(

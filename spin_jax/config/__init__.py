@@ -1,46 +1,92 @@
-"""The config of a run, from the fields of `schema.FIELDS`, and what of it goes together, refused in one line.
+"""The config of a run: written as an `ml_collections.ConfigDict`, read as a frozen `Config`.
 
-A file under `configs/` starts from `base_config()` and changes what it needs. Fields that may differ between
-iterations are tuples: entry t is for iteration t and the last entry serves all later ones.
+A file under `configs/` starts from `base_config()` and changes what it needs; flags change it further. `freeze` refuses
+what cannot run, in one line, and everything after it takes the frozen section that it reads. Fields that may differ
+between iterations are tuples: entry t is for iteration t and the last entry serves all later ones.
 """
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from spin_jax.config.fields import check_names
-from spin_jax.config.schema import FIELDS
+from spin_jax.config.schema import (
+    FIELDS,
+    Config,
+    DataConfig,
+    GenerateConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelSection,
+    SftConfig,
+    SpinConfig,
+    ToyConfig,
+    TrainConfig,
+)
 from spin_jax.errors import UserError, as_flag
+
+__all__ = [
+    "FIELDS",
+    "Config",
+    "DataConfig",
+    "GenerateConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelSection",
+    "SftConfig",
+    "SpinConfig",
+    "ToyConfig",
+    "TrainConfig",
+    "as_json",
+    "at_iteration",
+    "base_config",
+    "flatten",
+    "freeze",
+    "override",
+    "replace",
+]
 
 STAGES = ("generate", "score", "train")  # of an iteration, in order; main and self_play can run some of them alone
 
 
 def base_config() -> ConfigDict:
-    """A config of all fields of `schema.FIELDS` with their defaults."""
-    config = ConfigDict()
-    for name, field in FIELDS.items():
-        section, _, last = name.rpartition(".")
-        if section and section not in config:
-            config[section] = ConfigDict()
-        (config[section] if section else config)[last] = field.default
-    return config.lock()
+    """A config of all fields of `schema.FIELDS` with their defaults, to be changed."""
+    return ConfigDict(dataclasses.asdict(Config())).lock()
 
 
-def at_iteration(values: tuple, iteration: int):
+def at_iteration(values: Sequence[Any], iteration: int) -> Any:
     """The entry of a per-iteration tuple for `iteration`: the last one serves all later iterations."""
     return values[min(iteration, len(values) - 1)]
 
 
-def flatten(config: ConfigDict) -> dict[str, object]:
-    """{"section.field": value} of a config, in schema order; tuples stay whole."""
+def flatten(config: ConfigDict | Config) -> dict[str, Any]:
+    """{"section.field": value} of a config; tuples stay whole."""
+    sections = dataclasses.asdict(config) if isinstance(config, Config) else config
     flat = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
+    for name, value in sections.items():
+        if isinstance(value, dict | ConfigDict):
             flat.update({f"{name}.{inner}": v for inner, v in flatten(value).items()})
         else:
             flat[name] = value
     return flat
+
+
+def replace(config: Config, changes: Mapping[str, object]) -> Config:
+    """A copy with other values, by their dotted names, such as {"train.batch_size": 8}. They are not checked."""
+    return _build(flatten(config) | changes)
+
+
+def _build(values: Mapping[str, object]) -> Config:
+    top = {name: value for name, value in values.items() if "." not in name}
+    for one in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(one.default):
+            prefix = f"{one.name}."
+            mine = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+            top[one.name] = type(one.default)(**mine)
+    return Config(**top)
 
 
 def override(config: ConfigDict, changes: Mapping[str, object]) -> None:
@@ -49,7 +95,7 @@ def override(config: ConfigDict, changes: Mapping[str, object]) -> None:
     Where a field has one value an iteration, a list or a number alone will do.
 
     Raises:
-        UserError: no such field, or no such value of it; `validate` judges what goes together.
+        UserError: no such field, or no such value of it; `freeze` judges what goes together.
     """
     check_names(changes, FIELDS)
     values = {name: _like(FIELDS[name].default, value) for name, value in changes.items()}
@@ -64,8 +110,9 @@ def _like(default: object, value: object) -> object:
     return value
 
 
-def validate(config: ConfigDict) -> None:
-    """Refuse what cannot run, before anything is loaded. Needs no device and imports no jax.
+def freeze(config: ConfigDict | Config) -> Config:
+    """The config as everything reads it. What cannot run is refused here, before anything is loaded: this needs no
+    device and imports no jax.
 
     Raises:
         UserError: one line with the field, its value and what to write instead.
@@ -76,13 +123,15 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"--config.{missing[0]} is missing: start the config from spin_jax.config.base_config()")
     for name, value in given.items():
         FIELDS[name].check(name, value)
-    _check_data(config)
-    _check_sampling(config.generate, config.data.max_prompt_length)
-    _check_training(config)
-    _check_mesh(config.mesh)
+    frozen = _build(given)
+    _check_data(frozen)
+    _check_sampling(frozen.generate, frozen.data.max_prompt_length)
+    _check_training(frozen)
+    _check_mesh(frozen.mesh)
+    return frozen
 
 
-def _check_data(config: ConfigDict) -> None:
+def _check_data(config: Config) -> None:
     path, data = config.model.path, config.data
     for field, value in (("model.path", path), ("data.train", data.train)):
         if not value:
@@ -106,7 +155,7 @@ def _check_data(config: ConfigDict) -> None:
         )
 
 
-def _check_sampling(generate: ConfigDict, max_prompt_length: int) -> None:
+def _check_sampling(generate: GenerateConfig, max_prompt_length: int) -> None:
     if not all(generate.stop_strings):
         raise UserError(
             f"{as_flag('generate.stop_strings', generate.stop_strings)} has an empty text, which would end every "
@@ -124,7 +173,7 @@ def _check_sampling(generate: ConfigDict, max_prompt_length: int) -> None:
         )
 
 
-def _check_training(config: ConfigDict) -> None:
+def _check_training(config: Config) -> None:
     train, sft = config.train, config.sft
     if train.warmup_ratio == 1:
         raise UserError("--config.train.warmup_ratio=1 must be below 1: it is a share of the steps")
@@ -149,7 +198,7 @@ def _check_training(config: ConfigDict) -> None:
             )
 
 
-def _check_mesh(mesh: ConfigDict) -> None:
+def _check_mesh(mesh: MeshConfig) -> None:
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
     if mesh.decode_tensor < 1 and mesh.decode_tensor != -1:
         raise UserError(f"--config.mesh.decode_tensor={mesh.decode_tensor} must be at least 1, or -1: found for you")
@@ -160,6 +209,6 @@ def _check_mesh(mesh: ConfigDict) -> None:
         )
 
 
-def as_json(config: ConfigDict) -> dict:
+def as_json(config: Config) -> dict[str, Any]:
     """Flat, with tuples as JSON has them."""
     return json.loads(json.dumps(flatten(config)))

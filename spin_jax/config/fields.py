@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from spin_jax.errors import UserError, as_flag
 
@@ -84,6 +84,11 @@ class Field:
                 raise UserError(f"{given} is empty: write one value an iteration, as {as_flag(name, self.default)}")
             for one in values:
                 _check_bounds(given, one, self.bounds)
+
+
+def field(default: Any, doc: str, **what: Any) -> Any:
+    """A `Field` as a field of a frozen section, such as `batch_size: int = field(64, "Pairs a step.")`."""
+    return dataclasses.field(default=default, metadata={"field": Field(default, doc, **what)})
 
 
 def check_names(names: Iterable[str], fields: Mapping[str, Field]) -> None:

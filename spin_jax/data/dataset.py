@@ -4,8 +4,8 @@ import logging
 from collections.abc import Mapping
 
 from etils import epath
-from ml_collections import ConfigDict
 
+from spin_jax.config import Config
 from spin_jax.data.chat_format import ChatFormat
 from spin_jax.data.sources import Example, Examples, Skip, drawn, load_examples, split_examples
 from spin_jax.data.tokenize import Tokenised, tokenise_once
@@ -15,7 +15,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def load_dataset(
-    config: ConfigDict, train: str, workdir: epath.Path, source: epath.Path, chat: ChatFormat
+    config: Config, train: str, workdir: epath.Path, source: epath.Path, chat: ChatFormat
 ) -> tuple[list[Example], list[Example], dict[int, Tokenised]]:
     """(examples to train on, held-out ones, their token ids by row). Every process reads all of the text, of which it
     then tokenises a share."""

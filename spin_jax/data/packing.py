@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from spin_jax.config import TrainConfig
 from spin_jax.data.batch import HostBatch, PackedRows, Shape, empty_batch
 from spin_jax.data.bin_packing import Packed, best_fit, few_lengths, pack, round_up
 from spin_jax.data.pairs import Pair
@@ -236,7 +236,7 @@ def forward_flops(model: ModelConfig, pair: Pair) -> float:
     return tokens * flops_per_token(model, seen / tokens) + targets * unembed_flops(model)
 
 
-def make_packing(settings: ConfigDict, mesh: Mesh, micro_batches: int = 1) -> Packing:
+def make_packing(settings: TrainConfig, mesh: Mesh, micro_batches: int = 1) -> Packing:
     """How `config.train` says that pairs are packed into rows on a mesh. For training `micro_batches` are those of the
     config; scoring keeps nothing for a backward pass, and takes a micro-batch's pairs at a time."""
     ways = sharding.ways(mesh, "rows") * micro_batches

@@ -245,19 +245,19 @@ def use_slice(config: ConfigDict, name: str) -> None:
         config.mesh.update(data=1, fsdp=devices // tensor, tensor=tensor, slice=name)
 
 
-def check_slice(config: ConfigDict, devices: Sequence[Any]) -> None:
-    """Refuse devices that are not those of the slice that a config was made for.
+def check_slice(name: str, devices: Sequence[Any]) -> None:
+    """Refuse devices that are not those of the slice that a config was made for; "" is any.
 
     Raises:
         UserError: the slice, what is there, and what to do.
     """
-    if not config.mesh.slice:
+    if not name:
         return
-    wanted, there = find_slice(config.mesh.slice), found(devices)
+    wanted, there = find_slice(name), found(devices)
     if wanted.chip.name != there.chip.name or there.devices % wanted.devices:
         raise UserError(
-            f"{config.mesh.slice} is {wanted.devices} x {wanted.chip.name}, and here are {there.devices} x "
-            f"{there.chip.name}: start on that slice, or leave {config.mesh.slice} out of --config"
+            f"{name} is {wanted.devices} x {wanted.chip.name}, and here are {there.devices} x "
+            f"{there.chip.name}: start on that slice, or leave {name} out of --config"
         )
 
 

@@ -23,8 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import checkpoints, models, sizing
-from spin_jax import config as config_lib
-from spin_jax.config.schema import FIELDS
+from spin_jax.config import FIELDS, Config, DataConfig, flatten, freeze
 from spin_jax.data.chat_format import ChatFormat
 from spin_jax.data.sources import Message, as_messages, load_prompts
 from spin_jax.data.tokenize import ask
@@ -43,7 +42,7 @@ from spin_jax.runtime.multihost import check_alike, check_shared
 _LOG = logging.getLogger(__name__)
 
 
-def answer(config: ConfigDict, out: epath.PathLike) -> None:
+def answer(config: ConfigDict | Config, out: epath.PathLike) -> None:
     """Sample a response to each prompt of `config.data.train` from the model at `config.model.path`, into `out`.
 
     Read are `config.seed` and all of `config.model`, `config.generate`, `config.mesh` and `config.data`, but for the
@@ -53,9 +52,9 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
         UserError: one line for whatever is wrong, found before weights are loaded unless it is in their files.
         Stopped: one of several processes was asked to; the same call goes on.
     """
-    config_lib.validate(config)
+    config = freeze(config)
     check_alike(config)
-    multihost.on_first(lambda: check_slice(config, jax.devices()))
+    multihost.on_first(lambda: check_slice(config.mesh.slice, jax.devices()))
     data, out = config.data, expand(out)
     out = out if is_remote(out) else out.absolute()
     parts = out.with_name(f"{out.name}.parts")
@@ -69,9 +68,7 @@ def answer(config: ConfigDict, out: epath.PathLike) -> None:
 
 
 @out_of_memory.tells("generate", out_of_memory.for_sampling)
-def _answer(
-    config: ConfigDict, out: epath.Path, parts: epath.Path, prompts: Sequence[str | list[Message]] | None
-) -> None:
+def _answer(config: Config, out: epath.Path, parts: epath.Path, prompts: Sequence[str | list[Message]] | None) -> None:
     player, data = open_player(config, config.model.path), config.data
     there, dtype = sizing.describe(jax.devices()), np.dtype(player.decode.dtype).name
     _LOG.info("%s: %s; computes in %s, %d slots", there, player.source, dtype, config.generate.batch_size)
@@ -105,7 +102,7 @@ def _check_free(out: epath.Path) -> None:
         raise UserError(f"{out} is there already: delete it, or name another file to write")
 
 
-def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: ConfigDict) -> list[np.ndarray]:
+def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: DataConfig) -> list[np.ndarray]:
     """What the model is asked with; a prompt over the budget keeps its end, unless `config.data.long_prompts` says that
     there shall be none."""
     asked, longest = ask(chat, list(map(as_messages, prompts)), f"{data.train} row "), data.max_prompt_length
@@ -120,9 +117,9 @@ def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: Co
     return [tokens[-longest:] for tokens in asked]
 
 
-def _settings(config: ConfigDict, player: Player, tokens: Sequence[np.ndarray]) -> dict[str, object]:
+def _settings(config: Config, player: Player, tokens: Sequence[np.ndarray]) -> dict[str, object]:
     """What decides a response, by the name that a refusal gives it."""
-    fields = config_lib.flatten(config)
+    fields = flatten(config)
     decoding = {f"--config.{name}": fields[name] for name, field in FIELDS.items() if field.decodes}
     decoding["--config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
     model = checkpoints.fingerprint(player.source) | {"stop ids": list(player.chat.stop_ids)}

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
+from spin_jax.config import GenerateConfig
 from spin_jax.devices.sharding import batch_sharding, check_batch, ways
 from spin_jax.devices.transfer import put
 from spin_jax.errors import UserError
@@ -72,7 +72,7 @@ def generate(
     sampler: Sampler,
     params: dict,
     prompts: Sequence[Prompt],
-    settings: ConfigDict,
+    settings: GenerateConfig,
     *,
     seed: int,
     iteration: int,
@@ -129,7 +129,7 @@ def generate(
     return [responses[prompt.row, prompt.number] for prompt in prompts]
 
 
-def warn_if_endless(responses: Sequence[Response], settings: ConfigDict) -> None:
+def warn_if_endless(responses: Sequence[Response], settings: GenerateConfig) -> None:
     """Say so if hardly a response ended, as human ones do; `settings` are `config.generate`."""
     cap = settings.max_new_tokens
     ended = sum(response.finished or len(response.tokens) < cap for response in responses)  # or at a stop string
@@ -145,7 +145,7 @@ def _draw(
     sampler: Sampler,
     params: dict,
     asked: Sequence[Prompt],
-    settings: ConfigDict,
+    settings: GenerateConfig,
     seed: int,
     iteration: int,
     mesh: jax.sharding.Mesh,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from spin_jax.config import GenerateConfig
 from spin_jax.devices.compiler_options import jit
 from spin_jax.devices.sharding import located
 from spin_jax.generation import decode_loop
@@ -18,7 +18,7 @@ from spin_jax.models.params import make_resharding
 
 def make_sampler(
     model: ModelConfig,
-    settings: ConfigDict,
+    settings: GenerateConfig,
     stop_ids: tuple[int, ...],
     compute: Compute,
     stops_SV: np.ndarray | None = None,

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+
+from spin_jax.config import GenerateConfig
 
 # Of the 32 bits that a key is told a response by, these number the row.
 _ROW_BITS = 24
@@ -38,7 +39,7 @@ class Decoding(NamedTuple):
     stops_SV: jax.Array | None
 
     @classmethod
-    def of(cls, settings: ConfigDict, stop_ids: Sequence[int], stops_SV: np.ndarray | None = None) -> "Decoding":
+    def of(cls, settings: GenerateConfig, stop_ids: Sequence[int], stops_SV: np.ndarray | None = None) -> "Decoding":
         """As `config.generate` says."""
         # So many that other stop ids seldom are another shape, and with it another program.
         padded = np.full(-(-max(len(stop_ids), 1) // 8) * 8, np.iinfo(np.int32).max, np.int32)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from spin_jax.config import MeshConfig, ModelSection
 from spin_jax.devices import sharding
 from spin_jax.devices.compiler_options import compute_dtype
 from spin_jax.kernels.block_mask import RESIDUALS
@@ -102,7 +102,7 @@ _kept_on_cpu = jax.custom_jvp(kept_bits, nondiff_argnums=(1,))
 _kept_on_cpu.defjvp(lambda name, primals, tangents: (kept_bits(*primals, name), *tangents))
 
 
-def make_compute(settings: ConfigDict, model: ModelConfig, mesh: Mesh) -> Compute:
+def make_compute(settings: ModelSection, model: ModelConfig, mesh: Mesh) -> Compute:
     """How `config.model` says that training computes on a mesh; "auto" is what its devices are best at.
 
     Raises:
@@ -114,8 +114,8 @@ def make_compute(settings: ConfigDict, model: ModelConfig, mesh: Mesh) -> Comput
     return Compute(dtype, settings.remat, settings.logits_chunk, kernel, mesh, sharding.sum_line(mesh))
 
 
-def make_decode_compute(config: ConfigDict, model: ModelConfig, compute: Compute) -> Compute:
+def make_decode_compute(mesh: MeshConfig, model: ModelConfig, compute: Compute) -> Compute:
     """The same for sampling, on the decode mesh of the same devices."""
-    ways = sharding.decode_ways(compute.mesh.size, config.mesh.decode_tensor, model.tensor_axes)
-    mesh = sharding.decode_mesh(compute.mesh, ways)
-    return dataclasses.replace(compute, kernel=None, mesh=mesh, line=0)
+    ways = sharding.decode_ways(compute.mesh.size, mesh.decode_tensor, model.tensor_axes)
+    decode_mesh = sharding.decode_mesh(compute.mesh, ways)
+    return dataclasses.replace(compute, kernel=None, mesh=decode_mesh, line=0)

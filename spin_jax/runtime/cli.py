@@ -18,8 +18,8 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
+from spin_jax.config import FIELDS
 from spin_jax.config.fields import check_names, did_you_mean
-from spin_jax.config.schema import FIELDS
 from spin_jax.devices.accelerators import GPU_MEMORY_SHARE, is_slice
 from spin_jax.errors import UserError, as_flag, quoted
 
@@ -144,7 +144,7 @@ def _default(field: str) -> object:
 
 
 def _read(text: str, default: object) -> object:
-    """A value as it is typed; what cannot be read stays text, which `config.validate` refuses."""
+    """A value as it is typed; what cannot be read stays text, which `config.freeze` refuses."""
     if isinstance(default, str):
         return text
     if isinstance(default, bool):

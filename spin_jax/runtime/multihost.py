@@ -21,9 +21,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
-from spin_jax.config import as_json
+from spin_jax.config import Config, as_json
 from spin_jax.errors import UserError
 from spin_jax.runtime.files import write_whole
 
@@ -171,7 +170,7 @@ def _anyone() -> tuple[NamedSharding, Callable]:
     )
 
 
-def check_alike(config: ConfigDict) -> None:
+def check_alike(config: Config) -> None:
     """Refuse processes that were started with different settings: they would wait for each other."""
     first, *others = gather(as_json(config))
     for process, other in enumerate(others, start=1):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
-from ml_collections import ConfigDict
 
+from spin_jax.config import Config
 from spin_jax.errors import UserError
 
 GIB = 2**30
@@ -54,7 +54,7 @@ def told(what: str, tries: Sequence[str]) -> Iterator[None]:
         raise UserError(line) from error.with_traceback(None)
 
 
-def tells(what: str, tries: Callable[[ConfigDict], Sequence[str]]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+def tells(what: str, tries: Callable[[Config], Sequence[str]]) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """`told`, around a function whose first argument is a config or has one."""
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
@@ -68,14 +68,15 @@ def tells(what: str, tries: Callable[[ConfigDict], Sequence[str]]) -> Callable[[
     return decorate
 
 
-def for_sampling(config: ConfigDict) -> list[str]:
+def for_sampling(config: Config) -> list[str]:
     """What makes sampling need less; the first two change no response."""
     settings = config.generate
-    tries = [f"--config.generate.{name}={settings[name] // 2}" for name in _HALVED if settings[name] > 1]
+    sizes = {"batch_size": settings.batch_size, "prefill_batch_size": settings.prefill_batch_size}
+    tries = [f"--config.generate.{name}={size // 2}" for name, size in sizes.items() if size > 1]
     return [*tries, "more devices", "a smaller --config.generate.max_new_tokens or --config.data.max_prompt_length"]
 
 
-def for_training(config: ConfigDict) -> list[str]:
+def for_training(config: Config) -> list[str]:
     """What makes training and scoring need less; the first three change no result beyond rounding."""
     tries = []
     if 2 * config.train.micro_batches <= config.train.batch_size:
@@ -92,13 +93,10 @@ def for_training(config: ConfigDict) -> list[str]:
     return [*tries, "a smaller --config.data.max_length"]
 
 
-def for_loading(config: ConfigDict | None = None) -> list[str]:
+def for_loading(config: Config | None = None) -> list[str]:
     """What makes the rest need less: data and weights as they are read."""
     del config
     return ["a machine with more memory", "fewer rows (--config.data.max_rows)", "a smaller model"]
-
-
-_HALVED = ("batch_size", "prefill_batch_size")
 
 
 def _numbers(error: BaseException) -> str:

@@ -17,36 +17,43 @@ FIRST, LAST = 3, 5  # steps since the start: by then, what is compiled is compil
 _LOG = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def traced(step_fn: Callable, directory: epath.Path) -> Iterator[Callable]:
-    """The step, of which the third to the fifth call are traced into `directory`: a `plugins/profile/TIME/` in it, as
-    TensorBoard looks for it. A loop that ends earlier leaves a trace of the steps it got to.
+class Profiler:
+    """Traces a few steps of the first training loop that is run under it, if that is wanted."""
 
-    The first process traces its own devices; the others' do the same. The trace begins and ends with the devices at
-    rest, so that it holds whole steps.
-    """
-    if not multihost.is_first():
-        yield step_fn
-        return
-    calls = 0
+    def __init__(self, wanted: bool):
+        self._wanted = wanted
 
-    def step(state, *args):
-        nonlocal calls
-        calls += 1
-        if calls == FIRST:
-            jax.block_until_ready(state)
-            tracing.enter_context(_trace(directory))
-        with jax.profiler.StepTraceAnnotation("train", step_num=calls):
-            made = step_fn(state, *args)
-        if calls == LAST:
-            jax.block_until_ready(made)
-            tracing.close()
-        return made
+    @contextlib.contextmanager
+    def traced(self, step_fn: Callable, directory: epath.Path) -> Iterator[Callable]:
+        """The step, of which the third to the fifth call are traced into `directory`: a `plugins/profile/TIME/` in it,
+        as TensorBoard looks for it. A loop that ends earlier leaves a trace of the steps it got to.
 
-    with contextlib.ExitStack() as tracing:
-        yield step
-    if calls < FIRST:
-        _LOG.warning("no profile: it takes steps %d to %d after a start, and there were %d", FIRST, LAST, calls)
+        The first process traces its own devices; the others' do the same. The trace begins and ends with the devices
+        at rest, so that it holds whole steps.
+        """
+        wanted, self._wanted = self._wanted, False
+        if not wanted or not multihost.is_first():
+            yield step_fn
+            return
+        calls = 0
+
+        def step(state, *args):
+            nonlocal calls
+            calls += 1
+            if calls == FIRST:
+                jax.block_until_ready(state)
+                tracing.enter_context(_trace(directory))
+            with jax.profiler.StepTraceAnnotation("train", step_num=calls):
+                made = step_fn(state, *args)
+            if calls == LAST:
+                jax.block_until_ready(made)
+                tracing.close()
+            return made
+
+        with contextlib.ExitStack() as tracing:
+            yield step
+        if calls < FIRST:
+            _LOG.warning("no profile: it takes steps %d to %d after a start, and there were %d", FIRST, LAST, calls)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax.config import STAGES
+from spin_jax.config import STAGES, Config, freeze
 from spin_jax.reports import summary
 from spin_jax.runtime import compilation_cache, multihost, out_of_memory, progress
 from spin_jax.runtime.lease import held
@@ -17,7 +17,7 @@ from spin_jax.self_play.workdir import make
 
 @out_of_memory.tells("start", out_of_memory.for_loading)
 def self_play(
-    config: ConfigDict, workdir: epath.PathLike, only: Sequence[str] = STAGES, *, profile: bool = False
+    config: ConfigDict | Config, workdir: epath.PathLike, only: Sequence[str] = STAGES, *, profile: bool = False
 ) -> list[dict]:
     """Run all iterations, or go on with what is not finished; returns the summary's rows, one a model. A workdir is one
     run's at a time.
@@ -33,11 +33,11 @@ def self_play(
         UserError: a mistake in config, data, model or mesh, a full disk or memory, or a workdir in use; one line.
         preemption.Stopped: asked to stop; the same command goes on from there.
     """
+    config = freeze(config)
     directory = multihost.on_each(lambda: make(workdir))
     compilation_cache.keep(directory)
     with held(directory, f"--workdir={directory}"):
-        run = open_run(config, directory, trains=bool({"score", "train"} & set(only)))
-        run.profile = profile
+        run = open_run(config, directory, trains=bool({"score", "train"} & set(only)), profile=profile)
         outlook.tell(run)
         with progress.expected(outlook.loops(run, only)):
             sft.fine_tune(run)

@@ -46,7 +46,7 @@ def pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
         if multihost.on_first(path.exists):
             complaint = f"{path} was written by another model than that in {run.start_of(t)}"
             check_model(
-                read_model(path), run.identity_of(run.start_of(t)), complaint, f"delete {path.parent}, and go on"
+                read_model(path), run.store.identity_of(run.start_of(t)), complaint, f"delete {path.parent}, and go on"
             )
             sampled = read_sampled(path)
         elif t == 0 and run.train_examples[0].generated is not None:

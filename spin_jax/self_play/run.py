@@ -20,20 +20,17 @@
 What exists under its final name is finished: starting again is resuming. Several processes share one workdir.
 """
 
-import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from spin_jax import checkpoints, models, sizing
-from spin_jax import config as config_lib
+from spin_jax.config import Config
 from spin_jax.data.chat_format import ChatFormat, fit
 from spin_jax.data.dataset import load_dataset
 from spin_jax.data.pairs import RESPONSES, Pair
@@ -45,18 +42,19 @@ from spin_jax.errors import UserError
 from spin_jax.language_model import open_player
 from spin_jax.objectives import OBJECTIVES
 from spin_jax.runtime import multihost
-from spin_jax.runtime.files import writing
+from spin_jax.runtime.profiling import Profiler
 from spin_jax.self_play import workdir as workdirs
+from spin_jax.self_play.model_store import ModelStore
 from spin_jax.training.schedule import check_warmup, num_steps
 
 _LOG = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Run:
     """One run, opened: everything that does not change between iterations."""
 
-    config: ConfigDict
+    config: Config
     workdir: epath.Path
     source: epath.Path  # directory of the model before any training here, with its tokenizer
     model: models.ModelConfig
@@ -66,10 +64,9 @@ class Run:
     tokens: dict[int, Tokenised]  # of these examples, by row
     compute: models.Compute  # on the training mesh
     decode: models.Compute  # on the decode mesh
-    pairs: dict[int, tuple[list[Pair], list[Pair]]] = dataclasses.field(default_factory=dict)  # by iteration, once read
-    profile: bool = False  # whether the next training stage is to be traced
-    _loaded: tuple[epath.Path, dict] | None = None
-    _identities: dict[epath.Path, dict[str, str]] = dataclasses.field(default_factory=dict)
+    store: ModelStore
+    profiler: Profiler
+    pairs: dict[int, tuple[list[Pair], list[Pair]]]  # (train, held out) by iteration: a cache, which `pairs_of` fills
 
     def iteration(self, t: int) -> epath.Path:
         """The directory of iteration t."""
@@ -80,57 +77,6 @@ class Run:
         if t:
             return self.iteration(t - 1) / "model"
         return self.workdir / "sft" / "model" if self.config.sft.epochs else self.source
-
-    def identity_of(self, directory: epath.Path) -> dict[str, str]:
-        """The fingerprint of the model in `directory`: kept with what it wrote and scored."""
-        if directory not in self._identities:
-            with self._reading(directory):
-                self._identities[directory] = multihost.on_first(lambda: checkpoints.fingerprint(directory))
-        return self._identities[directory]
-
-    def params(self, directory: epath.Path) -> dict:
-        """The f32 params in `directory`, sharded; the ones used last stay in memory.
-
-        Raises:
-            UserError: there is no whole model in `directory`.
-        """
-        if self._loaded is None or self._loaded[0] != directory:
-            self._loaded = None  # two models at a time are one too many
-            if not multihost.on_first((directory / "config.json").exists):
-                raise UserError(f"{directory} holds no model: run the stages before this one first")
-            shardings = models.param_shardings(self.compute.mesh, self.model)
-            with self._reading(directory):
-                self._loaded = (directory, multihost.on_each(lambda: _load_params(directory, shardings)))
-        return self._loaded[1]
-
-    @contextlib.contextmanager
-    def _reading(self, directory: epath.Path) -> Iterator[None]:
-        """Says of a damaged model that this run has made what can be done about it."""
-        try:
-            yield
-        except UserError as error:
-            if directory == self.source:
-                raise
-            raise UserError(f"delete {directory}, and its stage makes it anew: {error}") from None
-
-    def take_params(self, directory: epath.Path) -> dict:
-        """Like `params`, for a caller that donates them."""
-        params = self.params(directory)
-        self._loaded = None
-        return params
-
-    def keep_params(self, directory: epath.Path, params: dict) -> None:
-        """Give the f32 params of `directory` back, which `take_params` took: they were not changed."""
-        self._loaded = (directory, params)
-
-    def export(self, directory: epath.Path, params: dict) -> None:
-        """Write params as a Hugging Face directory. From then on they are what the files hold."""
-        dtype = jnp.dtype(self.config.model.export_dtype)
-        with writing(directory), checkpoints.uploaded(directory) as local:
-            checkpoints.save(local, self.model, params, source=self.source, dtype=dtype)
-        multihost.gather(None)  # nobody reads it before it is whole
-        self._identities.pop(directory, None)
-        self._loaded = (directory, params) if dtype == jnp.float32 else None
 
     def is_held_out(self, row: int) -> bool:
         """Whether a row of the data set is held out of training."""
@@ -169,19 +115,19 @@ class Run:
         return Pair(example.row, iteration, fitted.prompt, fitted.responses, truncated)
 
 
-def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -> Run:
+def open_run(config: Config, workdir: epath.PathLike, trains: bool = True, profile: bool = False) -> Run:
     """Check the config, then the data, then the model's description; load no weights.
 
     Args:
         trains: whether the devices are to hold a training step, too.
+        profile: whether to trace the first training stage that has steps to make.
 
     Raises:
         UserError: one line for whatever is wrong.
     """
-    config_lib.validate(config)
     _check_objective(config.spin.loss)
     multihost.check_alike(config)
-    multihost.on_first(lambda: check_slice(config, jax.devices()))
+    multihost.on_first(lambda: check_slice(config.mesh.slice, jax.devices()))
     workdir = multihost.on_each(lambda: workdirs.make(workdir))
     multihost.check_shared(workdir)
     multihost.on_first(lambda: workdirs.check_settings(config, workdir))
@@ -211,7 +157,22 @@ def open_run(config: ConfigDict, workdir: epath.PathLike, trains: bool = True) -
             model.max_position_embeddings,
         )
     _LOG.info(multihost.on_first(lambda: f"{sizing.describe(jax.devices())}: {sizing.what(given, config)}"))
-    return Run(config, workdir, source, model, chat, train_examples, held_out, tokens, compute, decode)
+    store = ModelStore(model, compute.mesh, source, jnp.dtype(config.model.export_dtype))
+    return Run(
+        config,
+        workdir,
+        source,
+        model,
+        chat,
+        train_examples,
+        held_out,
+        tokens,
+        compute,
+        decode,
+        store,
+        Profiler(profile),
+        pairs={},
+    )
 
 
 def _check_objective(name: str) -> None:
@@ -223,22 +184,17 @@ def _check_objective(name: str) -> None:
         )
 
 
-def _is_finished(config: ConfigDict, workdir: epath.Path) -> bool:
+def _is_finished(config: Config, workdir: epath.Path) -> bool:
     """Whether there is nothing left to train: a finished run is looked at on smaller devices, too."""
     last = workdir / f"iteration_{config.iterations - 1}"
     models_of_last = [last / "model"] + ([last / "control" / "model"] if config.sft.control else [])
     return all((model / "config.json").exists() for model in models_of_last)
 
 
-def _check_steps(config: ConfigDict, rows: int) -> None:
+def _check_steps(config: Config, rows: int) -> None:
     """Refuse a stage of training that fills no batch, or ends before its warm-up does."""
     train = config.train
     if config.sft.epochs:
         steps = num_steps(rows, config.sft.epochs, train.batch_size, "--config.sft.epochs")
         check_warmup(steps, train.warmup_ratio, "--config.sft.epochs")
     check_warmup(num_steps(rows * config.generate.responses, train.epochs, train.batch_size), train.warmup_ratio)
-
-
-def _load_params(directory: epath.Path, shardings: dict) -> dict:
-    with checkpoints.downloaded(directory) as local:
-        return checkpoints.load(local, shardings=shardings)[1]

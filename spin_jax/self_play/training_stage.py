@@ -1,6 +1,5 @@
 """A training stage of a run, put together: its programs, where it starts, which pairs each step takes."""
 
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from spin_jax.data.pairs import Pair, choose
 from spin_jax.devices import sharding
 from spin_jax.models import for_compute
 from spin_jax.models.params import make_resharding
-from spin_jax.runtime import multihost, profiling
+from spin_jax.runtime import multihost
 from spin_jax.self_play.pairs import mixed_pairs
 from spin_jax.self_play.run import Run
 from spin_jax.training import programs
@@ -79,7 +78,7 @@ def fit_sft(
 def first_state(run: Run, stage: TrainingStage) -> tuple[TrainState, dict | None]:
     """(state at step 0, frozen params that the step takes beside it): all params of the start with a fresh optimizer,
     or with `config.lora` fresh low-rank updates of them."""
-    params, frozen, spec = run.take_params(stage.start), None, stage.spec
+    params, frozen, spec = run.store.take_params(stage.start), None, stage.spec
     if spec.rank:
         # One copy in the compute dtype is under the updates and the opponent; the f32 one is read again to be merged.
         frozen = make_resharding(run.model, run.compute)(params)
@@ -101,8 +100,7 @@ def fit_stage(
     spec, mesh, training = stage.spec, run.compute.mesh, programs.make_training(stage.spec)
     _LOG.info("%s", stage.plan)
     state, frozen = first_state(run, stage)
-    step, (profile, run.profile) = training.step, (run.profile, False)
-    with profiling.traced(step, directory / "profile") if profile else contextlib.nullcontext(step) as step:
+    with run.profiler.traced(training.step, directory / "profile") as step:
         state = fit(
             step,
             state,
@@ -120,13 +118,13 @@ def fit_stage(
     if spec.rank:
         del frozen
         merging = programs.make_merging(run.model, spec.alpha / spec.rank, mesh)
-        return merging(run.take_params(stage.start), state.params)
+        return merging(run.store.take_params(stage.start), state.params)
     return state.params
 
 
 def export_model(run: Run, directory: epath.Path, params: dict) -> None:
     """Write what a training stage has made; its checkpoints go."""
-    run.export(directory / "model", params)
+    run.store.export(directory / "model", params)
     is_trained(directory)
 
 

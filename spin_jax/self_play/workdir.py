@@ -6,13 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from spin_jax import checkpoints
-from spin_jax import config as config_lib
-from spin_jax.config import as_json
+from spin_jax.config import FIELDS, Config, as_json, at_iteration
 from spin_jax.config.fields import BY_ITERATION, CONTENT, FREE
-from spin_jax.config.schema import FIELDS
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
 from spin_jax.runtime import multihost
@@ -57,7 +54,7 @@ def make(path: epath.PathLike) -> epath.Path:
 # ---- what a run was begun with
 
 
-def check_settings(config: ConfigDict, workdir: epath.Path) -> None:
+def check_settings(config: Config, workdir: epath.Path) -> None:
     """Refuse to go on in a workdir that holds what was made with other settings.
 
     Raises:
@@ -67,7 +64,7 @@ def check_settings(config: ConfigDict, workdir: epath.Path) -> None:
     if not noted:
         return
     # A field that the schema has got since then had its default.
-    before = as_json(config_lib.base_config()) | noted
+    before = as_json(Config()) | noted
     if changed := [field for field in now if now[field] != before[field] and _is_fixed(field, now, before, workdir)]:
         what = ", ".join(f"--config.{field} was {before[field]!r} and is now {now[field]!r}" for field in changed)
         raise UserError(
@@ -83,7 +80,7 @@ def _is_fixed(field: str, now: dict, before: dict, workdir: epath.Path) -> bool:
     if rule == BY_ITERATION:
         begun = itertools.takewhile(lambda t: _has(workdir / f"iteration_{t}", _TRAINED), itertools.count())
         was = before[field] or [None]  # a note that somebody has emptied
-        return any(config_lib.at_iteration(now[field], t) != config_lib.at_iteration(was, t) for t in begun)
+        return any(at_iteration(now[field], t) != at_iteration(was, t) for t in begun)
     return _has(workdir, next((made for prefix, made in _STAGES if field.startswith(prefix)), _ANYTHING))
 
 
@@ -92,7 +89,7 @@ def _has(directory: epath.Path, patterns: Sequence[str]) -> bool:
 
 
 def note_start(
-    config: ConfigDict, workdir: epath.Path, source: epath.Path, train: list[Example], held_out: list[Example]
+    config: Config, workdir: epath.Path, source: epath.Path, train: list[Example], held_out: list[Example]
 ) -> None:
     """Note the settings, the data and the model at `source` in the workdir, once all has been found to work.
 
@@ -111,7 +108,7 @@ def note_start(
     multihost.on_first(lambda: _note(config, workdir, source, data, start))
 
 
-def _note(config: ConfigDict, workdir: epath.Path, source: epath.Path, data: str, start: dict[str, str]) -> None:
+def _note(config: Config, workdir: epath.Path, source: epath.Path, data: str, start: dict[str, str]) -> None:
     before = _read_note(workdir) if _has(workdir, _ANYTHING) else {}
     was = f"that {workdir} was started with"
     if before.get("fingerprint", data) != data:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
+from spin_jax.config import ToyConfig
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
 from spin_jax.runtime.files import write_whole
@@ -136,7 +136,7 @@ def make_tokenizer(directory: epath.PathLike, task: Task = TASK) -> None:
     tokenizer.save_pretrained(str(directory))
 
 
-def prepare(directory: epath.PathLike, settings: ConfigDict, seed: int) -> tuple[str, str]:
+def prepare(directory: epath.PathLike, settings: ToyConfig, seed: int) -> tuple[str, str]:
     """(path of an untrained tiny Llama with its tokenizer, path of its SFT data), made under `directory` if not there.
 
     Args:
@@ -150,7 +150,7 @@ def prepare(directory: epath.PathLike, settings: ConfigDict, seed: int) -> tuple
     model, data = directory / "model", directory / "train.jsonl"
     if settings.hidden_size % HEAD_DIM:
         raise UserError(f"--config.toy.hidden_size={settings.hidden_size} must be a multiple of {HEAD_DIM}")
-    made_with = json.dumps(settings.to_dict() | {"seed": seed})
+    made_with = json.dumps(dataclasses.asdict(settings) | {"seed": seed})
     note = directory / "made_with.json"
     if not note.exists() or note.read_text() != made_with:
         directory.rmtree(missing_ok=True)  # left by a run that was refused before it began
@@ -164,7 +164,7 @@ def prepare(directory: epath.PathLike, settings: ConfigDict, seed: int) -> tuple
     return str(model), str(data)
 
 
-def model_config(settings: ConfigDict) -> "ModelConfig":
+def model_config(settings: ToyConfig) -> "ModelConfig":
     """The tiny Llama of `config.toy`."""
     from spin_jax.models import ModelConfig
 
@@ -184,7 +184,7 @@ def model_config(settings: ConfigDict) -> "ModelConfig":
     )
 
 
-def _write_model(directory: epath.Path, settings: ConfigDict, seed: int) -> None:
+def _write_model(directory: epath.Path, settings: ToyConfig, seed: int) -> None:
     import jax
     import jax.numpy as jnp
 

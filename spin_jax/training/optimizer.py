@@ -4,6 +4,8 @@ import math
 
 import optax
 
+from spin_jax.training import OPTIMIZERS
+
 
 def warmup_steps(steps: int, warmup_ratio: float) -> int:
     """Steps of linear warm-up: ceil(warmup_ratio * steps), as in Hugging Face's Trainer."""
@@ -23,12 +25,17 @@ def learning_rate_schedule(peak: float, steps: int, warmup_ratio: float) -> opta
 def make_optimizer(
     name: str, schedule: optax.Schedule, clip_norm: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """The paper's RMSProp as torch computes it (decay 0.99, eps 1e-8 outside the root), or AdamW; both after clipping
-    the global norm."""
-    if name == "rmsprop":
-        scale = optax.chain(
-            optax.scale_by_rms(decay=0.99, eps=1e-8, eps_in_sqrt=False), optax.scale_by_learning_rate(schedule)
-        )
-    else:
-        scale = optax.adamw(schedule, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), scale)
+    """The optimizer of that name in OPTIMIZERS, after clipping the gradient's global norm."""
+    return optax.chain(optax.clip_by_global_norm(clip_norm), OPTIMIZERS[name](schedule, weight_decay))
+
+
+def rmsprop(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """The paper's RMSProp as torch computes it: decay 0.99, eps 1e-8 outside the root. The config refuses decay."""
+    del weight_decay
+    scale = optax.scale_by_rms(decay=0.99, eps=1e-8, eps_in_sqrt=False)
+    return optax.chain(scale, optax.scale_by_learning_rate(schedule))
+
+
+def adamw(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) with optax's defaults, which are torch's but for the decay."""
+    return optax.adamw(schedule, weight_decay=weight_decay)

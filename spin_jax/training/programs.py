@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from spin_jax.config import at_iteration
+from spin_jax.config import Config, SpinConfig, at_iteration
 from spin_jax.devices import sharding
 from spin_jax.devices.compiler_options import jit
 from spin_jax.devices.sharding import located
@@ -81,19 +80,19 @@ class TrainingSpec:
         return (2 if self.rank else 3) + self.live
 
 
-def is_scored(spin: ConfigDict) -> bool:
+def is_scored(spin: SpinConfig) -> bool:
     """Whether `config.spin` has the reference's log-probs computed before training, and not in it or not at all."""
     return spin.opponent == "stored" and OBJECTIVES[spin.loss].reference
 
 
-def spin_spec(config: ConfigDict, model: ModelConfig, compute: Compute, t: int, steps: int) -> TrainingSpec:
+def spin_spec(config: Config, model: ModelConfig, compute: Compute, t: int, steps: int) -> TrainingSpec:
     """Iteration t's training stage."""
     objective, settings = OBJECTIVES[config.spin.loss], Settings(beta=at_iteration(config.spin.beta, t))
     live, peak = config.spin.opponent == "live" and objective.reference, at_iteration(config.train.learning_rate, t)
     return _spec(config, model, compute, objective, settings, live, config.train.optimizer, peak, steps)
 
 
-def sft_spec(config: ConfigDict, model: ModelConfig, compute: Compute, peak: float, steps: int) -> TrainingSpec:
+def sft_spec(config: Config, model: ModelConfig, compute: Compute, peak: float, steps: int) -> TrainingSpec:
     """Supervised fine-tuning."""
     return _spec(config, model, compute, OBJECTIVES["sft"], Settings(), False, config.sft.optimizer, peak, steps)
 

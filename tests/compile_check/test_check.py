@@ -17,7 +17,7 @@ from spin_jax.checkpoints import read_config
 from spin_jax.compile_check import __main__, check, compiler
 from spin_jax.compile_check.known_models import known
 from spin_jax.compile_check.programs import Program
-from spin_jax.config import base_config
+from spin_jax.config import Config, replace
 from spin_jax.devices.accelerators import CPU, TPUS, GiB, Slice, find_slice
 from spin_jax.errors import UserError
 
@@ -124,8 +124,7 @@ def test_known_models_are_what_the_hub_has(smollm2):
 def test_a_directory_goes_before_a_known_model_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    config = base_config()
-    config.model.path = name
+    config = replace(Config(), {"model.path": name})
     assert check.describe_model(config) == known(name)
     shutil.copytree(GOLDEN / "llama2", name)
     assert check.describe_model(config) == read_config(name) != known(name)
@@ -172,9 +171,8 @@ def test_command_says_what_would_fit(tmp_path):
     [(64, 16, 2, 4), (65, 16, 2, 4), (64, -1, 1, 2), (63, 16, 2, None), (16, 16, 1, None)],
 )
 def test_micro_batches_are_advised_while_each_device_has_a_pair(pairs, fsdp, micro_batches, advised):
-    config = base_config()
-    config.mesh.update(fsdp=fsdp, tensor=1)
-    config.train.update(batch_size=pairs, micro_batches=micro_batches)
+    sizes = {"mesh.fsdp": fsdp, "mesh.tensor": 1, "train.batch_size": pairs, "train.micro_batches": micro_batches}
+    config = replace(Config(), sizes)
     report = compiler.Report("train step", {"optimizer": 6.0, "activations": 15.0}, 16.0, 1.0, 1.0, 1.0, None)
     found = re.findall(r"micro_batches=(\d+)", check.advice(config, "v5e-16", report))
     assert found == ([str(advised)] if advised else [])

@@ -17,6 +17,7 @@ from spin_jax.compile_check import check, compiler
 from spin_jax.compile_check.estimate import read_work
 from spin_jax.compile_check.known_models import known
 from spin_jax.compile_check.programs import kernel_share
+from spin_jax.config import freeze, override
 from spin_jax.data.packing import Packing, plan_training
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import find_slice
@@ -34,8 +35,8 @@ def compiled(slice_name: str, program: str, layers: int = 0, **fields):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(f"{slice_name},code")
-    config.update_from_flattened_dict(fields)
-    (report,) = check.check(config, find_slice(slice_name), layers=layers, names=[program])
+    override(config, fields)
+    (report,) = check.check(freeze(config), find_slice(slice_name), layers=layers, names=[program])
     return report
 
 

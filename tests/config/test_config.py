@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from spin_jax.config import at_iteration, base_config, flatten, override, validate
-from spin_jax.config.schema import FIELDS, listing
+from spin_jax.config import at_iteration, base_config, flatten, freeze, override
+from spin_jax.config.__main__ import listing
+from spin_jax.config.schema import FIELDS
 from spin_jax.errors import UserError
 from spin_jax.generation.sampling import MAX_RESPONSES
 
@@ -23,7 +24,7 @@ def make_config(changes):
 
 def refusal(changes) -> str:
     with pytest.raises(UserError) as refused:
-        validate(make_config(changes))
+        freeze(make_config(changes))
     message = str(refused.value)
     assert "\n" not in message
     return message
@@ -41,13 +42,13 @@ def test_every_shipped_config_is_valid(file):
     assert set(flatten(config)) == set(flatten(base_config()))
     config.model.path = config.model.path or "a/model"  # what some leave to the command line
     config.data.train = config.data.train or "a/data"
-    validate(config)
+    freeze(config)
 
 
-def test_validating_imports_no_jax():
+def test_freezing_imports_no_jax():
     code = (
-        "import sys; from spin_jax.config import base_config, validate; c = base_config(); c.model.path = 'm';"
-        "c.data.train = 'd'; validate(c); sys.exit('jax' in sys.modules)"
+        "import sys; from spin_jax.config import base_config, freeze; c = base_config(); c.model.path = 'm';"
+        "c.data.train = 'd'; freeze(c); sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent).returncode == 0
 
@@ -105,7 +106,7 @@ def test_weight_decay_is_for_every_optimizer_that_runs(changes, optimizer):
         expected = f"--config.train.weight_decay=0.1 works with adamw only, not with --config.{optimizer}=rmsprop"
         assert refusal(changes).startswith(expected)
     else:
-        validate(make_config(changes))
+        freeze(make_config(changes))
 
 
 @pytest.mark.parametrize("field", [name for name, field in FIELDS.items() if field.bounds])
@@ -147,7 +148,7 @@ def test_a_field_says_what_it_is_and_may_have_its_default(name):
     field.check(name, field.default)
     assert field.doc.endswith(".") and not field.doc.startswith(" ") and "  " not in field.doc
     assert f"--config.{name}=" in listing() and field.doc.split()[0] in listing()
-    # Every number has a bound; of the mesh's, -1 is the devices', and `validate` knows what goes together.
+    # Every number has a bound; of the mesh's, -1 is the devices', and `freeze` knows what goes together.
     numbers = field.default if isinstance(field.default, tuple) else (field.default,)
     if any(type(number) in (int, float) for number in numbers) and not name.startswith("mesh."):
         assert field.bounds
@@ -203,14 +204,14 @@ def test_an_unknown_field_of_a_file_is_refused():
     config = make_config({}).unlock()
     config.train.learning_rat = (1e-6,)
     with pytest.raises(UserError, match="--config.train.learning_rat is not a field: did you mean --config.train.lear"):
-        validate(config)
+        freeze(config)
 
 
 def test_a_missing_field_is_refused():
     config = make_config({}).unlock()
     del config.spin.loss
     with pytest.raises(UserError, match="--config.spin.loss is missing: start the config from"):
-        validate(config)
+        freeze(config)
 
 
 # ---- values that may look wrong and are not
@@ -231,8 +232,7 @@ def test_a_missing_field_is_refused():
 )
 def test_what_a_field_may_be_given(field, given, value):
     config = make_config({field: given})
-    validate(config)
-    assert flatten(config)[field] == value
+    assert flatten(freeze(config))[field] == value
 
 
 def test_an_iteration_beyond_the_tuple_takes_its_last_entry():

@@ -111,10 +111,10 @@ def test_a_config_for_a_slice_is_for_that_slice(name, devices):
     config = base_config()
     use_slice(config, name)
     kinds = {"v5e-8": Described("tpu", "TPU v5 lite"), "h100-8": Described("gpu", "NVIDIA H100 80GB HBM3")}
-    check_slice(config, [kinds[name]] * devices)
+    check_slice(config.mesh.slice, [kinds[name]] * devices)
     for others in ([kinds[name]] * 4, [kinds["h100-8" if name == "v5e-8" else "v5e-8"]] * devices):
         with pytest.raises(UserError, match=f"{name} is 8 x .*, and here are .*: start on that slice, or leave {name}"):
-            check_slice(config, others)
+            check_slice(config.mesh.slice, others)
 
 
 def test_kinds_have_two_spellings_and_hosts_their_own_memory():

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spin_jax.config import base_config
+from spin_jax.config import GenerateConfig
 from spin_jax.data.packing import Packing
 from spin_jax.devices import sharding
 from spin_jax.errors import UserError
@@ -88,9 +88,9 @@ def test_responses_are_the_same_on_one_device_and_on_eight(sizes):
     asked = [Prompt(row, tiny.tokens(rng, length)) for row, length in enumerate((6, 1, 3, 9, 5, 2, 4, 6, 3, 7) * 3)]
 
     def responses(mesh: Mesh, temperature: float) -> list[tuple]:
-        settings = base_config().generate
-        settings.update(max_new_tokens=8, batch_size=16, prefill_batch_size=8, tail_batch_size=1)
-        settings.update(temperature=temperature, prompt_bucket=16)
+        settings = GenerateConfig(
+            temperature, max_new_tokens=8, batch_size=16, prefill_batch_size=8, tail_batch_size=1, prompt_bucket=16
+        )
         progress = Progress()
         sampler = make_sampler(tiny.CONFIG, settings, (3, 9), Compute(mesh=mesh))
         drawn = generate(

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 import tiny_files
-from ml_collections import ConfigDict
 
+from spin_jax.config import Config
 from spin_jax.runtime import progress
 from spin_jax.self_play import training_stage
 from spin_jax.self_play.algorithm import self_play
@@ -43,7 +43,7 @@ def tiny_data(tmp_path_factory) -> pathlib.Path:
 class Finished:
     """A whole run of two iterations; do not write into its workdir."""
 
-    config: ConfigDict
+    config: Config
     workdir: pathlib.Path
     rows: list[dict]  # of the summary
     trained_on: list[list[int]]  # by iteration, the rows of the data set that its batches held

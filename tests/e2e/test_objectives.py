@@ -28,8 +28,8 @@ def test_without_a_reference_nothing_is_scored_before_training(tiny_model, tmp_p
 
 def test_an_objective_whose_responses_nobody_has_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setitem(OBJECTIVES._things, "of three", Objective(lambda *logps: None, ("real", "proto")))
-    config = config_lib.base_config()
-    config_lib.override(config, {"spin.loss": "of three", "model.path": "nowhere", "data.train": "nowhere"})
+    paths = {"model.path": "nowhere", "data.train": "nowhere"}
+    config = config_lib.replace(config_lib.Config(), paths | {"spin.loss": "of three"})
     with pytest.raises(UserError, match=r"needs a response called 'proto', and a pair has real, generated"):
         open_run(config, tmp_path)
 

@@ -13,7 +13,7 @@ import tiny
 from jax.sharding import Mesh
 
 from spin_jax import checkpoints, models, sizing
-from spin_jax.config import base_config, override
+from spin_jax.config import Config, replace
 from spin_jax.data.chat_format import load_chat
 from spin_jax.data.packing import Packing, Plan, pack_batch, plan_scoring, plan_training
 from spin_jax.data.pairs import Pair
@@ -33,8 +33,8 @@ BETA = 5.0  # of the paper's last iteration: it shows what rounding there is
 
 
 def training_of(model: models.ModelConfig, mesh: Mesh, changes: dict, steps: int) -> programs.Training:
-    config = base_config()
-    override(config, {"spin.beta": (BETA,), "model.compute_dtype": "bfloat16", "train.micro_batches": 1} | changes)
+    changes = {"spin.beta": (BETA,), "model.compute_dtype": "bfloat16", "train.micro_batches": 1} | changes
+    config = replace(Config(), changes)
     config = sizing.choose(config, model, list(mesh.devices.flat))
     compute = execution.make_compute(config.model, model, mesh)
     return programs.make_training(programs.spin_spec(config, model, compute, 0, steps))
@@ -117,7 +117,7 @@ def test_a_real_model_starts_level_in_bfloat16_where_other_rows_do_not(assets, s
     model, params = checkpoints.load(smollm2, shardings=models.param_shardings(mesh, checkpoints.read_config(smollm2)))
     plan, packing = plan_of(pairs, 4, 2, Packing(1, 256, 1024)), Packing(1, 256, 512)
     training = training_of(model, mesh, {}, len(plan.batches))
-    config = sizing.choose(base_config(), model, list(mesh.devices.flat))
+    config = sizing.choose(Config(), model, list(mesh.devices.flat))
     compute = execution.make_compute(config.model, model, mesh)
     bfloat16 = scoring.make_scorer(model, models.Compute(**vars(compute) | {"dtype": jnp.bfloat16}))
     placed = sharding.batch_sharding(mesh)

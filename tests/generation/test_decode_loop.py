@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
-from ml_collections import ConfigDict
 from test_sampling import CHI_SQUARE, chi_square
 
 from spin_jax import checkpoints, models
-from spin_jax.config import base_config
+from spin_jax.config import GenerateConfig
 from spin_jax.devices import sharding
 from spin_jax.errors import UserError
 from spin_jax.generation import stop_strings
@@ -36,12 +35,10 @@ STOP_IDS = (3, 5, 7, 9, 11, 13)
 ONE_DEVICE = Compute(mesh=sharding.one_device_mesh())
 
 
-def settings(**changes) -> ConfigDict:
+def settings(**changes) -> GenerateConfig:
     """Four slots, and three prompts prefilled at a time."""
-    chosen = base_config().generate
-    chosen.update(max_new_tokens=CAP, batch_size=4, prefill_batch_size=3, tail_batch_size=2, prompt_bucket=32)
-    chosen.update(changes)
-    return chosen
+    sizes = {"batch_size": 4, "prefill_batch_size": 3, "tail_batch_size": 2, "prompt_bucket": 32}
+    return GenerateConfig(**{"max_new_tokens": CAP} | sizes | changes)
 
 
 def prompts(lengths: tuple[int, ...] = PROMPT_LENGTHS) -> list[Prompt]:

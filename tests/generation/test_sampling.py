@@ -5,16 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax.config import base_config
+from spin_jax.config import GenerateConfig
 from spin_jax.generation.sampling import Decoding, keep_likely, next_tokens, response_keys, token_keys, token_logprobs
 
 SEED = 42
 
 
 def decoding(**changes) -> Decoding:
-    settings = base_config().generate
-    settings.update(changes)
-    return Decoding.of(settings, ())
+    return Decoding.of(GenerateConfig(**changes), ())
 
 
 def keys(rows: int) -> jax.Array:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spin_jax import checkpoints
-from spin_jax.config import base_config
+from spin_jax.config import ToyConfig
 from spin_jax.data.chat_format import chat_format
 from spin_jax.data.sources import load_examples
 from spin_jax.errors import UserError
@@ -76,11 +76,10 @@ def test_measures_weigh_the_right_rows():
 
 
 def test_prepared_files_go_the_way_of_any_data_set(tmp_path):
-    config = base_config()
-    config.toy.train_rows, config.toy.hidden_size = 20, 16
-    model, data = toy.prepare(tmp_path, config.toy, seed=3)
+    settings = ToyConfig(train_rows=20, hidden_size=16)
+    model, data = toy.prepare(tmp_path, settings, seed=3)
     examples = load_examples(data).examples
-    assert examples == toy.make_examples(3, 20, config.toy.eval_prompts)[0]
+    assert examples == toy.make_examples(3, 20, settings.eval_prompts)[0]
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     chat = chat_format(tokenizer)
@@ -95,7 +94,7 @@ def test_prepared_files_go_the_way_of_any_data_set(tmp_path):
 
 
 def test_preparing_again_changes_nothing(tmp_path):
-    settings = base_config().toy
+    settings = ToyConfig()
     toy.prepare(tmp_path, settings, seed=0)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     toy.prepare(tmp_path, settings, seed=0)
@@ -103,16 +102,13 @@ def test_preparing_again_changes_nothing(tmp_path):
 
 
 def test_a_size_that_cannot_be_is_refused(tmp_path):
-    settings = base_config().toy
-    settings.hidden_size = 20
+    settings = ToyConfig(hidden_size=20)
     with pytest.raises(UserError, match="config.toy.hidden_size=20 must be a multiple"):
         toy.prepare(tmp_path, settings, seed=0)
 
 
 def test_what_a_refused_run_left_is_made_anew(tmp_path):
-    settings = base_config().toy
-    settings.update(train_rows=16, eval_prompts=1, hidden_size=16, num_layers=1)
     for rows in (16, 24, 24):
-        settings.train_rows = rows
+        settings = ToyConfig(train_rows=rows, eval_prompts=1, hidden_size=16, num_layers=1)
         _, data = toy.prepare(tmp_path / "toy", settings, seed=0)
         assert len(open(data).readlines()) == rows

@@ -23,14 +23,14 @@ def generate_responses(run: Run, t: int) -> None:
     if t == 0 and all(example.generated is not None for example in examples):
         _LOG.info("iteration 0 takes the generated responses that %s holds", run.config.data.train)
         return
-    settings, model, codec = run.config.generate, run.identity_of(run.start_of(t)), run.chat.codec
+    settings, model, codec = run.config.generate, run.store.identity_of(run.start_of(t)), run.chat.codec
     multihost.on_first(
         lambda: note_settings(directory, {f"model ({part})": content for part, content in model.items()})
     )
     stops_SV = stop_table(codec.tokenizer, settings.stop_strings, run.model.vocab_size, codec.silent)
     responses = generate(
         make_sampler(run.model, settings, run.chat.stop_ids, run.decode, stops_SV),
-        run.params(run.start_of(t)),
+        run.store.params(run.start_of(t)),
         [Prompt(e.row, run.asked(e.row), n) for e in examples for n in range(settings.responses)],
         settings,
         seed=run.config.seed,

@@ -45,11 +45,11 @@ def score_pairs_of(
         return np.zeros((0, 2), np.float32)
     plan, parts = _scoring_plan(run, pairs), None
     if kept:
-        key = scores_key(pairs, plan, run.compute, model=run.identity_of(model))
+        key = scores_key(pairs, plan, run.compute, model=run.store.identity_of(model))
         parts = Parts(kept[0], key, run.config.train.checkpoint_every, kept[1])
     return score(
         scoring.make_scorer(run.model, run.compute),
-        run.params(model),
+        run.store.params(model),
         run.model,
         pairs,
         plan,
@@ -72,7 +72,7 @@ def held_out_scores(run: Run, t: int) -> np.ndarray:
         return np.zeros((0, 2), np.float32)
     directory, start = run.iteration(t) / "scores", run.start_of(t)
     path, kept = directory / "held_out.npz", (directory, "held_out-part")
-    key = scores_key(pairs, _scoring_plan(run, pairs), run.compute, model=run.identity_of(start))
+    key = scores_key(pairs, _scoring_plan(run, pairs), run.compute, model=run.store.identity_of(start))
     logps = multihost.on_first(lambda: read_scores(path, key))
     if logps is None:
         logps = score_pairs_of(run, start, pairs, f"iteration {t}: score held-out pairs", kept)
@@ -88,7 +88,7 @@ def steps_path(run: Run, t: int) -> epath.Path:
 def step_scores(run: Run, t: int, stage: TrainingStage) -> np.ndarray:
     """log p_t of the pairs of each training step of iteration t, [steps, pairs of a batch, Y]: stored, or computed and
     stored. Those of another mesh or version of jax are made anew: they would not cancel."""
-    path, model = steps_path(run, t), run.identity_of(stage.start)
+    path, model = steps_path(run, t), run.store.identity_of(stage.start)
     key = scores_key(stage.pairs, stage.plan, run.compute, stage.spec.micro_batches, model)
     logps = multihost.on_first(lambda: read_scores(path, key))
     if logps is None:
@@ -106,5 +106,5 @@ def step_scores(run: Run, t: int, stage: TrainingStage) -> np.ndarray:
         scored = [stage.pairs[i] for rows in stage.plan.batches for i in itertools.chain(*rows)]
         multihost.on_first(lambda: write_scores(path, key, logps, scored))
         if not stage.spec.rank:
-            run.keep_params(stage.start, state.params)  # which training starts from
+            run.store.keep_params(stage.start, state.params)  # which training starts from
     return logps

@@ -1,0 +1,78 @@
+"""The models that a run has made: read, kept in memory while they are in use, exported, told apart."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from spin_jax import checkpoints, models
+from spin_jax.errors import UserError
+from spin_jax.runtime import multihost
+from spin_jax.runtime.files import writing
+
+
+class ModelStore:
+    """Models by the directories that they are in, all of one architecture. One at a time is in memory: two are one too
+    many."""
+
+    def __init__(self, model: models.ModelConfig, mesh: Mesh, source: epath.Path, export_dtype: jnp.dtype):
+        self._model, self._mesh, self._source, self._export_dtype = model, mesh, source, export_dtype
+        self._loaded: tuple[epath.Path, dict] | None = None
+        self._identities: dict[epath.Path, dict[str, str]] = {}
+
+    def identity_of(self, directory: epath.Path) -> dict[str, str]:
+        """The fingerprint of the model in `directory`: kept with what it wrote and scored."""
+        if directory not in self._identities:
+            with self._reading(directory):
+                self._identities[directory] = multihost.on_first(lambda: checkpoints.fingerprint(directory))
+        return self._identities[directory]
+
+    def params(self, directory: epath.Path) -> dict:
+        """The f32 params in `directory`, sharded; those used last stay in memory.
+
+        Raises:
+            UserError: there is no whole model in `directory`.
+        """
+        if self._loaded is None or self._loaded[0] != directory:
+            self._loaded = None
+            if not multihost.on_first((directory / "config.json").exists):
+                raise UserError(f"{directory} holds no model: run the stages before this one first")
+            shardings = models.param_shardings(self._mesh, self._model)
+            with self._reading(directory):
+                self._loaded = (directory, multihost.on_each(lambda: _load_params(directory, shardings)))
+        return self._loaded[1]
+
+    @contextlib.contextmanager
+    def _reading(self, directory: epath.Path) -> Iterator[None]:
+        """Says of a damaged model that this run has made what can be done about it."""
+        try:
+            yield
+        except UserError as error:
+            if directory == self._source:
+                raise
+            raise UserError(f"delete {directory}, and its stage makes it anew: {error}") from None
+
+    def take_params(self, directory: epath.Path) -> dict:
+        """Like `params`, for a caller that donates them."""
+        params = self.params(directory)
+        self._loaded = None
+        return params
+
+    def keep_params(self, directory: epath.Path, params: dict) -> None:
+        """Give the f32 params of `directory` back, which `take_params` took: they were not changed."""
+        self._loaded = (directory, params)
+
+    def export(self, directory: epath.Path, params: dict) -> None:
+        """Write params as a Hugging Face directory. From then on they are what the files hold."""
+        with writing(directory), checkpoints.uploaded(directory) as local:
+            checkpoints.save(local, self._model, params, source=self._source, dtype=self._export_dtype)
+        multihost.gather(None)  # nobody reads it before it is whole
+        self._identities.pop(directory, None)
+        self._loaded = (directory, params) if self._export_dtype == jnp.float32 else None
+
+
+def _load_params(directory: epath.Path, shardings: dict) -> dict:
+    with checkpoints.downloaded(directory) as local:
+        return checkpoints.load(local, shardings=shardings)[1]
