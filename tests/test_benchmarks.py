@@ -4,10 +4,10 @@ gpu.py, tiny and on a CPU."""
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 import tiny_files
@@ -206,12 +206,15 @@ def test_gpu_jobs_that_fail_or_hang(monkeypatch, tmp_path):
 
     assert gpu.run_process([sys.executable, "-c", "print('fine')"], 60, tmp_path, {}) is None
     assert gpu.run_process([sys.executable, "-c", "raise SystemExit('no card')"], 60, tmp_path, {}) == "no card\n"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    os.mkfifo(tmp_path / "pipe")
+    told = os.fdopen(os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK))
+    child = f"import time; told = open({str(tmp_path / 'pipe')!r}, 'w'); time.sleep(60); print('late', file=told)"
     parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
     error = gpu.run_process([sys.executable, "-c", parent], 1.5, tmp_path, {})
     assert error in ("stopped after 2 seconds\nbegun\n", "stopped after 2 seconds\n")
-    time.sleep(3)
-    assert not (tmp_path / "late").exists()
+    os.set_blocking(told.fileno(), True)
+    assert told.read() == ""  # at once, as nobody holds the other end
+    told.close()
     script = [sys.executable, ROOT / "benchmarks/gpu.py", "--platform=cpu", "--parts=run", "--seconds=0"]
     none = subprocess.run([*script, f"--json={tmp_path / 'none.json'}"], capture_output=True, text=True, timeout=60)
     assert none.returncode == 1 and none.stderr == "nothing else is tried: a GPU is needed, or --size=tiny\n"
