@@ -51,7 +51,7 @@ def main() -> None:
     size, pairs = len(s["batches"][0]), [as_pair(ids) for batch in s["batches"] for ids in batch]
     opponent, logps = None, np.zeros((len(pairs), 2), np.float32)
     if s["opponent"] == "live":
-        opponent = jax.tree.map(jnp.copy, models.for_compute(params, compute.dtype))
+        opponent = jax.tree.map(jnp.copy, models.cast_params(model, params, compute.dtype))
     elif not is_random:
         scorer, plan = scoring.make_scorer(model, compute), plan_scoring(pairs, size, packing)
         logps = score(scorer, params, model, pairs, plan, sharding=placed, name="score")
@@ -98,7 +98,7 @@ def load(directory: pathlib.Path, model: models.ModelConfig, compute: models.Com
 
     def draw() -> dict:
         params = models.init_params(model, jax.random.key(0))
-        return models.for_compute(params, compute.dtype) if cast else params
+        return models.cast_params(model, params, compute.dtype) if cast else params
 
     return jax.jit(draw, out_shardings=shardings)(), True
 

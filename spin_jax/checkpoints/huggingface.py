@@ -19,58 +19,61 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax.checkpoints import safetensors
-from spin_jax.checkpoints.directory import INDEX, WEIGHTS, read_config, resolve, stored_tensors, tokenizer_files
+from spin_jax.checkpoints.directory import INDEX, read_config, resolve, stored_tensors, tokenizer_files
 from spin_jax.errors import UserError
-from spin_jax.models import abstract_params, for_compute
-from spin_jax.models.config import ModelConfig
+from spin_jax.models import ModelConfig, abstract_params, cast_params
+from spin_jax.models.weights import Weight, weights
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import find, read_json, read_json_if_there
 
-# Our path -> (their name with `{}` for the layer, how many of our leading axes are a matmul's inputs). torch.nn.Linear
-# stores [outputs, inputs], each flattened to one axis; 0 inputs is a flattened bias; None is stored as it is here.
-_LAYOUT: dict[tuple[str, ...], tuple[str, int | None]] = {
-    ("embed", "embedding"): ("model.embed_tokens.weight", None),
-    ("layers", "attention_norm"): ("model.layers.{}.input_layernorm.weight", None),
-    ("layers", "attention", "q"): ("model.layers.{}.self_attn.q_proj.weight", 1),
-    ("layers", "attention", "k"): ("model.layers.{}.self_attn.k_proj.weight", 1),
-    ("layers", "attention", "v"): ("model.layers.{}.self_attn.v_proj.weight", 1),
-    ("layers", "attention", "o"): ("model.layers.{}.self_attn.o_proj.weight", 2),
-    ("layers", "attention", "q_bias"): ("model.layers.{}.self_attn.q_proj.bias", 0),
-    ("layers", "attention", "k_bias"): ("model.layers.{}.self_attn.k_proj.bias", 0),
-    ("layers", "attention", "v_bias"): ("model.layers.{}.self_attn.v_proj.bias", 0),
-    ("layers", "attention", "q_norm"): ("model.layers.{}.self_attn.q_norm.weight", None),
-    ("layers", "attention", "k_norm"): ("model.layers.{}.self_attn.k_norm.weight", None),
-    ("layers", "mlp_norm"): ("model.layers.{}.post_attention_layernorm.weight", None),
-    ("layers", "mlp", "gate"): ("model.layers.{}.mlp.gate_proj.weight", 1),
-    ("layers", "mlp", "up"): ("model.layers.{}.mlp.up_proj.weight", 1),
-    ("layers", "mlp", "down"): ("model.layers.{}.mlp.down_proj.weight", 1),
-    ("final_norm",): ("model.norm.weight", None),
-    ("lm_head",): ("lm_head.weight", 1),
-}
 
+class _Tensor(NamedTuple):
+    """One tensor of a checkpoint: a weight of the model, or that of one layer."""
 
-class _Weight(NamedTuple):
-    """One tensor of a checkpoint: one of our params, or one layer of it."""
-
+    name: str
     path: tuple[str, ...]
     layer: int | None
-    shape: tuple[int, ...]  # ours, without the axis of layers
-    name: str  # theirs
-    inputs: int | None
+    weight: Weight
 
-    @property
-    def their_shape(self) -> tuple[int, ...]:
-        if self.inputs is None:
-            return self.shape
-        outputs = math.prod(self.shape[self.inputs :])
-        return (outputs, math.prod(self.shape[: self.inputs])) if self.inputs else (outputs,)
 
-    def to_ours(self, theirs: np.ndarray) -> np.ndarray:
-        """Always a view, so that a mapped tensor stays unread: axes are swapped, then split."""
-        return (theirs.T if self.inputs else theirs).reshape(self.shape)
+def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
+    """Every tensor of a checkpoint, those of a layer together, in the table's order."""
+    table = dict(weights(config))
+    layer = table.pop("layers")
+    for path, weight in _leaves(table):
+        yield _Tensor(weight.name, path, None, weight)
+    for number in range(config.num_layers):
+        for path, weight in _leaves(layer, "layers"):
+            yield _Tensor(_name(weight, number), path, number, weight)
 
-    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        return ours.reshape(self.their_shape[::-1]).T if self.inputs else ours.reshape(self.their_shape)
+
+def _leaves(table: dict, *path: str) -> Iterator[tuple[tuple[str, ...], Weight]]:
+    for name, entry in table.items():
+        if isinstance(entry, Weight):
+            yield (*path, name), entry
+        else:
+            yield from _leaves(entry, *path, name)
+
+
+def _name(weight: Weight, layer: int) -> str:
+    return f"model.layers.{layer}.{weight.name}"
+
+
+def _their_shape(weight: Weight) -> tuple[int, ...]:
+    if weight.inputs is None:
+        return weight.shape
+    outputs = math.prod(weight.shape[weight.inputs :])
+    return (outputs, math.prod(weight.shape[: weight.inputs])) if weight.inputs else (outputs,)
+
+
+def _to_ours(weight: Weight, theirs: np.ndarray) -> np.ndarray:
+    """Always a view, so that a mapped tensor stays unread: axes are swapped, then split."""
+    return (theirs.T if weight.inputs else theirs).reshape(weight.shape)
+
+
+def _to_theirs(weight: Weight, ours: np.ndarray) -> np.ndarray:
+    shape = _their_shape(weight)
+    return ours.reshape(shape[::-1]).T if weight.inputs else ours.reshape(shape)
 
 
 def load(
@@ -85,7 +88,7 @@ def load(
     Args:
         path_or_id: a directory with config.json and safetensors, or a Hub repository.
         revision: branch, tag or commit of a Hub repository.
-        dtype: of the params, whatever the file's; norm scales are float32, as `models.for_compute` leaves them.
+        dtype: of the params, whatever the file's; norm scales are float32, as `models.cast_params` leaves them.
         shardings: a tree of jax.sharding.Sharding like the params'; each process reads only its own devices' slices.
             None: everything on this process's first device.
 
@@ -97,29 +100,33 @@ def load(
     stored = stored_tensors(directory)
     _check_tensors(directory, config, stored)
 
-    abstract = jax.eval_shape(functools.partial(for_compute, dtype=dtype), abstract_params(config))
+    abstract = jax.eval_shape(functools.partial(cast_params, config, dtype=dtype), abstract_params(config))
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract)
-    weights: dict[tuple[str, ...], list[_Weight]] = {}
-    for weight in _weights(config):
-        weights.setdefault(weight.path, []).append(weight)
 
-    def place(path: tuple, param: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-        read = _Reader(weights[_names(path)], stored, param)
+    def place(path: tuple, weight: Weight, param: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        layers = config.num_layers if path[0].key == "layers" else None
+        read = _Reader(weight, layers, stored, param)
         # Waiting lets go of this param's host copy before the next is read.
         return jax.block_until_ready(jax.make_array_from_callback(param.shape, sharding, read))
 
-    return config, jax.tree.map_with_path(place, abstract, shardings)
+    return config, jax.tree.map_with_path(place, weights(config), abstract, shardings)
 
 
 class _Reader:
     """Reads slices of one param. Devices that hold the same slice share one copy of it."""
 
     def __init__(
-        self, weights: list[_Weight], stored: dict[str, safetensors.StoredTensor], param: jax.ShapeDtypeStruct
+        self,
+        weight: Weight,
+        layers: int | None,
+        stored: dict[str, safetensors.StoredTensor],
+        param: jax.ShapeDtypeStruct,
     ):
-        self._weights, self._stored, self._param = weights, stored, param
+        names = [weight.name] if layers is None else [_name(weight, layer) for layer in range(layers)]
+        self._weight, self._stored, self._param = weight, [(name, stored[name]) for name in names], param
+        self._in_layers = layers is not None
         self._slices: dict[tuple, np.ndarray] = {}
 
     def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
@@ -130,20 +137,19 @@ class _Reader:
 
     def _read(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
         out = np.empty(shape, self._param.dtype)
-        if self._weights[0].layer is None:
-            self._copy(self._weights[0], index, out)
+        if not self._in_layers:
+            self._copy(*self._stored[0], index, out)
         else:
-            for out_of_layer, weight in zip(out, self._weights[index[0]], strict=True):
-                self._copy(weight, index[1:], out_of_layer)
+            for out_of_layer, stored in zip(out, self._stored[index[0]], strict=True):
+                self._copy(*stored, index[1:], out_of_layer)
         return out
 
-    def _copy(self, weight: _Weight, index: tuple[slice, ...], out: np.ndarray) -> None:
-        stored = self._stored[weight.name]
+    def _copy(self, name: str, stored: safetensors.StoredTensor, index: tuple[slice, ...], out: np.ndarray) -> None:
         with np.errstate(over="ignore"):  # it is refused below
-            out[...] = weight.to_ours(stored.map())[index]
+            out[...] = _to_ours(self._weight, stored.map())[index]
         if not _all_finite(out):
             raise UserError(
-                f"{stored.file}: {weight.name} holds values that are not finite in {out.dtype}; download it again, or "
+                f"{stored.file}: {name} holds values that are not finite in {out.dtype}; download it again, or "
                 "name a checkpoint from before its training failed"
             )
 
@@ -194,22 +200,36 @@ def save(
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: a file is there; name another directory")
 
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     configs = multihost.on_first(lambda: _configs(config, source, token_ids or {}, dtype))
     writes = multihost.is_first()
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").unlink(missing_ok=True)
-    shards = _plan_shards(config, dtype, max_shard_bytes)
-    for file, weights in shards.items():
-        tensors = (_fetch(weight, params, dtype) for weight in weights)
+    tensors = {tensor.name: tensor for tensor in _tensors(config)}
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: math.prod(tensor.weight.shape) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        fetched = (_fetch(tensors[name], params, dtype) for name in names)
         if writes:
-            theirs = (weight.to_theirs(np.asarray(ours)) for weight, ours in zip(weights, tensors, strict=True))
-            safetensors.write(directory / file, {weight.name: weight.their_shape for weight in weights}, dtype, theirs)
+            shapes = {name: _their_shape(tensors[name].weight) for name in names}
+            theirs = (_to_theirs(tensors[name].weight, np.asarray(x)) for name, x in zip(names, fetched, strict=True))
+            safetensors.write(directory / file, shapes, dtype, theirs)
         else:
-            for ours in tensors:  # take part in the gathering, of one tensor at a time
+            for ours in fetched:  # take part in the gathering, of one tensor at a time
                 jax.block_until_ready(ours)
     if writes:
-        _write_index(directory, shards, dtype)
+        # Files of an older model that were not replaced go, lest they be read instead.
+        for old in (*find(directory, "model*.safetensors"), *find(directory, INDEX)):
+            if old.name not in split.filename_to_tensors and not old.is_dir():
+                old.unlink()
+        if split.is_sharded:
+            _write_json(directory / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
         if source is not None:
             _copy_tokenizer(source, directory)
         for name, content in configs.items():
@@ -220,34 +240,16 @@ def holds(directory: str | os.PathLike, config: ModelConfig, params: dict) -> bo
     """Whether a directory holds these very weights, a tensor at a time; f32, as `save` writes them with that dtype."""
     stored = stored_tensors(directory)
 
-    def is_same(weight: _Weight) -> bool:
-        ours = weight.to_theirs(np.asarray(_fetch(weight, params, jnp.float32)))
-        return weight.name in stored and np.array_equal(stored[weight.name].map(), ours, equal_nan=True)
+    def is_same(tensor: _Tensor) -> bool:
+        ours = _to_theirs(tensor.weight, np.asarray(_fetch(tensor, params, jnp.float32)))
+        return tensor.name in stored and np.array_equal(stored[tensor.name].map(), ours, equal_nan=True)
 
-    return all(map(is_same, _weights(config)))
-
-
-def _names(path: tuple) -> tuple[str, ...]:
-    return tuple(key.key for key in path)
-
-
-def _weights(config: ModelConfig) -> Iterator[_Weight]:
-    """Every tensor of a checkpoint, those of a layer together."""
-    leaves = jax.tree.leaves_with_path(abstract_params(config))
-    shapes = {_names(path): param.shape for path, param in leaves}
-    layout = [(path, *_LAYOUT[path]) for path in _LAYOUT if path in shapes]
-    for path, name, inputs in layout:
-        if path[0] != "layers":
-            yield _Weight(path, None, shapes[path], name, inputs)
-    for layer in range(config.num_layers):
-        for path, name, inputs in layout:
-            if path[0] == "layers":
-                yield _Weight(path, layer, shapes[path][1:], name.format(layer), inputs)
+    return all(map(is_same, _tensors(config)))
 
 
 def _check_tensors(directory: pathlib.Path, config: ModelConfig, stored: dict[str, safetensors.StoredTensor]) -> None:
     """The checkpoint holds the tensors that config.json describes, and nothing else that would be lost."""
-    expected = {weight.name: weight.their_shape for weight in _weights(config)}
+    expected = {tensor.name: _their_shape(tensor.weight) for tensor in _tensors(config)}
     if missing := [name for name in expected if name not in stored]:
         hint = "is config.json that of these weights?"
         if missing == ["lm_head.weight"]:
@@ -276,40 +278,13 @@ def _count(names: list[str]) -> str:
     return f"tensor {names[0]} is" if len(names) == 1 else f"tensor {names[0]} and {len(names) - 1} others are"
 
 
-def _plan_shards(config: ModelConfig, dtype: np.dtype, max_shard_bytes: int) -> dict[str, list[_Weight]]:
-    """File name -> the weights in it, in order."""
-    shards: list[list[_Weight]] = [[]]
-    filled = 0
-    for weight in _weights(config):
-        size = math.prod(weight.shape) * dtype.itemsize
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(weight)
-        filled += size
-    if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
-
-
-def _fetch(weight: _Weight, params: dict, dtype: np.dtype) -> np.ndarray | jax.Array:
+def _fetch(tensor: _Tensor, params: dict, dtype: np.dtype) -> np.ndarray | jax.Array:
     """One tensor in our layout, on the devices of all hosts, from wherever its shards are."""
-    param = functools.reduce(dict.__getitem__, weight.path, params)
-    ours = (param if weight.layer is None else param[weight.layer]).astype(dtype)
+    param = functools.reduce(dict.__getitem__, tensor.path, params)
+    ours = (param if tensor.layer is None else param[tensor.layer]).astype(dtype)
     if isinstance(ours, jax.Array) and not ours.is_fully_addressable:
         ours = jax.device_put(ours, NamedSharding(ours.sharding.mesh, PartitionSpec()))
     return ours
-
-
-def _write_index(directory: pathlib.Path, shards: dict[str, list[_Weight]], dtype: np.dtype) -> None:
-    """The index of several shards. Files of an older model that were not replaced go, lest they be read instead."""
-    for old in (*find(directory, "model*.safetensors"), *find(directory, INDEX)):
-        if old.name not in shards and not old.is_dir():
-            old.unlink()
-    if len(shards) > 1:
-        total = sum(math.prod(weight.shape) for shard in shards.values() for weight in shard) * dtype.itemsize
-        weight_map = {weight.name: file for file, shard in shards.items() for weight in shard}
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _configs(

@@ -4,7 +4,6 @@ They are those of the `programs` of training and of generation, and of `evaluati
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,10 +30,10 @@ from spin_jax.models import (
     abstract_params,
     execution,
     flops_per_token,
-    for_compute,
     param_shardings,
     unembed_flops,
 )
+from spin_jax.models.params import make_resharding
 from spin_jax.training import programs
 from spin_jax.training.train_step import TrainState
 
@@ -145,7 +144,7 @@ def _training_programs(
         config, model, compute, 0, steps=1000
     )  # any number of steps is the same program but for constants
     init, step, _, state = programs.make_training(spec)
-    frozen = sharding.located(_in_compute_dtype(params, compute), param_shardings(mesh, model))
+    frozen = sharding.located(make_resharding(model, compute).eval_shape(params), param_shardings(mesh, model))
     kind, merging = "params", []
     if spec.rank:
         kind, arguments = "adapters", ((params, state.params), ("params", "adapters"))
@@ -175,10 +174,6 @@ def kernel_share(model: ModelConfig, compute: Compute, pairs: Sequence[Pair], pl
     _, tile = heads_and_tile(model.num_heads // ways, model.num_kv_heads // ways, model.head_dim, compute.dtype)
     rows = pack_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays.rows
     return share_of_causal(rows.visible_until_BT, rows.positions_BT, tile, model.sliding_window)
-
-
-def _in_compute_dtype(params: dict, compute: Compute) -> dict:
-    return jax.eval_shape(functools.partial(for_compute, dtype=compute.dtype), params)
 
 
 def _abstract_batch(mesh: Mesh, plan: Plan) -> Batch:

@@ -12,7 +12,7 @@ from spin_jax.config import GenerateConfig
 from spin_jax.devices.compiler_options import jit
 from spin_jax.devices.sharding import located
 from spin_jax.generation import decode_loop
-from spin_jax.models import Compute, ModelConfig, abstract_params, for_compute, param_shardings, split_layers
+from spin_jax.models import Compute, ModelConfig, abstract_params, cast_params, param_shardings, split_layers
 from spin_jax.models.params import make_resharding
 
 
@@ -43,7 +43,7 @@ def _sampler(decoder: decode_loop.Decoder) -> decode_loop.Sampler:
         return jit(mesh, functools.partial(function, decoder), **options)
 
     if decoder.by_layer:
-        cast = functools.partial(for_compute, dtype=decoder.compute.dtype)
+        cast = functools.partial(cast_params, decoder.model, dtype=decoder.compute.dtype)
         copy, laid_out = jit(mesh, lambda params: split_layers(cast(params)), out_shardings=whole), whole
     else:
         copy, laid_out = make_resharding(decoder.model, decoder.compute), param_shardings(mesh, decoder.model)

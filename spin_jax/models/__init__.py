@@ -8,7 +8,7 @@ from spin_jax.models.llama import forward, unembed
 from spin_jax.models.lora import abstract_adapters, adapter_shardings, attach, init_adapters, merge, num_adapter_params
 from spin_jax.models.params import (
     abstract_params,
-    for_compute,
+    cast_params,
     init_params,
     logical_axes,
     param_shardings,
@@ -26,9 +26,9 @@ __all__ = [
     "adapter_shardings",
     "attach",
     "cache_dtype",
+    "cast_params",
     "columns_axis",
     "flops_per_token",
-    "for_compute",
     "forward",
     "init_adapters",
     "init_cache",

@@ -5,12 +5,12 @@ import math
 import jax
 
 from spin_jax.models.config import ModelConfig
-from spin_jax.models.params import abstract_params
+from spin_jax.models.weights import stacked_weights
 
 
 def num_params(config: ModelConfig) -> int:
     """How many numbers the params hold; tied embeddings count once."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(config)))
+    return sum(math.prod(weight.shape) for weight in jax.tree.leaves(stacked_weights(config)))
 
 
 def flops_per_token(config: ModelConfig, context: float) -> float:
@@ -19,10 +19,10 @@ def flops_per_token(config: ModelConfig, context: float) -> float:
     Args:
         context: keys that the token attends to, on average: (T + 1) / 2 in a causal row of T, less under a window.
     """
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads  # q and o, k and v
-    projections = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
-    scores_and_values = 2 * config.num_heads * config.head_dim * context
-    return 2.0 * config.num_layers * (projections + scores_and_values)
+    of_layers = jax.tree.leaves(stacked_weights(config)["layers"])
+    projections = sum(math.prod(weight.shape) for weight in of_layers if weight.inputs)
+    scores_and_values = config.num_layers * 2 * config.num_heads * config.head_dim * context
+    return 2.0 * (projections + scores_and_values)
 
 
 def unembed_flops(config: ModelConfig) -> float:

@@ -9,7 +9,7 @@ L layers.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,23 @@ from spin_jax.models.execution import ATTENDED, GATE, INPUT, QKV, REMAT_POLICIES
 from spin_jax.models.kv_cache import Columns
 from spin_jax.models.projections import Adapted, project, project_adapted, swiglu
 from spin_jax.models.rope import apply_rope, rope_tables
-
-_normal = nnx.initializers.normal(0.02)
-_zeros = nnx.initializers.zeros_init()
-_ones = nnx.initializers.ones_init()
+from spin_jax.models.weights import Weight, weights
 
 
-def _param(rngs: nnx.Rngs, dtype: jnp.dtype, init: Callable, *axes: tuple[str | None, int]) -> nnx.Param:
-    """A param whose axes are (logical name, size) pairs. The metadata key is our own, so flax reads no mesh into it."""
-    names, shape = zip(*axes, strict=True)
-    return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=names)
+class Block(nnx.Module):
+    """Holds what a branch of the table of weights has: weights as params, branches as the modules in `parts`."""
+
+    parts: ClassVar[dict[str, Callable[..., nnx.Module]]] = {}
+
+    def __init__(self, config: ModelConfig, table: dict, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.config = config
+        for name, entry in table.items():
+            if isinstance(entry, Weight):
+                # The metadata key is our own, so flax reads no mesh into it.
+                param = nnx.Param(entry.init(rngs.params(), entry.shape, dtype), logical_axes=entry.logical_axes)
+                setattr(self, name, param)
+            else:
+                setattr(self, name, self.parts[name](config, entry, rngs=rngs, dtype=dtype))
 
 
 def _project(expression: str, x: jax.Array, param: nnx.Param, compute: Compute) -> jax.Array:
@@ -58,11 +65,8 @@ class Tokens(NamedTuple):
     mask_BTS: jax.Array | None = None
 
 
-class Embedding(nnx.Module):
+class Embedding(Block):
     """Token ids to vectors; the transpose of the unembedding where the two are tied."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.embedding = _param(rngs, dtype, _normal, ("vocab", config.vocab_size), ("embed", config.hidden_size))
 
     def __call__(self, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
         # Each device looks its part of the vectors up for all rows, and then they are swapped for all parts of its own
@@ -72,26 +76,9 @@ class Embedding(nnx.Module):
         return constrain(x_BTD, compute.mesh, "rows", "sequence", None)
 
 
-class Attention(nnx.Module):
+class Attention(Block):
     """Grouped-query self-attention with rotary positions; with a cache, of the tokens to what layer `index` has
     in it."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.config = config
-        param = functools.partial(_param, rngs, dtype)
-        embed, head_dim = ("embed", config.hidden_size), ("head_dim", config.head_dim)
-        heads, kv_heads = ("heads", config.num_heads), ("kv_heads", config.num_kv_heads)
-        self.q = param(_normal, embed, heads, head_dim)
-        self.k = param(_normal, embed, kv_heads, head_dim)
-        self.v = param(_normal, embed, kv_heads, head_dim)
-        self.o = param(_normal, heads, head_dim, embed)
-        if config.qkv_bias:
-            self.q_bias = param(_zeros, heads, head_dim)
-            self.k_bias = param(_zeros, kv_heads, head_dim)
-            self.v_bias = param(_zeros, kv_heads, head_dim)
-        if config.qk_norm:
-            self.q_norm = param(_ones, head_dim)
-            self.k_norm = param(_ones, head_dim)
 
     def __call__(
         self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None, compute: Compute
@@ -125,15 +112,8 @@ class Attention(nnx.Module):
         return _project("BTNH,NHD->BTD", attended_BTNH, self.o, compute), cache
 
 
-class MLP(nnx.Module):
+class MLP(Block):
     """SwiGLU: down(silu(x gate) * (x up))."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        param = functools.partial(_param, rngs, dtype)
-        embed, mlp = ("embed", config.hidden_size), ("mlp", config.intermediate_size)
-        self.gate = param(_normal, embed, mlp)
-        self.up = param(_normal, embed, mlp)
-        self.down = param(_normal, mlp, embed)
 
     def __call__(self, x_BTD: jax.Array, compute: Compute) -> jax.Array:
         gate_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.gate, compute), GATE, compute)
@@ -141,15 +121,10 @@ class MLP(nnx.Module):
         return _project("BTF,FD->BTD", written(swiglu(gate_BTF, up_BTF, compute)), self.down, compute)
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(Block):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.eps = config.rms_norm_eps
-        self.attention_norm = _param(rngs, dtype, _ones, (None, config.hidden_size))
-        self.attention = Attention(config, rngs=rngs, dtype=dtype)
-        self.mlp_norm = _param(rngs, dtype, _ones, (None, config.hidden_size))
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+    parts = {"attention": Attention, "mlp": MLP}
 
     def __call__(
         self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None, compute: Compute
@@ -166,22 +141,21 @@ class DecoderLayer(nnx.Module):
 
     def _normed(self, x_BTD: jax.Array, scale: nnx.Param, compute: Compute) -> jax.Array:
         # Whole along the sequence again, once for all the matmuls that read it.
-        normed_BTD = rms_norm(x_BTD, scale[...], self.eps, compute)
+        normed_BTD = rms_norm(x_BTD, scale[...], self.config.rms_norm_eps, compute)
         return written(constrain(normed_BTD, compute.mesh, "rows", None, None))
 
 
-class Llama(nnx.Module):
+def _stack(config: ModelConfig, table: dict, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> DecoderLayer:
+    """All layers as one, whose params have a leading axis L."""
+    make = nnx.vmap(lambda key: DecoderLayer(config, table, rngs=nnx.Rngs(key), dtype=dtype))
+    return make(jax.random.split(rngs.params(), config.num_layers))
+
+
+class Llama(Block):
     """Token ids to final-normed hidden states. `layers` is one DecoderLayer whose params have a leading axis L, or that
     of the first layer where they are a tuple."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.config = config
-        self.embed = Embedding(config, rngs=rngs, dtype=dtype)
-        make_layers = nnx.vmap(lambda key: DecoderLayer(config, rngs=nnx.Rngs(key), dtype=dtype))
-        self.layers = make_layers(jax.random.split(rngs.params(), config.num_layers))
-        self.final_norm = _param(rngs, dtype, _ones, (None, config.hidden_size))
-        if not config.tie_embeddings:
-            self.lm_head = _param(rngs, dtype, _normal, ("embed", config.hidden_size), ("vocab", config.vocab_size))
+    parts = {"embed": Embedding, "layers": _stack}
 
     def __call__(
         self,
@@ -266,9 +240,9 @@ _scaled.defvjp(lambda x, by: (x * by, (x, by)), _scaled_backward)
 
 
 @functools.cache
-def split_abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The modules without arrays, and the abstract f32 params with their metadata."""
-    return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))
+def _modules(config: ModelConfig) -> nnx.GraphDef:
+    """The modules without arrays."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, weights(config), rngs=nnx.Rngs(0), dtype=jnp.float32)))
 
 
 def forward(
@@ -303,7 +277,7 @@ def forward(
         positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     layers = params["layers"]
     some_layer = layers[0] if isinstance(layers, tuple) else layers
-    model = nnx.merge(split_abstract(config)[0], params | {"layers": some_layer})
+    model = nnx.merge(_modules(config), params | {"layers": some_layer})
     return model(layers, tokens_BT, positions_BT, visible_until_BT, cache, columns, compute)
 
 

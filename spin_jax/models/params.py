@@ -1,4 +1,4 @@
-"""The tree of params: its shapes, its axes, and how it is made and cast."""
+"""The tree of params, as the table of weights has it: its shapes, its axes, and how it is made and cast."""
 
 import functools
 from collections.abc import Callable
@@ -12,35 +12,21 @@ from spin_jax.devices.compiler_options import jit
 from spin_jax.devices.sharding import tree_shardings
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.execution import Compute
-from spin_jax.models.llama import Llama, split_abstract
+from spin_jax.models.llama import Llama
+from spin_jax.models.weights import stacked_weights, weights
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> dict:
-    """Fresh params: kernels normal(0, 0.02), norm scales 1, biases 0. Jittable, so that they can be born sharded.
-
-    Kernels are input-major (`x @ W`):
-        embed.embedding [V, D]
-        layers.attention_norm [L, D], layers.mlp_norm [L, D]
-        layers.attention.q [L, D, N, H], .k and .v [L, D, K, H], .o [L, N, H, D]
-        layers.attention.q_bias [L, N, H], .k_bias and .v_bias [L, K, H], where config.qkv_bias
-        layers.attention.q_norm and .k_norm [L, H], where config.qk_norm
-        layers.mlp.gate and .up [L, D, F], .down [L, F, D]
-        final_norm [D]
-        lm_head [D, V], unless config.tie_embeddings
-    """
-    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key), dtype=dtype)))
+    """Fresh params, as `weights(config)` says. Jittable, so that they can be born sharded."""
+    return nnx.to_pure_dict(nnx.state(Llama(config, weights(config), rngs=nnx.Rngs(key), dtype=dtype)))
 
 
-def for_compute(params: dict, dtype: jnp.dtype) -> dict:
+def cast_params(config: ModelConfig, params: dict, dtype: jnp.dtype) -> dict:
     """A copy of params with what `forward` casts to `dtype` cast already: it computes the same from half the bytes.
 
     Norm scales stay as they are, because `forward` reads them in f32.
     """
-
-    def cast(path: tuple, x: jax.Array) -> jax.Array:
-        return x if "norm" in path[-1].key else x.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree.map(lambda weight, x: x if weight.float32 else x.astype(dtype), weights(config), params)
 
 
 def split_layers(params: dict) -> dict:
@@ -53,20 +39,13 @@ def split_layers(params: dict) -> dict:
 @functools.cache
 def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> dict:
     """The tree of `init_params` as jax.ShapeDtypeStruct: no memory, no compute."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nnx.to_pure_dict(split_abstract(config)[1]))
+    return jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, dtype), stacked_weights(config))
 
 
 @functools.cache
 def logical_axes(config: ModelConfig) -> dict:
-    """The tree of `init_params` with a tuple for each param that names its axes.
-
-    The names: "layers", "vocab", "embed", "mlp", "heads", "kv_heads", "head_dim"; None for the axis of a norm's scale.
-    """
-    state = split_abstract(config)[1]
-    axes = nnx.to_pure_dict(nnx.map_state(lambda path, param: param.get_metadata("logical_axes"), state))
-    # A DecoderLayer names the axes of one layer; stacking put one more in front.
-    is_names = lambda x: isinstance(x, tuple)  # noqa: E731
-    return axes | {"layers": jax.tree.map(lambda names: ("layers", *names), axes["layers"], is_leaf=is_names)}
+    """The tree of `init_params` with a tuple for each param that names its axes; None for that of a norm's scale."""
+    return jax.tree.map(lambda weight: weight.logical_axes, stacked_weights(config))
 
 
 def param_shardings(mesh: Mesh, config: ModelConfig) -> dict:
@@ -81,5 +60,5 @@ def param_shardings(mesh: Mesh, config: ModelConfig) -> dict:
 @functools.cache
 def make_resharding(model: ModelConfig, compute: Compute) -> Callable:
     """params -> a copy in the compute dtype, laid out for `compute.mesh`."""
-    copy = functools.partial(for_compute, dtype=compute.dtype)
+    copy = functools.partial(cast_params, model, dtype=compute.dtype)
     return jit(compute.mesh, copy, out_shardings=param_shardings(compute.mesh, model))

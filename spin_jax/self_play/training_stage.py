@@ -14,7 +14,7 @@ from spin_jax.data.batch import HostBatch
 from spin_jax.data.packing import Plan, make_packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair, choose
 from spin_jax.devices import sharding
-from spin_jax.models import for_compute
+from spin_jax.models import cast_params
 from spin_jax.models.params import make_resharding
 from spin_jax.runtime import multihost
 from spin_jax.self_play.pairs import mixed_pairs
@@ -84,7 +84,7 @@ def first_state(run: Run, stage: TrainingStage) -> tuple[TrainState, dict | None
         frozen = make_resharding(run.model, run.compute)(params)
         params = programs.make_adapters(run.model, spec.rank, run.compute.mesh)(jax.random.key(stage.seed))
     elif spec.live:
-        frozen = jax.tree.map(jnp.copy, for_compute(params, run.compute.dtype))
+        frozen = jax.tree.map(jnp.copy, cast_params(run.model, params, run.compute.dtype))
     return programs.make_training(spec).init(params), frozen
 
 

@@ -1,0 +1,105 @@
+"""The table of weights: all that is known of each, in one place.
+
+What makes, casts, splits, updates, reads and writes weights follows it. An architecture says here what its layers hold,
+and in `llama.py` what they compute with it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.nn import initializers
+
+from spin_jax.models.config import ModelConfig
+
+Axis = tuple[str | None, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A weight of the model, or one that each layer has.
+
+    Attributes:
+        name: in Hugging Face checkpoints; that of a layer's weight without "model.layers.N.".
+        axes: (logical name, size) of each. The names are those of `devices.sharding.RULES`.
+        init: (key, shape, dtype) -> its first value.
+        inputs: how many of the leading axes are a matmul's inputs; the others are its outputs. torch.nn.Linear stores
+            [outputs, inputs], each flattened to one axis. 0: a bias, stored flat. None: no matmul, stored as it is
+            here.
+        float32: read in float32 whatever the compute dtype, and so never cast.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    init: Callable[..., jax.Array]
+    inputs: int | None = None
+    float32: bool = False
+
+    @property
+    def logical_axes(self) -> tuple[str | None, ...]:
+        return tuple(name for name, _ in self.axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(size for _, size in self.axes)
+
+
+@functools.cache
+def weights(config: ModelConfig) -> dict:
+    """The table of a model, as a tree like its params; a weight in "layers" is there once for all layers.
+
+    Weights are drawn in the table's order, which must stay: a seed's numbers depend on it.
+    """
+    D, F, V = ("embed", config.hidden_size), ("mlp", config.intermediate_size), ("vocab", config.vocab_size)
+    N, K, H = ("heads", config.num_heads), ("kv_heads", config.num_kv_heads), ("head_dim", config.head_dim)
+    scale = (None, config.hidden_size)
+    attention = {
+        "q": _linear("self_attn.q_proj", D, N, H),
+        "k": _linear("self_attn.k_proj", D, K, H),
+        "v": _linear("self_attn.v_proj", D, K, H),
+        "o": _linear("self_attn.o_proj", N, H, D, inputs=2),
+    }
+    if config.qkv_bias:
+        attention["q_bias"] = _bias("self_attn.q_proj", N, H)
+        attention["k_bias"] = _bias("self_attn.k_proj", K, H)
+        attention["v_bias"] = _bias("self_attn.v_proj", K, H)
+    if config.qk_norm:
+        attention["q_norm"] = _norm("self_attn.q_norm", H)
+        attention["k_norm"] = _norm("self_attn.k_norm", H)
+    layer = {
+        "attention_norm": _norm("input_layernorm", scale),
+        "attention": attention,
+        "mlp_norm": _norm("post_attention_layernorm", scale),
+        "mlp": {
+            "gate": _linear("mlp.gate_proj", D, F),
+            "up": _linear("mlp.up_proj", D, F),
+            "down": _linear("mlp.down_proj", F, D),
+        },
+    }
+    embedding = Weight("model.embed_tokens.weight", (V, D), initializers.normal(0.02))
+    table = {"embed": {"embedding": embedding}, "layers": layer, "final_norm": _norm("model.norm", scale)}
+    return table if config.tie_embeddings else table | {"lm_head": _linear("lm_head", D, V)}
+
+
+def stacked_weights(config: ModelConfig) -> dict:
+    """The table with the axis of layers in front of each weight that layers have."""
+    layers = ("layers", config.num_layers)
+
+    def stack(weight: Weight) -> Weight:
+        return dataclasses.replace(weight, axes=(layers, *weight.axes))
+
+    table = weights(config)
+    return table | {"layers": jax.tree.map(stack, table["layers"])}
+
+
+def _linear(name: str, *axes: Axis, inputs: int = 1) -> Weight:
+    return Weight(f"{name}.weight", axes, initializers.normal(0.02), inputs)
+
+
+def _bias(name: str, *axes: Axis) -> Weight:
+    return Weight(f"{name}.bias", axes, initializers.zeros, inputs=0)
+
+
+def _norm(name: str, *axes: Axis) -> Weight:
+    return Weight(f"{name}.weight", axes, initializers.ones, float32=True)
