@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     from spin_jax.runtime import multihost, preemption
 
     multihost.start(None, None, None)
-    return preemption.exit_status(lambda: batch_inference.answer(config, _OUT.value))
+    return preemption.exit_status(lambda: batch_inference.answer(config, _OUT.value or ""))
 
 
 def sampling_config() -> config_lib.Config:
@@ -45,12 +45,12 @@ def sampling_config() -> config_lib.Config:
     """
     cli.require(config="configs/base.py", prompts="prompts.jsonl", out="answers.jsonl")
     config = cli.config()
-    if config.model.path == "toy:":
+    if config_lib.flatten(config)["model.path"] == "toy:":
         raise UserError(
             '--config.model.path="toy:" is made by a run: name the run\'s model, as '
             "--config.model.path=WORKDIR/iteration_0/model"
         )
-    config.data.train = _PROMPTS.value
+    config_lib.override(config, {"data.train": _PROMPTS.value})
     return config_lib.freeze(config)
 
 

@@ -90,7 +90,7 @@ def _check_processes(coordinator: str | None, num_processes: int | None, process
     if coordinator in (None, "auto"):
         if given:
             raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT, the address of process 0")
-    elif ":" not in coordinator or None in (num_processes, process_id) or not 0 <= process_id < num_processes:
+    elif ":" not in coordinator or num_processes is None or process_id is None or not 0 <= process_id < num_processes:
         raise UserError(
             f"--coordinator={coordinator}: write --coordinator=HOST:PORT --num_processes=N --process_id=I, with I from "
             "0 to N - 1"

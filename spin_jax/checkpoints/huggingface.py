@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -168,7 +168,7 @@ def save(
     params: dict,
     *,
     source: str | os.PathLike | None = None,
-    token_ids: dict[str, int | list[int]] | None = None,
+    token_ids: Mapping[str, int | list[int]] | None = None,
     dtype: jnp.dtype = jnp.bfloat16,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:

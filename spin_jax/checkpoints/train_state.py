@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Checkpoints:
             multihost.on_first(lambda: self._directory.mkdir(parents=True, exist_ok=True))
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
-                preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
+                preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),  # pyright: ignore[reportArgumentType]
                 cleanup_tmp_directories=True,
             )
 
@@ -62,7 +63,7 @@ class Checkpoints:
             self._set_aside(step, reasons[0])
         return state, 0
 
-    def read(self, step: int, state) -> tuple[object, str | None]:
+    def read(self, step: int, state) -> tuple[Any, str | None]:
         """(the state, None), or (None, why it cannot be read)."""
         abstract = abstract_like({"state": state, "checksum": checksum(state)})
         try:

@@ -71,9 +71,9 @@ def config_and_slice() -> tuple[config_lib.Config, str]:
         cli.require(slice="v5e-16")
     if _SLICE.value and named and named != _SLICE.value:
         raise UserError(f"--slice={_SLICE.value} is not the slice of --config={cli.config_file()}: leave it out")
-    name = named or _SLICE.value
+    name = named or _SLICE.value or ""
     find_slice(name)
-    config.data.train = config.data.train or "not read here"
+    config_lib.override(config, {"data.train": config_lib.flatten(config)["data.train"] or "not read here"})
     return config_lib.freeze(config), name
 
 

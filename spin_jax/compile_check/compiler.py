@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from spin_jax.compile_check import estimate, hlo, hlo_cost
 from spin_jax.compile_check.estimate import Work, read_work
 from spin_jax.compile_check.programs import Program
-from spin_jax.devices.accelerators import Slice
+from spin_jax.devices.accelerators import Device, Slice
 from spin_jax.devices.compiler_options import xla_options
 from spin_jax.errors import UserError
 from spin_jax.runtime.files import user_cache, write_whole
@@ -100,7 +100,7 @@ class Report:
         return dataclasses.asdict(self) | derived
 
 
-def devices_of(target: Slice) -> list[jax.Device]:
+def devices_of(target: Slice) -> list[Device]:
     """The devices of a slice: described by libtpu for a TPU, this machine's for the rest.
 
     Raises:
@@ -176,8 +176,8 @@ def _by_kind(trees: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _mesh(args: Any) -> Mesh:
-    shardings = (leaf.sharding for leaf in jax.tree.leaves(args))
-    return next(sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
+    meshes = (getattr(leaf.sharding, "mesh", None) for leaf in jax.tree.leaves(args))
+    return next(mesh for mesh in meshes if isinstance(mesh, Mesh))
 
 
 def _remembered(lowered: jax.stages.Lowered, target: Slice, mesh: Mesh, cache: pathlib.Path | None) -> Compiled:

@@ -133,7 +133,10 @@ def read_work(text: str, chip: Chip, mesh: Mapping[str, int]) -> Work:
             traffic[key] += times * np.array([1, exchange.bytes, exchange.wire_bytes])
         if one.opcode == "while":
             loops.append(_loop(module, run, chip))
-    rows = [Traffic(*key, int(n), float(whole), float(wire)) for key, (n, whole, wire) in traffic.items()]
+    rows = [
+        Traffic(kind, axes, dtype, is_async, int(n), float(whole), float(wire))
+        for (kind, axes, dtype, is_async), (n, whole, wire) in traffic.items()
+    ]
     return Work(
         flops=flops,
         kernel_flops=kernel_flops,

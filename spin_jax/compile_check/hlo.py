@@ -43,7 +43,7 @@ class Array:
     @property
     def bits(self) -> int:
         """Bits of an element: "bf16" has 16, "pred" 8, "f8e4m3fn" 8."""
-        return _BITS[self.dtype] if self.dtype in _BITS else int(re.search(r"\d+", self.dtype)[0])
+        return _BITS[self.dtype] if self.dtype in _BITS else int(_found(r"\d+", self.dtype)[0])
 
     @property
     def bytes(self) -> float:
@@ -125,7 +125,7 @@ class Instruction:
         start += len(name) + 1
         if self.attributes[start] == "{":
             return self.attributes[start : _closing(self.attributes, start) + 1]
-        return re.match(r"[^,\s]*", self.attributes[start:])[0]
+        return _found(r"^[^,\s]*", self.attributes[start:])[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _parse_instruction(line: str) -> Instruction:
         end = _closing(rest, 0) + 1
     else:
         end = rest.index(" ", rest.index("]"))
-    opcode = re.match(r"\s*([\w-]+)\(", rest[end:])
+    opcode = _found(r"^\s*([\w-]+)\(", rest[end:])
     start = end + opcode.end() - 1
     close = _closing(rest, start)
     inside = rest[start + 1 : close]
@@ -255,6 +255,13 @@ def _parse_arrays(text: str) -> tuple[Array, ...]:
 
 def _ints(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
+
+
+def _found(pattern: str, text: str) -> re.Match[str]:
+    """What the text begins with, or has in it; a schedule always does."""
+    match = re.search(pattern, text)
+    assert match, f"no {pattern} in {text[:200]!r}"
+    return match
 
 
 def _closing(text: str, start: int) -> int:
@@ -326,12 +333,12 @@ def trips(module: Module, loop: Instruction, computation: Computation) -> int | 
         if left.entry is None or not step(left.entry):
             direction = direction.translate(str.maketrans("LG", "GL"))
             left, right = right, left
-        if left.entry is None or not step(left.entry) or start(left.entry) is None:
+        if left.entry is None or not (stride := step(left.entry)) or (first := start(left.entry)) is None:
             continue
         bound = 0 if right.entry is None else start(right.entry) if step(right.entry) == 0 else None
         if bound is not None:
             bound += right.offset - left.offset + {"LE": 1, "GE": -1}.get(direction, 0)
-            return max(0, math.ceil((bound - start(left.entry)) / step(left.entry)))
+            return max(0, math.ceil((bound - first) / stride))
     return None
 
 

@@ -64,22 +64,18 @@ def at_iteration(values: Sequence[Any], iteration: int) -> Any:
 
 def flatten(config: ConfigDict | Config) -> dict[str, Any]:
     """{"section.field": value} of a config; tuples stay whole."""
-    sections = dataclasses.asdict(config) if isinstance(config, Config) else config
     flat = {}
-    for name, value in sections.items():
-        if isinstance(value, dict | ConfigDict):
-            flat.update({f"{name}.{inner}": v for inner, v in flatten(value).items()})
-        else:
-            flat[name] = value
+    for name, value in (dataclasses.asdict(config) if isinstance(config, Config) else config.to_dict()).items():
+        flat |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 
-def replace(config: Config, changes: Mapping[str, object]) -> Config:
+def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     """A copy with other values, by their dotted names, such as {"train.batch_size": 8}. They are not checked."""
-    return _build(flatten(config) | changes)
+    return _build({**flatten(config), **changes})
 
 
-def _build(values: Mapping[str, object]) -> Config:
+def _build(values: Mapping[str, Any]) -> Config:
     top = {name: value for name, value in values.items() if "." not in name}
     for one in dataclasses.fields(Config):
         if dataclasses.is_dataclass(one.default):

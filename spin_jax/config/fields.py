@@ -65,7 +65,7 @@ class Field:
         package, _, name = self.choices.partition(":")
         return tuple(getattr(importlib.import_module(package), name))
 
-    def check(self, name: str, value: object) -> None:
+    def check(self, name: str, value: Any) -> None:
         """Refuse a value that is not of the default's kind, or not among the choices or within the bounds.
 
         Raises:

@@ -1,8 +1,7 @@
 """Batches as arrays: pairs in packed rows, on the host and on the devices."""
 
 import dataclasses
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -86,7 +85,7 @@ def empty_batch(shape: Shape) -> Batch:
     """Padding alone: each token a sequence of its own, no targets."""
     tokens, targets = (shape.rows, shape.length), (shape.rows, shape.targets)
     visible_until_BT = np.broadcast_to(np.arange(1, shape.length + 1, dtype=np.int32), tokens).copy()
-    zeros_BT, zeros_BR = (functools.partial(np.zeros, size, np.int32) for size in (tokens, targets))
-    rows = PackedRows(zeros_BT(), zeros_BT(), visible_until_BT, zeros_BR(), zeros_BR(), np.full(targets, -1, np.int32))
-    pairs = (shape.rows, shape.pairs)
-    return Batch(rows, np.zeros(pairs, np.float32), np.zeros((*pairs, shape.responses), np.float32))
+    by_token: list[Any] = [np.zeros(tokens, np.int32), np.zeros(tokens, np.int32), visible_until_BT]
+    by_target: list[Any] = [np.zeros(targets, np.int32), np.zeros(targets, np.int32), np.full(targets, -1, np.int32)]
+    by_pair: list[Any] = [np.zeros((shape.rows, shape.pairs, *rest), np.float32) for rest in ((), (shape.responses,))]
+    return Batch(PackedRows(*by_token, *by_target), *by_pair)

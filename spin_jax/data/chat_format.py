@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -38,19 +38,35 @@ class ChatFormat(Protocol):
     Each method raises UserError where the template does not take the messages or an id is beyond the vocabulary.
     """
 
-    name: str  # "chat" or "paper"
-    codec: Codec
-    tokenizer: "PreTrainedTokenizerBase"  # the codec's
-    stop_ids: tuple[int, ...]  # sampling stops at any of these, and keeps it as the response's last id
+    @property
+    def name(self) -> str:
+        """ "chat" or "paper"."""
+        ...
+
+    @property
+    def codec(self) -> Codec: ...
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The codec's."""
+        ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Sampling stops at any of these, and keeps it as the response's last id."""
+        ...
 
     def generation_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
         """What the opponent is asked with."""
+        ...
 
     def training_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
         """What precedes a response when policy and opponent are scored."""
+        ...
 
     def real_response(self, prompt: Sequence[Message], text: str) -> np.ndarray:
         """The human response as a target, with its end."""
+        ...
 
     def generated_response(
         self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, finished: bool
@@ -60,6 +76,7 @@ class ChatFormat(Protocol):
         `response` holds the sampled ids (the stop id last if finished), or the text where a pairs file has only that.
         Raises ValueError if ids and `finished` disagree.
         """
+        ...
 
 
 def load_chat(
@@ -99,7 +116,8 @@ def chat_format(
     Raises:
         UserError: the tokenizer has no EOS or no usable chat template, or ids are beyond the vocabulary.
     """
-    eos, eos_ids = tokenizer.eos_token_id, list(eos_ids)
+    eos: Any = tokenizer.eos_token_id  # which transformers types as more than it is
+    eos_ids = list(eos_ids)
     stop_ids = _unique([*([] if eos is None else [eos]), *eos_ids])
     if not stop_ids or (eos is None and template == "paper"):
         raise UserError("the tokenizer has no eos_token: set one in tokenizer_config.json, so that responses can end")
@@ -112,7 +130,7 @@ def chat_format(
     kept = frozenset(i for i in {*special, *stop_ids, *written} & added.keys() if not added[i].content.isspace())
     codec = Codec(tokenizer, frozenset() if parse_special_tokens else kept, special.union(stop_ids), vocab_size)
     codec.check(stop_ids)
-    stops = eos if eos in eos_ids or not eos_ids else eos_ids[0]
+    stops: Any = eos if eos in eos_ids or not eos_ids else eos_ids[0]
     chat = TemplateFormat(codec, stop_ids, habits, stops) if habits else PaperFormat(codec, stop_ids)
     _try(chat)
     return chat
@@ -218,7 +236,8 @@ class PaperFormat(_Format):
         text = self.codec.hide(response)
         if not finished:
             return _ids(self.codec.encode(text))
-        return _ids([*self.codec.encode(f"{text}{self.tokenizer.eos_token}\n"), self.tokenizer.eos_token_id])
+        eos: Any = self.tokenizer.eos_token_id
+        return _ids([*self.codec.encode(f"{text}{self.tokenizer.eos_token}\n"), eos])
 
 
 @dataclasses.dataclass(frozen=True)

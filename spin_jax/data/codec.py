@@ -14,7 +14,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from spin_jax.data.tokenizer import special_ids
+import numpy as np
+
+from spin_jax.data.tokenizer import backend, special_ids
 from spin_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,10 +64,10 @@ class Codec:
         start, ids = self.encode(before), self.encode(before + text)
         return ids[len(start) :] if ids[: len(start)] == start else self.encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of sampled ids, as it was written."""
         shown = [i for i in map(int, ids) if i not in self.silent]
-        return self.tokenizer.decode(shown, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(shown, clean_up_tokenization_spaces=False))
 
     def check(self, ids: Iterable[int]) -> None:
         """Refuse ids that the model has no embedding for: gathered on a device they would be other tokens, or NaN.
@@ -73,12 +75,12 @@ class Codec:
         Raises:
             BeyondVocabulary: the first of them, and the token that it stands for.
         """
-        beyond = [] if self.vocab_size is None else [i for i in ids if i >= self.vocab_size]
-        if beyond:
+        size = self.vocab_size
+        if size is not None and (beyond := [i for i in ids if i >= size]):
             token = self.tokenizer.convert_ids_to_tokens(beyond[0])
             raise BeyondVocabulary(
-                f"token {token!r} has the id {beyond[0]}, but the model's vocabulary ends at {self.vocab_size - 1} "
-                f"(vocab_size={self.vocab_size} in config.json): use the tokenizer that the model was trained with, or "
+                f"token {token!r} has the id {beyond[0]}, but the model's vocabulary ends at {size - 1} "
+                f"(vocab_size={size} in config.json): use the tokenizer that the model was trained with, or "
                 "give the model an embedding for it (resize_token_embeddings of transformers) and fine-tune it"
             )
 
@@ -105,7 +107,7 @@ class Codec:
         """A copy of the tokenizer to which tokens that are kept are known by their stand-ins."""
         import tokenizers
 
-        described = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        described = json.loads(backend(self.tokenizer).to_str())
         described |= {"post_processor": None, "truncation": None, "padding": None}
         for token in described["added_tokens"]:
             if stand_in := self._names.get(token["content"]):  # the token whatever stands beside it

@@ -107,7 +107,8 @@ def _check_alone(path: epath.Path, split: str, chosen: list[tuple[str, epath.Pat
     """Refuse rows that are there twice, and warn of shards that are missing."""
     by_name = collections.defaultdict(list)
     for name, file in chosen:
-        number, count = _SHARD.search(file.stem).groups() if _SHARD.search(file.stem) else ("", "")
+        shard = _SHARD.search(file.stem)
+        number, count = shard.groups() if shard else ("", "")
         by_name[name].append((file, (file.parent, file.suffix, count), number))
     for name, files in by_name.items():
         count, numbers = files[0][1][2], [number for _, _, number in files if number]

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from etils import epath
@@ -71,7 +71,7 @@ def write_pairs_parquet(
     table = pyarrow.table(
         {
             "real": conversations([example.response for example in examples]),
-            "generated": conversations([example.generated for example in examples]),
+            "generated": conversations([example.generated or "" for example in examples]),
             "row": pyarrow.array([example.row for example in examples], pyarrow.int64()),
             "generated_truncated": pyarrow.array([example.truncated for example in examples], pyarrow.bool_()),
             **(columns or {}),
@@ -110,6 +110,6 @@ def read_model(path: epath.PathLike) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _reading(path: epath.PathLike) -> Iterator[BinaryIO]:
+def _reading(path: epath.PathLike) -> Iterator[IO]:
     with reading(path, "delete it, and the generate stage makes it anew"), epath.Path(path).open("rb") as file:
         yield file

@@ -110,8 +110,10 @@ class Template:
         import jinja2
 
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.source, tokenize=False, add_generation_prompt=ask
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), chat_template=self.source, tokenize=False, add_generation_prompt=ask
+                )
             )
         except jinja2.TemplateSyntaxError as error:
             what = f"is not Jinja: {error.message}"
@@ -207,7 +209,8 @@ def _end(opening: Sequence[int], turn: Sequence[int], tail: Sequence[int], own: 
 
 def _names(tokenizer: "PreTrainedTokenizerBase", own: Collection[int]) -> dict[str, int]:
     """Tokens that a template may write to tell turns apart, by name: all that were added, and `own`."""
-    names = {tokenizer.decode([i]): i for i in own} | {t.content: i for i, t in tokenizer.added_tokens_decoder.items()}
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    names = {str(tokenizer.decode([i])): i for i in own} | added
     return {name: i for name, i in names.items() if name and (i in own or not name.isspace())}
 
 

@@ -3,9 +3,9 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -100,7 +100,7 @@ def tokenise_once(
     """
     key = _key(directory, template, chat, examples, enough)
     kept = _read(path, key, examples)
-    if all(multihost.gather(kept is not None)):
+    if all(multihost.gather(kept is not None)) and kept is not None:
         return kept
     made: list[Tokenised | Skip] = []
     wanted = missing = len(examples) if enough is None else enough
@@ -120,7 +120,7 @@ def _key(
     made_of = [checkpoints.fingerprint(directory, weights=False), template, found, versions, enough, texts]
     digest = hashlib.sha256(json.dumps(made_of).encode())
     for module in (chat_lib, codec, template_lib, tokenizer):
-        digest.update(pathlib.Path(module.__file__).read_bytes())
+        digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()
 
 

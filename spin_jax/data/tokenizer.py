@@ -4,12 +4,13 @@ import importlib
 import json
 import pathlib
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from spin_jax.errors import UserError
 from spin_jax.runtime.files import read_bytes, read_json, read_json_if_there
 
 if TYPE_CHECKING:
+    import tokenizers
     from transformers import PreTrainedTokenizerBase
 
 # What transformers reads as text.
@@ -35,6 +36,11 @@ def load_tokenizer(directory: pathlib.Path) -> "PreTrainedTokenizerBase":
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: {type(tokenizer).__name__} is not a fast tokenizer: save it as tokenizer.json")
     return tokenizer
+
+
+def backend(tokenizer: "PreTrainedTokenizerBase") -> "tokenizers.Tokenizer":
+    """What a fast tokenizer is made of."""
+    return cast("tokenizers.Tokenizer", tokenizer.backend_tokenizer)
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:

@@ -7,13 +7,25 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
 from spin_jax.errors import UserError
 
 GiB = 2**30
+
+
+class Device(Protocol):
+    """What is read of a `jax.Device`, or of one that is described."""
+
+    @property
+    def platform(self) -> str: ...
+
+    @property
+    def device_kind(self) -> str: ...
+
+    def memory_stats(self) -> dict[str, Any] | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,17 +207,17 @@ def _torus(chips: int, axes: int) -> tuple[int, ...]:
 # ---- what is there
 
 
-def found(devices: Sequence[Any]) -> Slice:
+def found(devices: Sequence[Device]) -> Slice:
     """The slice that `jax.devices()` are, without a topology."""
     host = [device for device in devices if _process_of(device) == _process_of(devices[0])]
     return Slice(len(devices), chip_of(devices[0], len(host)))
 
 
-def _process_of(device: Any) -> int:
+def _process_of(device: Device) -> int:
     return getattr(device, "process_index", 0)
 
 
-def chip_of(device: Any, beside: int = 1) -> Chip:
+def chip_of(device: Device, beside: int = 1) -> Chip:
     """What is known of a device by its kind; of a GPU its memory is asked, and CPU devices share the machine's.
 
     Args:
@@ -241,11 +253,12 @@ def use_slice(config: ConfigDict, name: str) -> None:
     """
     if name:
         devices = find_slice(name).devices
-        tensor = tensor_ways(devices, config.train.batch_size)
-        config.mesh.update(data=1, fsdp=devices // tensor, tensor=tensor, slice=name)
+        tensor = tensor_ways(devices, config.to_dict()["train"]["batch_size"])
+        sizes = {"mesh.data": 1, "mesh.fsdp": devices // tensor, "mesh.tensor": tensor, "mesh.slice": name}
+        config.update_from_flattened_dict(sizes)
 
 
-def check_slice(name: str, devices: Sequence[Any]) -> None:
+def check_slice(name: str, devices: Sequence[Device]) -> None:
     """Refuse devices that are not those of the slice that a config was made for; "" is any.
 
     Raises:

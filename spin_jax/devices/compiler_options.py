@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from spin_jax.devices.accelerators import Device
+
 # Every TPU.
 _TPU: dict[str, bool | int] = {
     # Else the partitioner makes a matmul with sharded weights a loop over pieces ("windowed einsum"): smaller matmuls,
@@ -52,7 +54,7 @@ _TPU_GENERATIONS: dict[str, dict[str, bool | int]] = {
 _CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 
 
-def compute_dtype(asked: str, device: jax.Device) -> jnp.dtype:
+def compute_dtype(asked: str, device: Device) -> jnp.dtype:
     """The dtype of matmuls' operands; sums are float32. `asked` of "auto" is bfloat16, which loses nothing to speak of,
     where the device has instructions for it, and float32 elsewhere.
 
@@ -69,7 +71,7 @@ def compute_dtype(asked: str, device: jax.Device) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if flags & _CPU_BFLOAT16 else jnp.float32)
 
 
-def gpu_capability(device: jax.Device) -> tuple[int, ...]:
+def gpu_capability(device: Device) -> tuple[int, ...]:
     """An NVIDIA GPU's compute capability, such as (7, 5) for a T4; (0,) of another maker's."""
     found = str(getattr(device, "compute_capability", ""))
     return tuple(map(int, found.split("."))) if re.fullmatch(r"\d+\.\d+", found) else (0,)

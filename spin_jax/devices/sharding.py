@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from spin_jax.devices.accelerators import Device
 from spin_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -62,13 +63,13 @@ def gathered(axes: Sequence[str | None]) -> tuple[str | None, ...]:
     return tuple(None if RULES[axis] == "fsdp" else axis for axis in axes)
 
 
-def ways(mesh: Mesh, axis: str | None) -> int:
+def ways(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
     """Over how many devices a logical axis is split."""
     names = RULES[axis] or ()
     return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
     """The training mesh over `devices` (None: all there are); a size of -1 takes those that remain.
 
     TPUs are put in an order that keeps an axis's neighbours close.
@@ -100,7 +101,7 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, total: int) -> list[int]:
     return sizes
 
 
-def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+def _arranged(sizes: Sequence[int], devices: Sequence[Device]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1 and sizes[0] % slices == 0:  # the data axis crosses the slow network between slices
         inner = (sizes[0] // slices, *sizes[1:])
@@ -186,7 +187,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("rows"))
 
 
-def check_pairs(mesh: Mesh, pairs: int, micro_batches: int) -> None:
+def check_pairs(mesh: Mesh | AbstractMesh, pairs: int, micro_batches: int) -> None:
     """Refuse a training batch whose rows could not all hold a pair.
 
     Raises:

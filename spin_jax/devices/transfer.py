@@ -1,8 +1,10 @@
 """Host arrays to the devices of a mesh and back, over one process or several."""
 
+import typing
+
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 
 def put(arrays, sharding: jax.sharding.Sharding):
@@ -10,7 +12,7 @@ def put(arrays, sharding: jax.sharding.Sharding):
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)
 
 
-def everywhere(value: object, mesh: Mesh) -> jax.Array:
+def everywhere(value: object, mesh: Mesh | AbstractMesh) -> jax.Array:
     """A scalar on all devices of a mesh."""
     return put(np.asarray(value), NamedSharding(mesh, PartitionSpec()))
 
@@ -18,5 +20,6 @@ def everywhere(value: object, mesh: Mesh) -> jax.Array:
 def fetch(array: jax.Array) -> np.ndarray:
     """The whole of a small array that is split over a mesh, on every process."""
     if not array.is_fully_addressable:
-        array = jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+        mesh = typing.cast(NamedSharding, array.sharding).mesh
+        array = jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
     return np.asarray(array)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spin_jax.data.tokenizer import special_ids
+from spin_jax.data.tokenizer import backend, special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ def _automaton(strings: Sequence[bytes]) -> np.ndarray:
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase", silent: Collection[int] = ()) -> list[bytes]:
     """What each token adds to a text, by id; nothing for special tokens and those that are `silent`."""
-    decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    decoder = json.dumps(json.loads(backend(tokenizer).to_str())["decoder"])
     of = _byte_level if '"ByteLevel"' in decoder else _pieces
     unseen, added = special_ids(tokenizer).union(silent), tokenizer.added_tokens_decoder
     pieces = [b""] * (1 + max(tokenizer.get_vocab().values()))

@@ -85,8 +85,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 def _gathered(words: Sequence[str]) -> Iterator[str]:
     """Flags that change a field as values of one flag. They are written --config.seed=1 or --config.seed 1; and
     --config.sft.control or --noconfig.sft.control."""
-    words = iter(words)
-    for word in words:
+    rest = iter(words)
+    for word in rest:
         change = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", word, re.DOTALL)
         if not change:
             yield word
@@ -97,7 +97,7 @@ def _gathered(words: Sequence[str]) -> Iterator[str]:
             value = str(not off)
         elif off:
             raise UserError(f"{word} switches nothing off: write {as_flag(field, default)}, or another value")
-        value = next(words, None) if value is None else value
+        value = next(rest, None) if value is None else value
         if value is None or value.startswith("--"):
             raise UserError(f"--config.{field} has no value: write one, as {as_flag(field, default)}")
         yield f"--config.section.field={field}={value}"
@@ -127,7 +127,7 @@ def config() -> ConfigDict:
     Raises:
         UserError: the file is no config, or a value is not of its field's kind.
     """
-    loaded = load_config(_CONFIG.value)
+    loaded = load_config(config_file())
     changes = [change.partition("=") for change in _CHANGES.value]
     config_lib.override(loaded, {field: _read(value, _default(field)) for field, _, value in changes})
     return loaded
@@ -167,8 +167,7 @@ def load_config(name: str) -> ConfigDict:
         module = sys.modules["spin_jax_config"] = types.ModuleType("spin_jax_config")
         module.__file__ = file
         exec(compile(pathlib.Path(file).read_bytes(), file, "exec"), vars(module))
-        get_config = getattr(module, "get_config", None)
-        _check_argument(file, argument if colon else None, get_config)
+        get_config = _checked(file, argument if colon else None, getattr(module, "get_config", None))
         loaded = get_config(argument) if colon else get_config()
     except UserError as error:
         raise UserError(f"--config={quoted(name)}: {error}") from None
@@ -189,7 +188,8 @@ def _like(file: str) -> str:
     return (difflib.get_close_matches(file, there, n=1, cutoff=0) or ["configs/base.py"])[0]
 
 
-def _check_argument(file: str, argument: str | None, get_config: Callable | None) -> None:
+def _checked(file: str, argument: str | None, get_config: Callable | None) -> Callable:
+    """The file's function, which takes the argument that there is."""
     if not callable(get_config):
         raise UserError("has no get_config(): write one that returns spin_jax.config.base_config(), changed")
     try:
@@ -199,6 +199,7 @@ def _check_argument(file: str, argument: str | None, get_config: Callable | None
             raise UserError(f"its get_config() takes an argument: write --config={quoted(file)}:ARGUMENT") from None
         hint = " (the compile check is told the slice by --slice)" if is_slice(argument) else ""
         raise UserError(f"its get_config() takes no argument: write --config={quoted(file)}{hint}") from None
+    return get_config
 
 
 def _where(error: BaseException, file: str) -> str:

@@ -29,7 +29,7 @@ def keep(output: epath.Path | None = None) -> None:
     if jax.config.jax_compilation_cache_dir is not None:
         return
     shared = output is not None and (is_remote(output) or multihost.are_several())
-    directory = _beside(output) / "compiled" if shared else user_cache("compiled")
+    directory = _beside(output) / "compiled" if output is not None and shared else user_cache("compiled")
     if is_remote(directory):
         # jax derives from it where XLA keeps what it found in tuning for GPUs, and XLA's own files are local only.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

@@ -114,7 +114,7 @@ def _free(path: epath.PathLike) -> str:
     return f" ({free / 1e6:,.1f} MB are free there)" if free < 1e9 else f" ({free / 1e9:,.1f} GB are free there)"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 

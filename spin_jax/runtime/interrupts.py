@@ -54,4 +54,4 @@ def _listen(heard: int) -> None:
         if signal.getsignal(number) in (_leave_it_to_the_thread, signal.default_int_handler):
             end()
         elif raised:  # in a callback of C++, which dropped it
-            signal.pthread_kill(threading.main_thread().ident, number)
+            signal.pthread_kill(threading.main_thread().ident or 0, number)

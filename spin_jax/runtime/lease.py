@@ -52,7 +52,7 @@ class Lease:
     host: str
     machine: str
     process: int
-    began: str
+    began: str | None
     holder: str
     thread: int
     renewed: int = 0
@@ -135,7 +135,7 @@ def _renew(directory: epath.Path, lease: Lease, ended: threading.Event) -> None:
             found = _read(path)
             if found and found.holder != lease.holder:
                 _LOG.error("%s: process %d on %s has taken the run over", directory, found.process, found.host)
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
             if found:  # else the directory is being deleted
                 lease = dataclasses.replace(lease, renewed=lease.renewed + 1)

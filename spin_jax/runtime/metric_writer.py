@@ -6,6 +6,7 @@ import numbers
 import os
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
@@ -17,7 +18,7 @@ FILE_NAME = "metrics.jsonl"
 REMOTE_SECONDS = 30.0
 
 
-def to_json(values: Mapping[str, object]) -> str:
+def to_json(values: Mapping[str, Any]) -> str:
     """One line of valid JSON that loses nothing.
 
     JSON has no NaN or infinity, and most readers refuse Python's. Such a value becomes null, and its name with "nan",
@@ -133,22 +134,25 @@ class _EventFile:
 
     def __init__(self, directory: epath.Path, first: int):
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto import event_pb2
         from tensorboardX.record_writer import directory_check
 
         directory_check(os.fspath(directory))  # made where it is missing
         # Event files are named by the second: without a suffix, a quick restart would overwrite the one before.
         self._file = EventsWriter(os.fspath(directory / "events"), f".{first}")
         # TensorBoard's own way to forget: it hides events of this step and later in the older event files.
-        self._file.write_event(Event(step=first, file_version="brain.Event:2"))
-        self._file.write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        self._messages: Any = event_pb2  # made by protoc: types do not see what is in it
+        self._write(step=first, file_version="brain.Event:2")
+        start = self._messages.SessionLog(status=self._messages.SessionLog.START)
+        self._write(step=first, session_log=start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        tagged = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self._write(wall_time=time.time(), step=step, summary={"value": tagged})
 
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+    def _write(self, **event: Any) -> None:
+        if self._file:
+            self._file.write_event(self._messages.Event(**event))
 
     def flush(self) -> None:
         if self._file:

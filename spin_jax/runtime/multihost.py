@@ -11,6 +11,7 @@ import logging
 import pathlib
 import pickle
 import time
+import typing
 import uuid
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -109,7 +110,7 @@ def on_all(make: Callable[[], T]) -> list[T]:
     for _, mistake in outcomes:
         if mistake is not None:
             raise UserError(mistake)
-    return [result for result, _ in outcomes]
+    return [typing.cast(T, result) for result, _ in outcomes]
 
 
 def on_each(make: Callable[[], T]) -> T:
@@ -125,7 +126,7 @@ def on_first(make: Callable[[], T]) -> T:
     Whether a file exists is asked this way: all must do the same next, and a network file system may show the same
     directory to each of them at another time.
     """
-    return on_all(lambda: _run_alone(make) if is_first() else None)[0]
+    return typing.cast(T, on_all(lambda: _run_alone(make) if is_first() else None)[0])
 
 
 def _run_alone(make: Callable[[], T]) -> T:

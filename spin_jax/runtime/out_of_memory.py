@@ -101,10 +101,10 @@ def for_loading(config: Config | None = None) -> list[str]:
 
 def _numbers(error: BaseException) -> str:
     """ ", 4.00 GiB asked for, 1.92 GiB there", as far as that is known."""
-    texts = []
-    while error:
-        texts.append(str(error))
-        error = error.__cause__ or error.__context__
+    texts, cause = [], error
+    while cause:
+        texts.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
     asked, there = (_bytes(pattern, " ".join(texts)) for pattern in (_ASKED, _THERE))
     there = _free() if there is None else there
     known = (("asked for", asked), ("there", there))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 from etils import epath
 
 from spin_jax.checkpoints.train_state import Checkpoints
@@ -31,7 +32,7 @@ def fit(
     make_batch: Callable[[int], HostBatch],
     sharding: jax.sharding.NamedSharding,
     passes: int,
-    schedule: Callable[[np.ndarray], jax.Array],
+    schedule: optax.Schedule,
     directory: epath.Path,
     checkpoint_every: int,
     name: str,
@@ -82,9 +83,9 @@ def fit(
                 checkpoints.save(step + 1, state)
             if not healthy or (log.stop if several else preemption.asked()):
                 break
-        healthy = log.read_kept() and healthy if start < steps else True
-        if not healthy:
-            _refuse_to_go_on(log, state, checkpoints, directory)
+        log.read_kept()
+        if log.unhealthy:
+            _refuse_to_go_on(log.unhealthy, log.learning_rates, state, checkpoints, directory)
         log.flush()
         reached = int(state.step)
         checkpoints.save(reached, state, wait=True)
@@ -116,7 +117,7 @@ class _StepLog:
         start: int,
         steps: int,
         name: str,
-        schedule: Callable,
+        schedule: optax.Schedule,
         passes: int,
         start_loss: tuple[float, float] | None,
     ):
@@ -169,7 +170,7 @@ class _StepLog:
         if self._writer:
             row = values | batch.facts | {"learning_rate": float(self.learning_rates[step])} | rates
             self._writer.write(step + 1, row)
-        self._loop.advance(**{short: f"{values[name]:.4g}" for short, name in _SHOWN.items() if name in values})
+        self._loop.advance(1, **{short: f"{values[name]:.4g}" for short, name in _SHOWN.items() if name in values})
         if not healthy:
             self.unhealthy = {"step": step + 1, "rows": batch.rows.tolist(), "loss": str(values["loss"])}
             self.unhealthy["grad_norm"] = str(values["grad_norm"])
@@ -189,18 +190,20 @@ def _check_start(loss: float, expected: float, tolerance: float) -> None:
         )
 
 
-def _refuse_to_go_on(log: _StepLog, state: TrainState, checkpoints: Checkpoints, directory: epath.Path) -> None:
+def _refuse_to_go_on(
+    found: dict, learning_rates: np.ndarray, state: TrainState, checkpoints: Checkpoints, directory: epath.Path
+) -> None:
     """Save the last good state and say which rows the run stopped at."""
     report = directory / "not_finite.json"
-    multihost.on_first(lambda: write_whole(report, json.dumps(log.unhealthy, indent=1) + "\n"))
+    multihost.on_first(lambda: write_whole(report, json.dumps(found, indent=1) + "\n"))
     good = int(state.step)
     checkpoints.save(good, state._replace(healthy=~state.healthy), wait=True)
-    if log.learning_rates[:good].any():
+    if learning_rates[:good].any():
         anew = f"delete {directory / 'checkpoints'} and lower --config.train.learning_rate or --config.spin.beta"
     else:  # of weights and scores that were found finite: no update is to blame, nor the learning rate
         anew = "give another --workdir and --config.model.compute_dtype=float32, for the model overflows on these rows"
     raise UserError(
-        f"step {log.unhealthy['step']}: loss {log.unhealthy['loss']}, gradient norm {log.unhealthy['grad_norm']}: "
+        f"step {found['step']}: loss {found['loss']}, gradient norm {found['grad_norm']}: "
         f"not finite; its rows are in {report} and the state after step {good} is saved. To train the iteration anew, "
         f"{anew}"
     )

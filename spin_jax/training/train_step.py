@@ -1,13 +1,14 @@
 """One optimizer step, as pure functions on pytrees."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from spin_jax.data.batch import Batch
 from spin_jax.models import attach
 from spin_jax.objectives.interface import BatchLoss
 
@@ -33,7 +34,8 @@ def on_adapters(loss: BatchLoss, scale: float, live: bool) -> BatchLoss:
     """`loss` as a function of low-rank updates of frozen params, which are the step's `opponent` then: the policy is
     opponent + scale a b, and one copy of the opponent serves both. `live`: the loss asks for the opponent."""
 
-    def adapted(adapters: dict, opponent: dict, batch: NamedTuple) -> tuple[jax.Array, tuple]:
+    def adapted(adapters: dict, opponent: dict | None, batch: Batch) -> tuple[jax.Array, tuple]:
+        assert opponent is not None, "low-rank updates are of frozen params, which the step is given"
         return loss(attach(opponent, adapters, scale), opponent if live else None, batch)
 
     return adapted
@@ -47,7 +49,7 @@ def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSt
 def state_shardings(optimizer: optax.GradientTransformation, params: dict) -> TrainState:
     """Where a state for sharded `params` lives: optimizer moments beside their params, scalars everywhere."""
     param_shardings = jax.tree.map(lambda x: x.sharding, params)
-    everywhere = NamedSharding(jax.tree.leaves(param_shardings)[0].mesh, PartitionSpec())
+    everywhere: Any = NamedSharding(jax.tree.leaves(param_shardings)[0].mesh, PartitionSpec())
     opt_state = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -70,7 +72,7 @@ def make_step(loss_fn: BatchLoss, optimizer: optax.GradientTransformation, micro
     scored with, see docs/algorithm.md. Metrics mean nothing then.
     """
 
-    def gradient(params: dict, opponent: dict | None, batch: NamedTuple, scoring: jax.Array):
+    def gradient(params: dict, opponent: dict | None, batch: Batch, scoring: jax.Array | bool):
         """(gradient, metrics, log-probs); the gradient is 0, and not computed, with `scoring`."""
         loss, backward, (metrics, logps) = jax.vjp(lambda p: loss_fn(p, opponent, batch), params, has_aux=True)
         # The backward pass is the first branch, which the compile check counts.
@@ -79,7 +81,7 @@ def make_step(loss_fn: BatchLoss, optimizer: optax.GradientTransformation, micro
         )
         return grads, metrics, logps
 
-    def summed(params: dict, opponent: dict | None, batch: NamedTuple, scoring: jax.Array):
+    def summed(params: dict, opponent: dict | None, batch: Batch, scoring: jax.Array | bool):
         if micro_batches == 1:
             return gradient(params, opponent, batch, scoring)
 
@@ -94,7 +96,7 @@ def make_step(loss_fn: BatchLoss, optimizer: optax.GradientTransformation, micro
         (grads, metrics), logps = jax.lax.scan(accumulate, zeros, parts)
         return grads, metrics, jnp.swapaxes(logps, 0, 1).reshape(-1, *logps.shape[2:])
 
-    def step(state: TrainState, opponent: dict | None, batch: NamedTuple, scoring: jax.Array | bool = False):
+    def step(state: TrainState, opponent: dict | None, batch: Batch, scoring: jax.Array | bool = False):
         grads, metrics, logps = summed(state.params, opponent, batch, scoring)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)

@@ -192,7 +192,9 @@ def test_remat_policies_save_what_they_say():
 
 def test_scan_over_stacked_layers_is_a_loop_over_layers():
     config, params, tokens_BT, _ = golden("qwen3")
-    abstract_layer = nnx.eval_shape(lambda: llama.DecoderLayer(config, weights(config)["layers"], rngs=nnx.Rngs(0), dtype=jnp.float32))
+    abstract_layer = nnx.eval_shape(
+        lambda: llama.DecoderLayer(config, weights(config)["layers"], rngs=nnx.Rngs(0), dtype=jnp.float32)
+    )
     layer_def = nnx.split(abstract_layer)[0]
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     tokens = llama.Tokens(rope_tables(config, positions_BT), jnp.broadcast_to(positions_BT, tokens_BT.shape))
