@@ -1,36 +1,53 @@
 """Names to things that are each in a file of their own, which is imported when its name is first used."""
 
-import importlib
+import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
+
+from spin_jax.errors import UserError
 
 T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping whose entries are written as "package.module:name"; `register` adds one of a user's own.
+    """A mapping whose entries are things, or the places of things: "package.module:name".
+
+    Names are known without importing what they stand for. So the config's choices come from registries, and are read
+    without jax.
 
     >>> squares = Registry({"sqrt": "math:sqrt"})
     >>> squares["sqrt"](9.0)
     3.0
     """
 
-    def __init__(self, places: Mapping[str, str]):
-        self._places = dict(places)
-        self._things: dict[str, T] = {}
+    def __init__(self, entries: Mapping[str, T | str]):
+        self._entries = dict(entries)
 
-    def register(self, name: str, thing: T) -> None:
-        """Add an entry, or take the place of one."""
-        self._things[name] = thing
+    def register(self, name: str, entry: T | str) -> None:
+        """Add a thing or its place, or replace the one of that name."""
+        self._entries[name] = entry
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._things:
-            module, _, attribute = self._places[name].partition(":")
-            self._things[name] = getattr(importlib.import_module(module), attribute)
-        return self._things[name]
+        """
+        Raises:
+            UserError: what is to be there cannot be imported.
+        """
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            try:
+                entry = self._entries[name] = pkgutil.resolve_name(entry)
+            except (ImportError, AttributeError, ValueError) as error:
+                raise UserError(
+                    f"{name!r} is registered as {entry}, which cannot be imported ({error}): write package.module:name"
+                ) from error
+        return entry
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._places, *self._things]))
+        return iter(self._entries)
+
+    def __reversed__(self) -> Iterator[str]:
+        """The newest first."""
+        return reversed(self._entries)
 
     def __len__(self) -> int:
-        return len({*self._places, *self._things})
+        return len(self._entries)

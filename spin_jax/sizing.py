@@ -19,8 +19,9 @@ from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import CPU, GiB, Slice, found, tensor_ways
 from spin_jax.devices.compiler_options import compute_dtype
 from spin_jax.errors import UserError, as_flag
+from spin_jax.kernels import KERNELS
+from spin_jax.kernels.interface import choose as choose_kernel
 from spin_jax.models import ModelConfig, cache_dtype, flops_per_token, kept_numbers, num_adapter_params, num_params
-from spin_jax.models.attention import kernel_name
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,8 +31,7 @@ SHARE, MISS = 0.93, 1.05
 POLICIES = ("mlp", "gate", "attention", "qkv", "full")
 # Above so many FLOPs in the time that a byte is read in, keeping more than "qkv" gains nothing: v6e.
 FAST_MATMULS = 400
-ROW_LENGTH_TPU = 4096  # the kernel skips what no token sees: long rows cost no more than short ones, and are fuller
-ROW_LENGTH = 1024  # elsewhere attention computes some of it
+ROW_LENGTH = 1024  # of plain attention
 SLOTS = 512  # a copy of the weights; beyond it half of a decode step is the cache already
 SLOTS_CPU = 32  # beyond it a step takes longer in proportion
 PREFILL = 16  # prompts, a copy of the weights: with their tokens a large matmul
@@ -52,7 +52,7 @@ def choose(config: Config, model: ModelConfig, devices: Sequence[jax.Device], ru
     data, fsdp, tensor = mesh_sizes(config, on.slice.devices, model.tensor_axes, model.hidden_size)
     changes: dict[str, int] = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     if not config.train.row_length:
-        longest = ROW_LENGTH_TPU if on.attention == "flash" else ROW_LENGTH
+        longest = KERNELS[on.kernel].row_length if on.kernel else ROW_LENGTH
         changes["train.row_length"] = max(longest, config.train.length_multiple)
     return _choose_memory(_choose_slots(replace(config, changes), model, on), model, on)
 
@@ -63,15 +63,15 @@ class Target(NamedTuple):
     slice: Slice
     dtype: jnp.dtype  # of matmuls
     cache_dtype: jnp.dtype  # of keys and values, while sampling
-    attention: str
+    kernel: str | None  # of attention
     run: bool  # as in `choose`
 
 
 def target(config: Config, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> Target:
-    """What the config computes on; raises as `attention.kernel_name`."""
+    """What the config computes on; raises as `kernels.interface.choose`."""
     dtype = compute_dtype(config.model.compute_dtype, devices[0])
-    attention = kernel_name(config.model.attention, devices[0], model.head_dim, dtype)
-    return Target(found(devices), dtype, cache_dtype(dtype, devices[0].platform), attention, run)
+    kernel = choose_kernel(config.model.attention, devices[0], model.head_dim, dtype)
+    return Target(found(devices), dtype, cache_dtype(dtype, devices[0].platform), kernel, run)
 
 
 def mesh_sizes(config: Config, total: int, tensor_axes: Sequence[int] = (), hidden_size: int = 0) -> list[int]:
@@ -195,7 +195,7 @@ def training_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, 
     logits = pairs * min(real + generated, config.model.logits_chunk or math.inf) * model.vocab_size
     needed["program"] = PROGRAM
     needed["logits"] = 3 * 4 * logits / mesh.tensor
-    if on.attention == "plain":
+    if on.kernel is None:
         needed["scores"] = (
             3 * 4 * tokens * max(train.row_length, prompt + real + generated) * model.num_heads / mesh.tensor
         )

@@ -65,6 +65,7 @@ def test_packages_import_lower_floors_only():
 def test_light_modules_stay_light():
     """--help, a mistyped flag and reading data need no device, and no library that takes seconds to import."""
     code = "".join(f"import spin_jax.{module}\n" for module in LIGHT)
+    code += "from spin_jax.config.schema import listing; listing()\n"  # asks all registries for their names
     code += f"import sys; print([name for name in {HEAVY} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.stdout == "[]\n", run.stdout + run.stderr

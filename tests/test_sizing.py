@@ -4,10 +4,8 @@ import dataclasses
 import pathlib
 import re
 import runpy
-import types
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from described import Described
 
@@ -17,7 +15,7 @@ from spin_jax.config import freeze, override, replace
 from spin_jax.devices.accelerators import TPUS, GiB, find_slice
 from spin_jax.devices.compiler_options import compute_dtype
 from spin_jax.errors import UserError
-from spin_jax.models.attention import choose_kernel
+from spin_jax.kernels.interface import choose
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -136,9 +134,7 @@ def test_a_laptop_is_told_its_own_memory():
 def test_dtype_and_attention_are_chosen_by_capability(devices, dtype, attention):
     device = DEVICES[devices][0]
     assert compute_dtype("auto", device) == dtype
-    mesh = types.SimpleNamespace(devices=np.array([[[device]]], object))  # of a mesh, the devices are asked their kind
-    kernel = choose_kernel("auto", mesh, ("data",), "tensor", head_dim=64, dtype=compute_dtype("auto", device))
-    assert (kernel and kernel.name) == attention
+    assert choose("auto", device, 64, compute_dtype("auto", device)) == attention
 
 
 def test_a_cache_that_is_too_large_is_told_how_many_slots_there_are():

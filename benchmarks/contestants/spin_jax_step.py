@@ -76,9 +76,8 @@ def main() -> None:
     del params
     device = jax.devices()[0]
     rows = [] if s["padded"] else sorted({batch.rows.tokens_BT.shape for batch in batches})
-    kernel = compute.kernel.name if compute.kernel else "plain"
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    parent.ready(**versions, device=device.device_kind, attention=kernel, rows=rows)
+    parent.ready(**versions, device=device.device_kind, attention=compute.kernel or "plain", rows=rows)
     step = 0
     while True:
         parent.wait()

@@ -86,17 +86,17 @@ def paths(on_gpu: bool, head_dim: int) -> dict:
     import jax.numpy as jnp
 
     from spin_jax.devices import sharding
-    from spin_jax.kernels import flash_gpu
-    from spin_jax.models import attention
+    from spin_jax.kernels import KERNELS
+    from spin_jax.kernels.block_mask import causal_mask
+    from spin_jax.models.attention import causal_attention
 
     mesh = sharding.one_device_mesh()
 
-    def by_kernel(name: str):
-        kernel = attention.Kernel(name, mesh, sharding.RULES["rows"], sharding.RULES["heads"]) if name else None
-        return lambda q, k, v, ends, positions: attention.causal_attention(q, k, v, ends, positions, None, kernel)
+    def by_kernel(name: str | None):
+        return lambda q, k, v, ends, positions: causal_attention(q, k, v, ends, positions, None, name, mesh)
 
     def by_cudnn(q, k, v, ends, positions, *, causal: bool, gradient: bool):
-        mask = attention.causal_mask(ends, positions, None)[:, None]
+        mask = causal_mask(ends, positions, None)[:, None]
         ask = functools.partial(jax.nn.dot_product_attention, q, k, v, is_causal=causal, implementation="cudnn")
         return ask(bias=jnp.where(mask, 0, -(2.0**40)).astype(q.dtype)) if gradient else ask(mask=mask)
 
@@ -107,9 +107,9 @@ def paths(on_gpu: bool, head_dim: int) -> dict:
         found["cudnn, causal"] = functools.partial(by_cudnn, causal=True, gradient=False)
     else:
         found["tiled"] = by_kernel("tiled")
-    if not flash_gpu.tokamax_refusal(jax.devices()[0], head_dim, jnp.bfloat16):
+    if not KERNELS["tokamax"].refusal(jax.devices()[0], head_dim, jnp.bfloat16):
         found["tokamax"] = by_kernel("tokamax")
-    return found | {"plain": by_kernel("")}
+    return found | {"plain": by_kernel(None)}
 
 
 def measure(attend, arrays: dict, rounds: int) -> dict:

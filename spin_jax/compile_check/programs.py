@@ -168,7 +168,7 @@ def _training_programs(
 
 def kernel_share(model: ModelConfig, compute: Compute, pairs: Sequence[Pair], plan: Plan) -> float:
     """`Program.kernel_share` of a program that is called with a plan's first batch; 1 without a kernel that skips."""
-    if compute.kernel is None or compute.kernel.name != "flash":
+    if compute.kernel != "flash":
         return 1.0
     ways = sharding.ways(compute.mesh, "heads")
     _, tile = heads_and_tile(model.num_heads // ways, model.num_kv_heads // ways, model.head_dim, compute.dtype)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import difflib
-import importlib
+import itertools
+import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Field:
         default: its value where nobody gives another; a value is of its type. A tuple of numbers has an entry an
             iteration, the last of which serves all later ones.
         doc: what it is, with its unit, and why the default is what it is.
-        choices: the words that it may be, or the registry that has them, as "package:NAME"; none: any text.
+        choices: the words that it may be; "package:REGISTRY" stands for the names in a registry. None: any text.
         bounds: of a number, or of each entry of a tuple.
         resume: FIXED, FREE, CONTENT or BY_ITERATION.
         decodes: whether a sampled response depends on it, beside the model, the prompt and the seed.
@@ -53,17 +54,15 @@ class Field:
 
     default: object
     doc: str
-    choices: tuple[str, ...] | str = ()
+    choices: tuple[str, ...] = ()
     bounds: Bounds | None = None
     resume: str = FIXED
     decodes: bool = False
 
     def words(self) -> tuple[str, ...]:
         """The words that it may be. A registry is asked when they are wanted: it belongs to who reads the field."""
-        if isinstance(self.choices, tuple):
-            return self.choices
-        package, _, name = self.choices.partition(":")
-        return tuple(getattr(importlib.import_module(package), name))
+        words = ((pkgutil.resolve_name(choice) if ":" in choice else (choice,)) for choice in self.choices)
+        return tuple(itertools.chain.from_iterable(words))
 
     def check(self, name: str, value: Any) -> None:
         """Refuse a value that is not of the default's kind, or not among the choices or within the bounds.

@@ -27,7 +27,7 @@ class ModelSection:
         "Kernel for whole rows: 'plain' jax.numpy, 'tiled' for CPUs, 'flash' for TPUs, 'cudnn' for GPUs, 'tokamax' for "
         "Hopper GPUs (with the extra of that name). All but the plain one never hold a row's scores [length, length]. "
         "'auto' is the platform's, but never tokamax, which we have not timed.",
-        choices=("auto", "plain", "tiled", "flash", "cudnn", "tokamax"),
+        choices=("auto", "plain", "spin_jax.kernels:KERNELS"),
         resume=FREE,
     )
     remat: str = field(
@@ -114,7 +114,7 @@ class SftConfig:
     optimizer: str = field(
         "adamw",
         "'adamw', as the paper's SFT model was trained, or 'rmsprop', as in SPIN's own iterations.",
-        choices="spin_jax.training:OPTIMIZERS",
+        choices=("spin_jax.training:OPTIMIZERS",),
     )
     learning_rate: float = field(
         2e-5, "Peak. The alignment handbook's value for the paper's SFT model.", bounds=above(0, 1)
@@ -191,7 +191,7 @@ class SpinConfig:
     loss: str = field(
         "logistic",
         "The objective: one of objectives.OBJECTIVES. The paper's choice.",
-        choices="spin_jax.objectives:OBJECTIVES",
+        choices=("spin_jax.objectives:OBJECTIVES",),
     )
     beta: tuple[float, ...] = field(
         (0.1,), "Lambda of equation 4.7, an entry an iteration.", bounds=above(0), resume=BY_ITERATION
@@ -230,7 +230,9 @@ class TrainConfig:
         bounds=at_least(0, 1),
     )
     optimizer: str = field(
-        "rmsprop", "'rmsprop' with torch's semantics (the paper), or 'adamw'.", choices="spin_jax.training:OPTIMIZERS"
+        "rmsprop",
+        "'rmsprop' with torch's semantics (the paper), or 'adamw'.",
+        choices=("spin_jax.training:OPTIMIZERS",),
     )
     weight_decay: float = field(0.0, "Of adamw only. The paper uses none.", bounds=at_least(0))
     clip_norm: float = field(

@@ -151,8 +151,8 @@ def scores_key(
         for tokens in (pair.prompt, *pair.responses):
             digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
     devices = compute.mesh.devices
-    kernel = compute.kernel.name if compute.kernel else None
-    program = [str(np.dtype(compute.dtype)), compute.remat, compute.logits_chunk, kernel, compute.line, micro_batches]
+    how = [compute.remat, compute.logits_chunk, compute.kernel, compute.line]
+    program = [str(np.dtype(compute.dtype)), *how, micro_batches]
     machine = [devices.shape, devices.flat[0].device_kind, jax.__version__, jaxlib.__version__]
     digest.update(json.dumps([program, machine, plan.batches, plan.shapes]).encode())
     return digest.hexdigest()

@@ -37,6 +37,24 @@ def block_tokens(visible_until_BT: jax.Array, positions_BT: jax.Array, tile: int
     return jnp.stack([jnp.maximum(visible_until_BT, slots_BT + 1), positions_BT], axis=1)
 
 
+def attention_mask(queries_BT: jax.Array, keys_BS: jax.Array, sliding_window: int | None) -> jax.Array:
+    """True where a query's position may see a key's, bool [B, T, S]: not ahead, nor further back than the window."""
+    distance_BTS = queries_BT[:, :, None] - keys_BS[:, None, :]
+    mask_BTS = distance_BTS >= 0
+    return mask_BTS if sliding_window is None else mask_BTS & (distance_BTS < sliding_window)
+
+
+def causal_mask(visible_until_BT: jax.Array | None, positions_BT: jax.Array, sliding_window: int | None) -> jax.Array:
+    """What each slot sees of its row, bool [B, T, T]; without `visible_until_BT` a row is one sequence."""
+    slots_T = jnp.arange(positions_BT.shape[1], dtype=jnp.int32)
+    mask_BTT = attention_mask(slots_T[None], slots_T[None], None)
+    if visible_until_BT is not None:
+        mask_BTT = mask_BTT & (slots_T[None, :, None] < visible_until_BT[:, None, :])
+    if sliding_window is not None:
+        mask_BTT = mask_BTT & (positions_BT[:, :, None] - positions_BT[:, None, :] < sliding_window)
+    return mask_BTT
+
+
 class Walk(NamedTuple):
     """Tiles in the order in which a kernel computes them, int32 [steps]: row, query block, key block."""
 

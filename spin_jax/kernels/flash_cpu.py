@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from spin_jax.kernels.block_mask import ENDS, MASKED, POSITIONS, RESIDUALS, block_tokens, needed_tiles, walk_queries
+from spin_jax.kernels.interface import Kernel
 
 # Slots of a tile's edge. Small tiles hold less that is not visible and fit a core's caches; but each costs a step of a
 # loop.
@@ -33,8 +34,11 @@ def tiled_attention(
     positions_BT: jax.Array,
     *,
     sliding_window: int | None,
+    platform: str = "cpu",
 ) -> jax.Array:
-    """What `flash_tpu.flash_attention` computes: [B, T, N, H] in q's dtype, differentiable in q, k, v."""
+    """What `flash_tpu.flash_attention` computes: [B, T, N, H] in q's dtype, differentiable in q, k, v. Any platform can
+    compute it."""
+    del platform
     batch, length, heads, head_dim = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
     tokens_B2T = block_tokens(visible_until_BT, positions_BT, TILE)
@@ -162,3 +166,6 @@ def kept_bits(x: jax.Array, name: str) -> jax.Array:
         return checkpoint_name(x, name)
     bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+tiled = Kernel(tiled_attention, platforms=("cpu",))

@@ -30,6 +30,7 @@ from spin_jax.kernels.block_mask import (
     walk_keys,
     walk_queries,
 )
+from spin_jax.kernels.interface import Kernel
 
 # A tile's edge in slots, and how many heads a step computes where they divide so. In libtpu's schedules for a v5e (bf16
 # and H = 128) the three kernels take 1,320 cycles a head and tile, of which matmuls alone would take 1,150; with one
@@ -72,7 +73,7 @@ def flash_attention(
     positions_BT: jax.Array,
     *,
     sliding_window: int | None,
-    interpret: bool = False,
+    platform: str = "tpu",
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the keys that a slot sees, [B, T, N, H] in q's dtype. Differentiable in q, k, v.
 
@@ -84,11 +85,11 @@ def flash_attention(
         visible_until_BT: int32, the first slot that no longer sees this one.
         positions_BT: int32, places of the tokens in their sequences, which repeat where two of them share a beginning.
         sliding_window: how many of these places a token sees, its own and those before it; None: all.
-        interpret: run without a TPU: exact, slow, for tests.
+        platform: elsewhere than on a "tpu" the kernels are interpreted: exact, slow, for tests.
     """
     length, heads, head_dim = q_BTNH.shape[1:]
     kv_heads, tile = heads_and_tile(heads, k_BTKH.shape[2], head_dim, q_BTNH.dtype)
-    tiling = Tiling(tile, kv_heads, heads // k_BTKH.shape[2], sliding_window, interpret)
+    tiling = Tiling(tile, kv_heads, heads // k_BTKH.shape[2], sliding_window, platform != "tpu")
     tokens_B2T = block_tokens(visible_until_BT, positions_BT, tile)
     padding = tokens_B2T.shape[2] - length
     # Heads before tokens: XLA lays the projections out so, without a copy.
@@ -342,3 +343,15 @@ def _backward(tiling: Tiling, residuals: tuple[jax.Array, ...], do_BNTH: jax.Arr
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _refusal(device: jax.Device, head_dim: int, dtype: jnp.dtype) -> str | None:
+    if device.platform == "gpu":
+        return "is a TPU kernel and these devices are of platform 'gpu'"
+    if device.device_kind in ("TPU v2", "TPU v3"):
+        return f"multiplies bfloat16 in its kernel, which a {device.device_kind} cannot"
+    return None
+
+
+# Rows cost no more by being long: what no token sees is skipped.
+flash = Kernel(flash_attention, _refusal, platforms=("tpu",), row_length=4096)

@@ -17,7 +17,7 @@ from spin_jax.devices import sharding
 from spin_jax.devices.compiler_options import compute_dtype
 from spin_jax.kernels.block_mask import RESIDUALS
 from spin_jax.kernels.flash_cpu import kept_bits
-from spin_jax.models.attention import Kernel, choose_kernel
+from spin_jax.kernels.interface import choose
 from spin_jax.models.config import ModelConfig
 
 # Arrays of a layer that a remat policy may keep, by name.
@@ -66,8 +66,8 @@ class Compute:
         dtype: of matmuls and activations; norms, softmax, log-probs and gradients of params are f32 always.
         remat: name in REMAT_POLICIES.
         logits_chunk: response positions whose logits are held at a time; 0 is all.
-        kernel: of attention; None is plain jax.numpy.
-        mesh: the devices of params and activations; None on a single one.
+        kernel: of attention, a name in `kernels.KERNELS`; None is plain jax.numpy.
+        mesh: the devices of params and activations; None on a single one, without a kernel.
         line: from `sharding.sum_line`. Gradients are summed over lines of so many devices of the fsdp axis apart from
             what is across them; 0: over all devices at once.
     """
@@ -75,7 +75,7 @@ class Compute:
     dtype: jnp.dtype = jnp.float32
     remat: str = "full"
     logits_chunk: int = 0
-    kernel: Kernel | None = None
+    kernel: str | None = None
     mesh: Mesh | None = None
     line: int = 0
 
@@ -108,9 +108,9 @@ def make_compute(settings: ModelSection, model: ModelConfig, mesh: Mesh) -> Comp
     Raises:
         UserError: the attention kernel that was asked for cannot run.
     """
-    dtype = compute_dtype(settings.compute_dtype, mesh.devices.flat[0])
-    rows, heads = sharding.RULES["rows"], sharding.RULES["heads"]
-    kernel = choose_kernel(settings.attention, mesh, rows, heads, head_dim=model.head_dim, dtype=dtype)
+    device = mesh.devices.flat[0]
+    dtype = compute_dtype(settings.compute_dtype, device)
+    kernel = choose(settings.attention, device, model.head_dim, dtype)
     return Compute(dtype, settings.remat, settings.logits_chunk, kernel, mesh, sharding.sum_line(mesh))
 
 

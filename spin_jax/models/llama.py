@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spin_jax.devices.sharding import constrain
+from spin_jax.kernels.block_mask import attention_mask
 from spin_jax.models import kv_cache as cache_lib
-from spin_jax.models.attention import attend_cached, attention_mask, causal_attention
+from spin_jax.models.attention import attend_cached, causal_attention
 from spin_jax.models.config import ModelConfig
 from spin_jax.models.execution import ATTENDED, GATE, INPUT, QKV, REMAT_POLICIES, UP, Compute, kept, written
 from spin_jax.models.kv_cache import Columns
@@ -105,6 +106,7 @@ class Attention(Block):
                 tokens.positions_BT,
                 config.sliding_window,
                 compute.kernel,
+                compute.mesh,
             )
         else:
             cache = cache_lib.write(cache, k_BTKH, v_BTKH, index, tokens.columns.written)

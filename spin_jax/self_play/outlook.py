@@ -75,8 +75,7 @@ def _computation(run: Run) -> str:
     if settings.compute_dtype == "auto":
         has = "has instructions for it" if dtype == "bfloat16" else "has no instructions for bfloat16"
         line += f" (auto: a {kind} {has})"
-    kernel = compute.kernel.name if compute.kernel else "plain"
-    line += f"; attention {kernel}"
+    line += f"; attention {compute.kernel or 'plain'}"
     if settings.attention == "auto":
         none = f"no kernel for a {kind}, {dtype} and a head_dim of {run.model.head_dim}"
         line += f" (auto: {f'the kernel for a {kind}' if compute.kernel else none})"

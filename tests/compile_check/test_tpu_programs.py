@@ -22,7 +22,6 @@ from spin_jax.data.packing import Packing, plan_training
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import find_slice
 from spin_jax.models import Compute, abstract_adapters, abstract_params, num_params
-from spin_jax.models.attention import Kernel
 from spin_jax.models.projections import project
 
 MODEL = known("alignment-handbook/zephyr-7b-sft-full")
@@ -114,7 +113,7 @@ def test_a_decode_step_reads_the_weights_and_the_cache_once(slice_name, ways):
 def share(lengths: list[tuple[int, int, int]], kernel: str = "flash") -> float:
     """Of tiles of 256, in one row of up to 4,096 slots."""
     mesh = sharding.one_device_mesh()
-    compute = Compute(jnp.bfloat16, kernel=Kernel(kernel, mesh, ("data", "fsdp"), "tensor"), mesh=mesh)
+    compute = Compute(jnp.bfloat16, kernel=kernel, mesh=mesh)
     pairs = tiny.pairs(tuple(lengths))
     return kernel_share(MODEL, compute, pairs, plan_training(pairs, np.arange(len(pairs))[None], Packing(1, 128, 4096)))
 

@@ -8,7 +8,6 @@ from spin_jax import config as config_lib
 from spin_jax.errors import UserError
 from spin_jax.objectives import OBJECTIVES
 from spin_jax.objectives.interface import Objective, Settings
-from spin_jax.registry import Registry
 from spin_jax.runtime.metric_writer import read_metrics
 from spin_jax.self_play.run import open_run
 
@@ -27,7 +26,7 @@ def test_without_a_reference_nothing_is_scored_before_training(tiny_model, tmp_p
 
 
 def test_an_objective_whose_responses_nobody_has_is_refused_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setitem(OBJECTIVES._things, "of three", Objective(lambda *logps: None, ("real", "proto")))
+    monkeypatch.setitem(OBJECTIVES._entries, "of three", Objective(lambda *logps: None, ("real", "proto")))
     paths = {"model.path": "nowhere", "data.train": "nowhere"}
     config = config_lib.replace(config_lib.Config(), paths | {"spin.loss": "of three"})
     with pytest.raises(UserError, match=r"needs a response called 'proto', and a pair has real, generated"):
@@ -37,14 +36,3 @@ def test_an_objective_whose_responses_nobody_has_is_refused_before_anything_is_r
 def test_the_loss_at_the_start_is_where_policy_and_reference_agree():
     for name, at_start in (("hinge", 1.0), ("exponential", 1.0), ("correlation", 1.0), ("sft", None)):
         assert OBJECTIVES[name].at_start(Settings(beta=3.0)) == at_start
-
-
-def test_a_registry_imports_what_is_asked_for_and_takes_more():
-    registry = Registry({"sqrt": "math:sqrt", "absent": "no.such.module:thing"})
-    assert list(registry) == ["sqrt", "absent"] and registry["sqrt"](9.0) == 3.0
-    registry.register("one", 1)
-    registry.register("sqrt", "mine")
-    assert registry["sqrt"] == "mine"
-    assert list(registry) == ["sqrt", "absent", "one"] and len(registry) == 3
-    with pytest.raises(KeyError):
-        registry["two"]

@@ -96,7 +96,7 @@ def test_kernels_are_attention(heads, kv_heads, head_dim, sliding_window, tile, 
     ends, positions, visible = packed(PACKED, LENGTH)
     mask = within(visible, positions, sliding_window)
     data = arrays(heads, kv_heads, head_dim)
-    kernels = on_eight_devices(functools.partial(flash_attention, sliding_window=sliding_window, interpret=True))
+    kernels = on_eight_devices(functools.partial(flash_attention, sliding_window=sliding_window, platform="cpu"))
     found = value_and_gradients(lambda q, k, v: kernels(q, k, v, ends, positions), *data)
     expected = value_and_gradients(functools.partial(plainly, visible=mask), *data)
     for name in expected:
@@ -113,7 +113,7 @@ def test_bfloat16_is_as_good_as_plain():
     exact = value_and_gradients(plain, *data)
 
     def kernels(q, k, v):
-        return flash_attention(q, k, v, jnp.asarray(ends), jnp.asarray(positions), sliding_window=None, interpret=True)
+        return flash_attention(q, k, v, jnp.asarray(ends), jnp.asarray(positions), sliding_window=None, platform="cpu")
 
     def errors(attention) -> dict[str, float]:
         found = value_and_gradients(attention, *data, jnp.bfloat16)
@@ -128,7 +128,7 @@ def test_a_slot_sees_itself(monkeypatch):
     monkeypatch.setattr(flash_tpu, "TILE", 128)
     q, k, v, _ = (x[:1, :200] for x in arrays(2, 1, 16))
     zeros = jnp.zeros((1, 200), jnp.int32)
-    found = flash_attention(q, k, v, zeros, zeros, sliding_window=None, interpret=True)
+    found = flash_attention(q, k, v, zeros, zeros, sliding_window=None, platform="cpu")
     np.testing.assert_allclose(found, jnp.repeat(v, 2, axis=2), rtol=1e-6)
 
 
@@ -136,7 +136,7 @@ def test_what_nobody_sees_is_not_computed():
     """A value that is no number spoils what is computed with it, were it at weight 0."""
     tokens = map(jnp.asarray, packed([[(100, 100, 56), (100, 100, 56)]], 512)[:2])
     q, k, v, _ = (x[:1, :512] for x in arrays(2, 1, 16))
-    found = flash_attention(q, k, v.at[:, :256].set(jnp.nan), *tokens, sliding_window=None, interpret=True)
+    found = flash_attention(q, k, v.at[:, :256].set(jnp.nan), *tokens, sliding_window=None, platform="cpu")
     assert np.isnan(found[:, :256]).all() and np.isfinite(found[:, 256:]).all()
 
 

@@ -11,18 +11,20 @@ import pytest
 import tpu
 from jax.sharding import AxisType, Mesh
 
+from spin_jax.devices.sharding import AXES
 from spin_jax.errors import UserError
-from spin_jax.kernels import flash_gpu
-from spin_jax.models import attention
-from spin_jax.models.attention import Kernel, causal_attention
+from spin_jax.kernels import KERNELS, flash_cpu
+from spin_jax.kernels import cudnn as cudnn_lib
+from spin_jax.kernels import tokamax as tokamax_lib
+from spin_jax.kernels.interface import choose
+from spin_jax.models.attention import causal_attention
 
-ROWS, HEADS = ("data", "fsdp"), "tensor"
 BATCH = 4
 tokamax = pytest.param(
     "tokamax",
     marks=pytest.mark.skipif(
         importlib.util.find_spec("tokamax") is None,
-        reason=f"needs tokamax, and that Python 3.12: pip install {flash_gpu.TOKAMAX}",
+        reason=f"needs tokamax, and that Python 3.12: pip install {tokamax_lib.TOKAMAX}",
     ),
 )
 
@@ -35,11 +37,15 @@ def others_promote_ranks(request):
 
 
 def mesh_of(devices: list, *shape: int) -> Mesh:
-    return Mesh(np.array(devices).reshape(shape), (*ROWS, HEADS), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def cpu_mesh() -> Mesh:
     return mesh_of(jax.devices("cpu"), 2, 2, 2)
+
+
+def one_device() -> Mesh:
+    return mesh_of(jax.devices("cpu")[:1], 1, 1, 1)
 
 
 def rows(length: int, heads: int, kv_heads: int, head_dim: int, packed: bool) -> dict:
@@ -75,8 +81,8 @@ def value_and_gradients(attend, arrays: dict, dtype=jnp.float32) -> dict[str, np
     return {name: np.asarray(x, np.float32) for name, x in zip(("value", "dq", "dk", "dv"), results, strict=True)}
 
 
-def with_kernel(kernel: Kernel | None, sliding_window: int | None):
-    return lambda q, k, v, ends, positions: causal_attention(q, k, v, ends, positions, sliding_window, kernel)
+def with_kernel(kernel: str | None, sliding_window: int | None, mesh: Mesh | None = None):
+    return lambda q, k, v, ends, positions: causal_attention(q, k, v, ends, positions, sliding_window, kernel, mesh)
 
 
 def assert_same(found: dict, expected: dict) -> None:
@@ -108,8 +114,7 @@ def test_tiles_on_a_mesh_are_plain(name, length, head_dim, sliding_window, packe
     """Each device with its rows and heads; flash itself is tested in test_flash.py; tokamax is XLA here."""
     arrays = rows(length, 8, 4, head_dim, packed)
     plain = value_and_gradients(with_kernel(None, sliding_window), arrays)
-    tiles = Kernel(name, cpu_mesh(), ROWS, HEADS)
-    assert_same(value_and_gradients(with_kernel(tiles, sliding_window), arrays), plain)
+    assert_same(value_and_gradients(with_kernel(name, sliding_window, cpu_mesh()), arrays), plain)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (6, 1)])
@@ -118,8 +123,7 @@ def test_tiled_is_plain(heads, length, sliding_window):
     """Of every grouping of heads, about the tiles' edges."""
     arrays = rows(length, *heads, 16, packed=True)
     plain = value_and_gradients(with_kernel(None, sliding_window), arrays)
-    mesh = mesh_of(jax.devices("cpu")[:1], 1, 1, 1)
-    tiled = value_and_gradients(with_kernel(Kernel("tiled", mesh, ROWS, HEADS), sliding_window), arrays)
+    tiled = value_and_gradients(with_kernel("tiled", sliding_window, one_device()), arrays)
     assert_same(tiled, plain)
 
 
@@ -128,34 +132,34 @@ def test_tiled_does_not_compute_what_nobody_sees():
     q, k, v = (x[:, :256] for x in map(rows(256, 2, 1, 16, False).get, ("q", "k", "v")))
     slots = np.broadcast_to(np.arange(256, dtype=np.int32), q.shape[:2])
     ends = np.where(slots < 128, 128, 256).astype(np.int32)
-    found = attention.tiled_attention(q, k, v.at[:, :128].set(jnp.nan), ends, slots, sliding_window=None)
+    found = flash_cpu.tiled_attention(q, k, v.at[:, :128].set(jnp.nan), ends, slots, sliding_window=None)
     assert np.isnan(found[:, :128]).all() and np.isfinite(found[:, 128:]).all()
 
 
 def test_tiled_in_bfloat16_is_as_good_as_plain():
-    assert_as_good_as_plain(Kernel("tiled", mesh_of(jax.devices("cpu")[:1], 1, 1, 1), ROWS, HEADS), 70, True)
+    assert_as_good_as_plain("tiled", one_device(), 70, True)
 
 
 @pytest.mark.parametrize(("sliding_window", "packed"), [(None, False), (70, False), (300, False), (70, True)])
 def test_what_cudnn_is_told_is_plain(sliding_window, packed):
     """The arguments that cuDNN gets, given to XLA."""
     arrays = rows(128, 4, 2, 64, packed)
-    told = functools.partial(attention.dot_product, sliding_window=sliding_window, implementation="xla")
+    told = functools.partial(cudnn_lib.cudnn_attention, sliding_window=sliding_window, implementation="xla")
     if not packed:
         arrays["ends"] = np.full_like(arrays["positions"], 128)
     plain = value_and_gradients(with_kernel(None, sliding_window), arrays)
     assert_same(value_and_gradients(told, arrays), plain)
 
 
-def assert_as_good_as_plain(kernel: Kernel, sliding_window: int | None, packed: bool) -> None:
+def assert_as_good_as_plain(kernel: str, mesh: Mesh, sliding_window: int | None, packed: bool) -> None:
     """In bfloat16, against f32 of numbers that are not rounded: at most 1.5 times plain's error in norm, as a kernel's
     backward pass reads the rounded output."""
     arrays = rows(256, 4, 2, 128, packed)
     with jax.default_matmul_precision("float32"):  # a GPU would round
         exact = value_and_gradients(with_kernel(None, sliding_window), arrays)
 
-    def errors(kernel: Kernel | None) -> dict[str, float]:
-        found = value_and_gradients(with_kernel(kernel, sliding_window), arrays, jnp.bfloat16)
+    def errors(kernel: str | None) -> dict[str, float]:
+        found = value_and_gradients(with_kernel(kernel, sliding_window, mesh), arrays, jnp.bfloat16)
         return {name: np.linalg.norm(found[name] - exact[name]) / np.linalg.norm(exact[name]) for name in exact}
 
     plain, found = errors(None), errors(kernel)
@@ -167,10 +171,9 @@ def assert_as_good_as_plain(kernel: Kernel, sliding_window: int | None, packed: 
 def test_gpu_kernels_in_bfloat16_are_as_good_as_plain(name, sliding_window, packed):
     if jax.default_backend() != "gpu":
         pytest.skip("needs a GPU: JAX_PLATFORMS=cuda,cpu pytest tests/models/test_attention.py")
-    mesh = mesh_of(jax.devices()[:1], 1, 1, 1)
-    if name == "tokamax" and (reason := flash_gpu.tokamax_refusal(jax.devices()[0], 128, jnp.bfloat16)):
+    if reason := KERNELS[name].refusal(jax.devices()[0], 128, jnp.bfloat16):
         pytest.skip(reason)
-    assert_as_good_as_plain(Kernel(name, mesh, ROWS, HEADS), sliding_window, packed)
+    assert_as_good_as_plain(name, mesh_of(jax.devices()[:1], 1, 1, 1), sliding_window, packed)
 
 
 def test_cudnn_lowers_for_gpus(monkeypatch):
@@ -180,7 +183,7 @@ def test_cudnn_lowers_for_gpus(monkeypatch):
 
     # Lowering asks for the version of a library that only machines with a GPU have, and compiles nothing.
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91002)
-    forward, backward = gpu_calls(with_kernel(Kernel("cudnn", cpu_mesh(), ROWS, HEADS), 70))
+    forward, backward = gpu_calls(with_kernel("cudnn", 70, cpu_mesh()))
     assert "@__cudnn$fmhaScaleBiasSoftmax(" in forward and "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in backward
     assert "(tensor<1x256x4x128xbf16>, tensor<1x256x2x128xbf16>, tensor<1x256x2x128xbf16>, " in forward
     assert "tensor<1x1x256x256xbf16>) ->" in forward  # the mask, which has the window in it
@@ -196,7 +199,7 @@ def test_tokamax_lowers_for_hopper(name, monkeypatch):
     for function, capability in {"is_sm80": False, "is_sm90": True, "is_sm100": False}.items():
         monkeypatch.setattr(gpu_utils, function, lambda *_, found=capability: found)
     monkeypatch.setattr(gpu_utils, "has_mosaic_gpu_support", lambda *_: True)
-    attend = functools.partial(flash_gpu.tokamax_attention, sliding_window=70, implementation="mosaic_gpu")
+    attend = functools.partial(tokamax_lib.tokamax_attention, sliding_window=70, platform="gpu")
     forward, *backward = gpu_calls(attend)
     assert len(backward) == 2 and all("@mosaic_gpu" in call for call in (forward, *backward))
     assert "tensor<4x256x8x128xbf16>, tensor<4x256x4x128xbf16>, tensor<4x256x4x128xbf16>" in forward
@@ -219,23 +222,21 @@ def test_first_slot_that_is_seen():
     """Where a kernel may begin: for each slot the first of the row whose end is beyond it."""
     visible_until_BT = np.array([[6, 6, 4, 4, 6, 6, 7, 10, 9, 10], [1, 10, 10, 4, 10, 10, 10, 8, 10, 10]], np.int32)
     expected = [[0, 0, 0, 0, 0, 0, 6, 7, 7, 7], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]]
-    np.testing.assert_array_equal(flash_gpu.first_seen(jnp.asarray(visible_until_BT)), expected)
+    np.testing.assert_array_equal(tokamax_lib.first_seen(jnp.asarray(visible_until_BT)), expected)
 
 
 @tpu.needs_libtpu
 def test_auto_is_the_kernel_of_the_devices():
     """Of the devices that a program is for: here it is a CPU that asks."""
-    choose = functools.partial(attention.choose_kernel, rows=ROWS, heads=HEADS, head_dim=128, dtype=jnp.bfloat16)
-    tpus = tpu.mesh(tpu.V5E_4, data=1, fsdp=4, tensor=1)
-    assert choose("auto", tpus) == Kernel("flash", tpus, ROWS, HEADS)
-    assert choose("plain", tpus) is None
-    assert choose("auto", cpu_mesh()) == Kernel("tiled", cpu_mesh(), ROWS, HEADS)
+    device = tpu.mesh(tpu.V5E_4, data=1, fsdp=4, tensor=1).devices.flat[0]
+    assert choose("auto", device, 128, jnp.bfloat16) == "flash"
+    assert choose("plain", device, 128, jnp.bfloat16) is None
+    assert choose("auto", jax.devices("cpu")[0], 128, jnp.bfloat16) == "tiled"
 
 
 @pytest.mark.parametrize(
     ("asked", "platform", "head_dim", "dtype", "says"),
     [
-        ("splash", "tpu", 128, jnp.bfloat16, "is not an attention"),
         ("flash", "gpu", 128, jnp.bfloat16, "is a TPU kernel"),
         ("cudnn", "cpu", 128, jnp.bfloat16, "is a GPU kernel and these devices are of platform 'cpu'"),
         ("cudnn", "gpu", 128, jnp.float32, "not float32"),
@@ -247,30 +248,27 @@ def test_auto_is_the_kernel_of_the_devices():
 def test_what_a_kernel_cannot_do_is_said(asked, platform, head_dim, dtype, says):
     """And "auto" goes back to the plain path."""
     device = types.SimpleNamespace(platform=platform, device_kind="some", compute_capability="9.0")
-    mesh = types.SimpleNamespace(devices=np.array([device]))
-    choose = functools.partial(attention.choose_kernel, mesh=mesh, rows=ROWS, heads=HEADS)
     with pytest.raises(UserError, match=f"--config.model.attention={asked} .*{says}"):
-        choose(asked, head_dim=head_dim, dtype=dtype)
+        choose(asked, device, head_dim, dtype)
     if asked == "cudnn" and platform == "gpu":
-        assert choose("auto", head_dim=head_dim, dtype=dtype) is None
-        assert choose("auto", head_dim=64, dtype=jnp.bfloat16).name == "cudnn"
+        assert choose("auto", device, head_dim, dtype) is None
+        assert choose("auto", device, 64, jnp.bfloat16) == "cudnn"
 
 
 def test_tokamax_is_asked_for_by_name(monkeypatch):
     """Where it can run; elsewhere one line says what is missing."""
 
-    def choose(asked: str, dtype=jnp.bfloat16, compute_capability="9.0") -> Kernel | None:
+    def chosen(asked: str, dtype=jnp.bfloat16, compute_capability="9.0") -> str | None:
         device = {"platform": "gpu", "device_kind": "some", "compute_capability": compute_capability}
-        mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(**device)]))
-        return attention.choose_kernel(asked, mesh, ROWS, HEADS, head_dim=64, dtype=dtype)
+        return choose(asked, types.SimpleNamespace(**device), 64, dtype)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"=tokamax needs a package .*: pip install tokamax==0.0.17"):
-        choose("tokamax")
+        chosen("tokamax")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tokamax")
-    assert choose("tokamax", compute_capability="9.0").name == "tokamax"
+    assert chosen("tokamax", compute_capability="9.0") == "tokamax"
     with pytest.raises(UserError, match=r"compute capability 9.0, as H100 has, and this .* has less"):
-        choose("tokamax", compute_capability="8.0")
+        chosen("tokamax", compute_capability="8.0")
     with pytest.raises(UserError, match="takes 16-bit numbers, not float32"):
-        choose("tokamax", jnp.float32)
-    assert choose("auto").name == "cudnn"
+        chosen("tokamax", jnp.float32)
+    assert chosen("auto") == "cudnn"

@@ -14,9 +14,8 @@ import tiny
 from spin_jax.data.batch import Batch
 from spin_jax.data.packing import Packing, pack_batch, plan_scoring
 from spin_jax.data.pairs import Pair
-from spin_jax.devices.sharding import RULES, make_mesh
+from spin_jax.devices.sharding import make_mesh
 from spin_jax.models import REMAT_POLICIES, Compute
-from spin_jax.models.attention import Kernel
 from spin_jax.objectives.logprobs import pair_logprobs
 
 # (prompt, real, generated) tokens: short beside long, responses of one token, one of none.
@@ -101,10 +100,9 @@ def test_any_number_of_responses_to_a_prompt_are_blind_to_each_other(count, atte
         Pair(row, 0, tiny.tokens(rng, prompt), tuple(tiny.tokens(rng, 1 + (row + 3 * y) % 7) for y in range(count)), ())
         for row, prompt in enumerate((1, 9, 4, 6))
     ]
-    kernel = None
+    computed = Compute(remat="none")
     if attention != "plain":
-        mesh = make_mesh(devices=jax.devices()[:1])
-        kernel = Kernel(attention, mesh, RULES["rows"], RULES["heads"])
+        computed = Compute(remat="none", kernel=attention, mesh=make_mesh(devices=jax.devices()[:1]))
     plan = plan_scoring(pairs, len(pairs), Packing(2, 8, 24))
     batch = pack_batch(tiny.CONFIG, pairs, plan.batches[0], plan.shapes[0]).arrays
     assert plan.shapes[0].responses == count and len(plan.batches) == 1
@@ -112,7 +110,7 @@ def test_any_number_of_responses_to_a_prompt_are_blind_to_each_other(count, atte
     weights = jnp.arange(1.0, count * len(pairs) + 1).reshape(-1, count)
 
     def packed_sum(params: dict) -> tuple[jax.Array, jax.Array]:
-        logps_BPY = pair_logprobs(tiny.CONFIG, params, batch, Compute(remat="none", kernel=kernel))
+        logps_BPY = pair_logprobs(tiny.CONFIG, params, batch, computed)
         logps = logps_BPY[batch.weights_BP > 0]
         return jnp.sum(weights[jnp.array(order)] * logps), logps
 

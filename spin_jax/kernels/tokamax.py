@@ -1,4 +1,4 @@
-"""Attention of packed rows on GPUs: how cuDNN and the package tokamax are asked for what `attention.py` defines.
+"""Attention of packed rows on Hopper GPUs by the package tokamax.
 
 Axes: B rows, T slots, N query heads, K kv heads, H head_dim.
 """
@@ -9,30 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from spin_jax.devices.compiler_options import gpu_capability
+from spin_jax.kernels.interface import Kernel
 
 TOKAMAX = "tokamax==0.0.17"  # the extra of setup.py: its masks by ranges have no public name, so the version is fixed
 
-# Before this version jax asks cuDNN for the gradient of every mask, a sum over heads of [T, T] that nobody reads.
-_NO_MASK_GRADIENT = (0, 11, 1)
 
-
-def cudnn_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_B1TT: jax.Array) -> jax.Array:
-    """cuDNN's fused attention under a bool mask, [B, T, N, H] in q's dtype; differentiable in q, k, v."""
-    if jax.version.__version_info__ >= _NO_MASK_GRADIENT:
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TT, implementation="cudnn")
-    # What that call makes of these arguments, the mask's gradient left out. No public argument leaves it out: a mask
-    # becomes a bias, and each bias has a gradient. The function is the same in all older versions that setup.py allows.
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    bias_B1TT = cudnn.combine_bias_and_mask(None, mask_B1TT, q_BTNH.dtype)
-    lengths_offsets_pages = [jnp.zeros(0, q_BTNH.dtype)] * 6
-    scale, seed, dropout, bias_and_its_gradient = q_BTNH.shape[-1] ** -0.5, 0, 0.0, (True, False)
-    no_mask, layout = cudnn.MaskType.NO_MASK, cudnn.AttentionLayout.BTNH.value
-    options = scale, seed, dropout, bias_and_its_gradient, no_mask, layout, None, cudnn.check_cudnn_version(), False
-    return cudnn._dot_product_attention(q_BTNH, k_BTKH, v_BTKH, bias_B1TT, *lengths_offsets_pages, *options)
-
-
-def tokamax_refusal(device: jax.Device, head_dim: int, dtype: jnp.dtype) -> str | None:
+def refusal(device: jax.Device, head_dim: int, dtype: jnp.dtype) -> str | None:
     """Why tokamax cannot compute attention on such a device, if so. On CPUs it is plain XLA, for tests."""
     if device.platform == "tpu":
         return "is a GPU kernel and these devices are of platform 'tpu'"
@@ -57,11 +39,11 @@ def tokamax_attention(
     positions_BT: jax.Array,
     *,
     sliding_window: int | None,
-    implementation: str,
+    platform: str,
 ) -> jax.Array:
     """tokamax's flash attention, [B, T, N, H] in q's dtype; differentiable in q, k, v.
 
-    `implementation` is "mosaic_gpu", kernels for Hopper and later GPUs, or "xla", which runs anywhere.
+    On a `platform` of "gpu" these are kernels for Hopper and later, elsewhere plain XLA, for tests.
 
     Who sees a key is its `q_end`, which 0.0.17 writes down as a mask. Tiles are skipped by `is_causal` in all kernels,
     and in the forward one by the first key that a query sees.
@@ -74,7 +56,7 @@ def tokamax_attention(
     mask = base.Mask(q_end=visible_until_BT[:, None], k_start=first_seen(visible_until_BT)[:, None], is_causal=True)
     if sliding_window is not None:
         mask &= (positions_BT[:, :, None] - positions_BT[:, None, :] < sliding_window)[:, None]
-    return api.IMPLEMENTATIONS[implementation](q_BTNH, k_BTKH, v_BTKH, mask=mask)
+    return api.IMPLEMENTATIONS["mosaic_gpu" if platform == "gpu" else "xla"](q_BTNH, k_BTKH, v_BTKH, mask=mask)
 
 
 def first_seen(visible_until_BT: jax.Array) -> jax.Array:
@@ -84,3 +66,7 @@ def first_seen(visible_until_BT: jax.Array) -> jax.Array:
     largest_BT = jax.lax.cummax(visible_until_BT, axis=1)
     search = jax.vmap(lambda largest_T: jnp.searchsorted(largest_T, slots_T, side="right"))
     return search(largest_BT).astype(jnp.int32)
+
+
+# Never "auto": nobody has timed it.
+tokamax = Kernel(tokamax_attention, refusal)

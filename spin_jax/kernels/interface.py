@@ -1,0 +1,58 @@
+"""What an attention kernel is, and which one the config means on a device."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from spin_jax.errors import UserError
+from spin_jax.kernels import KERNELS
+
+
+def _runs_anywhere(device: jax.Device, head_dim: int, dtype: jnp.dtype) -> None:
+    """The refusal of a kernel that has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Attention of packed rows that does not hold all scores of a row.
+
+    Attributes:
+        attention: (q [B, T, N, H], k and v [B, T, K, H], visible_until int32 [B, T], positions int32 [B, T], *,
+            sliding_window: int or None, platform) -> [B, T, N, H] in q's dtype, differentiable in q, k and v:
+            softmax(q k / sqrt(H)) v over what each token sees (`block_mask.causal_mask`). Each device calls it with its
+            own rows and heads; `platform` is the devices', which need not be of the process that compiles for them.
+        refusal: (device, head_dim, dtype of q, k and v) -> why it cannot run there, if so; read after
+            "--config.model.attention=NAME".
+        platforms: where "auto" takes it if it can run, of "cpu", "gpu" and "tpu".
+        row_length: tokens of a packed row that suit it, the default of `config.train.row_length`. Long rows are fuller,
+            but attention costs more in them unless the kernel skips what no token sees.
+    """
+
+    attention: Callable[..., jax.Array]
+    refusal: Callable[[jax.Device, int, jnp.dtype], str | None] = _runs_anywhere
+    platforms: tuple[str, ...] = ()
+    row_length: int = 1024
+
+
+def choose(asked: str, device: jax.Device, head_dim: int, dtype: jnp.dtype) -> str | None:
+    """The name of the kernel that `config.model.attention` means on a device; None is plain jax.numpy.
+
+    The device is one that a program is for, not one of the process: programs for TPUs are compiled where none is.
+    "auto" is plain where no kernel of the platform can run.
+
+    Raises:
+        UserError: a kernel was asked for by name that cannot run.
+    """
+    if asked == "plain":
+        return None
+    if asked == "auto":
+        for name in reversed(KERNELS):
+            kernel = KERNELS[name]
+            if device.platform in kernel.platforms and not kernel.refusal(device, head_dim, dtype):
+                return name
+        return None
+    if reason := KERNELS[asked].refusal(device, head_dim, dtype):
+        raise UserError(f"--config.model.attention={asked} {reason}: write --config.model.attention=plain, or auto")
+    return asked
