@@ -42,6 +42,9 @@ class Registry(Mapping[str, T], Generic[T]):
                 ) from error
         return entry
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
