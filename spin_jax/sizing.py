@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from spin_jax.config import Config, flatten, replace
 from spin_jax.data.bin_packing import round_up
+from spin_jax.data.layouts import LAYOUTS
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import CPU, GiB, Slice, found, tensor_ways
 from spin_jax.devices.compiler_options import compute_dtype
@@ -209,7 +210,8 @@ def longest_pair(config: Config) -> tuple[int, int, int]:
     """Tokens of prompt, real and generated response of the longest pair that a config allows: both responses fill their
     budgets. Generated responses that the data gives have the room of a human one."""
     data = config.data
-    generated = data.max_length if data.layout == "pairs" else config.generate.max_new_tokens
+    given = data.layout in LAYOUTS and LAYOUTS[data.layout].generated
+    generated = data.max_length if given else config.generate.max_new_tokens
     prompt = max(1, min(data.max_prompt_length, data.max_length - generated))
     return prompt, data.max_length - prompt, min(generated, data.max_length - prompt)
 

@@ -21,7 +21,8 @@ import spin_jax
 from spin_jax import config as config_lib
 from spin_jax import generate, main  # noqa: F401  (main defines its flags)
 from spin_jax.compile_check import __main__
-from spin_jax.data.sources import LAYOUTS, load_examples
+from spin_jax.data.layouts import LAYOUTS
+from spin_jax.data.sources import load_examples
 from spin_jax.errors import UserError
 from spin_jax.runtime import cli as command_lib
 from spin_jax.tasks import toy

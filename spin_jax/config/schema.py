@@ -60,7 +60,7 @@ class DataConfig:
     layout: str = field(
         "auto",
         "Which columns a row has (docs/data.md). 'auto' tells it from each row's columns.",
-        choices=("auto", "messages", "conversations", "prompt_response", "alpaca", "pairs"),
+        choices=("auto", "spin_jax.data.layouts:LAYOUTS"),
         resume=CONTENT,
     )
     turn: str = field(

@@ -12,20 +12,10 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from spin_jax.data.layouts import (
-    LAYOUTS,
-    UNWANTED,
-    Fields,
-    Message,
-    Unusable,
-    asked,
-    detect_layout,
-    exchange,
-    message,
-    read_conversation,
-    read_turns,
-    refuse_kinds,
-)
+from spin_jax.data.layouts import LAYOUTS
+from spin_jax.data.layouts.fields import UNWANTED, Fields, Unusable, refuse_kinds
+from spin_jax.data.layouts.interface import detect_layout
+from spin_jax.data.layouts.turns import Message, asked, exchange, message, read_turns
 from spin_jax.data.rows import Mistakes, Place, read_rows
 from spin_jax.errors import UserError
 
@@ -45,7 +35,7 @@ class Example:
         row: 0-based row number in the source, through all of its files; no two examples share one.
         prompt: messages up to and including the user turn that `response` answers.
         response: text of the real response.
-        generated: text of the generated response (pairs layout only).
+        generated: text of the generated response, where the layout has one.
         truncated: the generated response was cut at the sampling budget, so it has no real end.
     """
 
@@ -172,7 +162,7 @@ def load_prompts(
     for index, (place, row) in enumerate(read_rows(source, split)):
         try:
             fields, known, turns = _open(row, layout, known, answered=False)
-            turns = asked(turns, "last" if known == "pairs" else turn)
+            turns = asked(turns, "last" if LAYOUTS[known].generated else turn)
             _check_asked(turns)
         except (Unusable, UserError) as error:
             mistakes.add(place, error)
@@ -180,8 +170,8 @@ def load_prompts(
         unused |= dict.fromkeys(fields.unused())
         messages = _mended(turns)
         mended += [index] if messages != turns else []
-        alone = known in ("alpaca", "prompt_response") and len(messages) == 1
-        prompts.append(messages[0]["content"] if alone else messages)
+        is_text = LAYOUTS[known].is_text and len(messages) == 1
+        prompts.append(messages[0]["content"] if is_text else messages)
     mistakes.refuse()
     if not prompts:
         raise UserError(f"{source}: {_NO_ROWS}")
@@ -290,23 +280,24 @@ def _open(row: object, layout: str, known: str | None, answered: bool = True) ->
     fields = Fields(row)
     known = detect_layout(fields, answered, known) if layout == "auto" else layout
     refuse_kinds(fields, "row")
-    return fields, known, LAYOUTS[known](fields, answered)
+    return fields, known, LAYOUTS[known].turns(fields, answered)
 
 
 def _read_example(index: int, fields: Fields, layout: str, turns: Sequence[Message], turn: str) -> Example:
     for name in UNWANTED:
         if fields.values.get(name) is False:
             raise Unusable(f"a response marked as unwanted ({name} is false)")
-    prompt, response = exchange(fields, turns, "last" if layout == "pairs" else turn)
+    read_generated = LAYOUTS[layout].generated
+    prompt, response = exchange(fields, turns, "last" if read_generated else turn)
     _check_asked(prompt)
     if not response.strip():
         raise Unusable("empty response")
-    if layout != "pairs":
+    if not read_generated:
         return Example(index, prompt, response)
-    generated_prompt, generated = exchange(fields, read_conversation(fields, "generated"), "last")
+    generated_turns, truncated = read_generated(fields)
+    generated_prompt, generated = exchange(fields, generated_turns, "last")
     if prompt != generated_prompt:
         raise Unusable("real and generated answer different prompts")
-    truncated = "generated_truncated" in fields.values and bool(fields.get("generated_truncated"))
     return Example(index, prompt, response, generated, truncated)  # of an opponent that stopped at once it is empty
 
 

@@ -3,7 +3,7 @@
 import pytest
 from data_rows import CHAT, assistant, read, system, user, write_lines, write_parquet
 
-from spin_jax.data.layouts import ROLES
+from spin_jax.data.layouts.turns import ROLES
 from spin_jax.data.sources import Example, as_messages, encodable, load_examples, load_prompts, read_prompts
 from spin_jax.errors import UserError
 

@@ -171,7 +171,7 @@ def test_a_malformed_conversation_is_named(tmp_path, messages, message):
 
 
 def test_unknown_columns_are_named_with_the_accepted_ones(tmp_path):
-    with pytest.raises(UserError, match=r"a\.jsonl:1: columns text, label fit no known layout; accepted: messages"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: columns text, label fit no known layout; accepted: real"):
         load_examples(write_lines(tmp_path / "a.jsonl", [{"text": "x", "label": 1}]))
 
 
