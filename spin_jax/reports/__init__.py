@@ -1,1 +1,10 @@
-"""What a run has shown: tables and plots."""
+"""What a run shows for itself. A report is one file, and one entry here; all are written after each iteration."""
+
+from spin_jax.registry import Registry
+
+REPORTS: Registry = Registry(
+    {
+        "summary": "spin_jax.reports.summary:summary",
+        "plots": "spin_jax.reports.plots:plots",
+    }
+)

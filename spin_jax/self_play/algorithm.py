@@ -6,7 +6,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax.config import STAGES, Config, freeze
-from spin_jax.reports import summary
+from spin_jax.reports.record import RunRecord, write_reports
+from spin_jax.reports.summary import read_summary, summary_table
 from spin_jax.runtime import compilation_cache, multihost, out_of_memory, progress
 from spin_jax.runtime.lease import held
 from spin_jax.self_play import outlook
@@ -44,7 +45,7 @@ def self_play(
             for t in range(config.iterations):
                 if not _iterate(run, t, only):
                     break
-        return multihost.on_first(lambda: summary.read_results(directory))
+        return multihost.on_first(lambda: RunRecord.load(directory).results)
 
 
 def _iterate(run: Run, t: int, only: Sequence[str]) -> bool:
@@ -68,9 +69,8 @@ def _iterate(run: Run, t: int, only: Sequence[str]) -> bool:
 
 
 def _report(workdir: epath.Path, is_last: bool) -> None:
-    """Summary and plots of all models that there are, those of iterations beyond `config.iterations` too."""
-    rows = summary.read_results(workdir)
-    if is_last or rows != summary.read_summary(workdir):
-        summary.write_summary(workdir, rows)
-        summary.plot_iterations(workdir)
-        print(f"\n{summary.summary_table(rows)}\n", flush=True)
+    """Reports on all models that there are, those of iterations beyond `config.iterations` too."""
+    record = RunRecord.load(workdir)
+    if is_last or record.results != read_summary(workdir):
+        write_reports(record)
+        print(f"\n{summary_table(record.results)}\n", flush=True)

@@ -10,8 +10,8 @@ from spin_jax.data.sources import Example
 from spin_jax.data.tokenize import tokenise
 from spin_jax.evaluation.rewards import held_out_rewards, nats_per_token
 from spin_jax.evaluation.score_files import delete_parts
-from spin_jax.reports import summary
-from spin_jax.runtime import multihost, out_of_memory
+from spin_jax.reports.record import read_result, write_result
+from spin_jax.runtime import metric_writer, multihost, out_of_memory
 from spin_jax.self_play.pairs import pairs_of, sft_pair
 from spin_jax.self_play.run import Run
 from spin_jax.self_play.stages.score import EVALUATION_PARTS, held_out_scores, score_pairs_of
@@ -41,7 +41,7 @@ def evaluate_policy(run: Run, t: int) -> None:
         row["generated/tokens"] = float(np.mean([len(pair.responses[1]) for pair in train]))
         row["generated/cut"] = float(np.mean([pair.truncated[1] for pair in train]))
         if not held_out:
-            return row | summary.last_step(run.iteration(t)) | exact_measures(run, run.start_of(t + 1))
+            return row | _last_step(run.iteration(t)) | exact_measures(run, run.start_of(t + 1))
         kept = run.iteration(t), EVALUATION_PARTS
         by_policy = score_pairs_of(run, run.start_of(t + 1), held_out, f"iteration {t}: evaluate", kept)
         row["held_out/nats_per_token"] = nats_per_token(held_out, by_policy)
@@ -51,11 +51,18 @@ def evaluate_policy(run: Run, t: int) -> None:
     measure_once(run.iteration(t), measure)
 
 
+def _last_step(iteration: epath.Path) -> dict[str, float]:
+    """Margin and accuracy of an iteration's last training step, as far as its objective has them, for a summary without
+    held-out rows."""
+    row = metric_writer.read_metrics(iteration / metric_writer.FILE_NAME)[-1]
+    return {f"last_step/{name}": row[name] for name in ("rewards/accuracy", "rewards/margin") if name in row}
+
+
 def measure_once(directory: epath.Path, measure: Callable[[], dict]) -> None:
     """`result.json` in a directory: a row of the summary, measured where there is none that can be read."""
-    if not multihost.on_first(lambda: summary.read_result(directory)):
+    if not multihost.on_first(lambda: read_result(directory)):
         row = measure()
-        multihost.on_first(lambda: summary.write_result(directory, row))
+        multihost.on_first(lambda: write_result(directory, row))
         multihost.on_first(lambda: delete_parts(directory, EVALUATION_PARTS))
 
 

@@ -1,0 +1,81 @@
+"""What a run has left in its directory, which is all that reports know of it; and how they are written."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+from collections.abc import Callable, Mapping
+
+from etils import epath
+
+from spin_jax.reports import REPORTS
+from spin_jax.runtime import files, metric_writer
+
+RESULT = "result.json"
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """A run, read from its files. No device is needed, and the run may still be at work.
+
+    Attributes:
+        workdir: the run's directory, where everything else about it can be read.
+        config: fields by their dotted names; `fingerprint` of the data and `start`, that of the model.
+        results: what each model was measured by, in the order in which they were made: `model`, its name; `iteration`,
+            the number of the iteration that trained it, or None; and its measures.
+        metrics: iteration -> the rows of its training steps, each with `step` and what `metrics.jsonl` has.
+    """
+
+    workdir: epath.Path
+    config: dict[str, object]
+    results: list[dict]
+    metrics: dict[int, list[dict]]
+
+    @classmethod
+    def load(cls, workdir: epath.PathLike) -> "RunRecord":
+        """Read a run's directory; what is not there yet is empty."""
+        workdir = epath.Path(workdir)
+        config = workdir / "config.json"
+        results, metrics = [read_result(workdir)], {}
+        for t in itertools.count():
+            iteration = workdir / f"iteration_{t}"
+            if not iteration.exists():
+                break
+            results += [read_result(iteration), read_result(iteration / "control")]
+            steps = iteration / metric_writer.FILE_NAME
+            if steps.exists() and (rows := metric_writer.read_metrics(steps)):
+                metrics[t] = rows
+        noted = json.loads(config.read_text()) if config.exists() else {}
+        return cls(workdir, noted, [row for row in results if row], metrics)
+
+
+# A report: a run's record -> {name under the workdir: content}.
+Report = Callable[[RunRecord], Mapping[str, str | bytes]]
+
+
+def write_reports(record: RunRecord) -> None:
+    """Write every report that is registered, each file whole or not at all."""
+    for report in REPORTS.values():
+        for name, content in report(record).items():
+            files.write_whole(record.workdir / name, content)
+
+
+def write_result(directory: epath.Path, row: Mapping[str, object]) -> None:
+    """Keeps the summary's row of the model that was measured for `directory`."""
+    files.write_whole(directory / RESULT, metric_writer.to_json(row) + "\n")
+
+
+def read_result(directory: epath.Path) -> dict | None:
+    """The row that `write_result` kept; None where there is none, or a damaged one: it can be measured again."""
+    path = directory / RESULT
+    if not path.exists():
+        return None
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        row = json.loads(path.read_text(), object_hook=metric_writer.restore)
+        if "model" in row and "iteration" in row:
+            return row
+    _LOG.warning("%s is damaged: measured again", path)
+    return None
