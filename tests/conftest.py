@@ -1,5 +1,6 @@
 """Shared fixtures: where the real model and data are, if this machine has them."""
 
+import importlib
 import os
 import pathlib
 import signal
@@ -24,6 +25,8 @@ if threading.current_thread() is threading.main_thread():
 
 import jax  # noqa: E402  (after the flags above)
 import pytest  # noqa: E402
+
+from spin_jax.registry import Registry  # noqa: E402
 
 # Files that take minutes, the longest first; `--dist loadfile` would begin with those of the most tests.
 LONGEST = (
@@ -57,6 +60,15 @@ def _directory(variable: str, what: str) -> pathlib.Path:
 def assets() -> pathlib.Path:
     """A directory with `data/` (real instruction sets) and `models/stories260k-hf`."""
     return _directory("SPIN_JAX_ASSETS", "a directory with data/ and models/")
+
+
+@pytest.fixture
+def own_registries(monkeypatch):
+    """What a test registers is forgotten after it."""
+    for package in ("objectives", "evaluation", "data.layouts", "kernels", "reports"):
+        for registry in vars(importlib.import_module(f"spin_jax.{package}")).values():
+            if isinstance(registry, Registry):
+                monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from absl.testing import flagsaver
+from documents import blocks, files
 
 import spin_jax
 from spin_jax import config as config_lib
@@ -42,13 +43,6 @@ MODULES = {"spin_jax": "spin_jax"} | {
 SECTIONS = {field.partition(".")[0] for field in FIELDS if "." in field}
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-
-
-def blocks(document: pathlib.Path, language: str) -> list[tuple[int, str]]:
-    """(number of its first line, text) of each fenced block of a language."""
-    text = document.read_text()
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
-    return [(text.count("\n", 0, match.start()) + 2, match[1]) for match in found]
 
 
 def commands() -> list[tuple[str, str]]:
@@ -97,7 +91,7 @@ def snippets(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "document",
-    [path for path in DOCUMENTS if blocks(path, "python") and path.name != "python.md"],
+    [path for path in DOCUMENTS if blocks(path, "python") and path.name not in ("python.md", "extending.md")],
     ids=lambda path: path.name,
 )
 def test_python_blocks_run(document, snippets):
@@ -146,7 +140,7 @@ def checked_config():
 
 
 @pytest.mark.parametrize(("where", "command"), commands() + launched_commands())
-def test_bash_blocks(where, command, monkeypatch):
+def test_bash_blocks(where, command, monkeypatch, tmp_path, own_registries):
     """Our own commands are parsed with the real flags and their config is validated; others are known ones."""
     words = [word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)]
     if words[0] == "python" and words[1].endswith(".py"):
@@ -161,6 +155,9 @@ def test_bash_blocks(where, command, monkeypatch):
         if words[3:] == ["--help"]:
             return
         monkeypatch.chdir(ROOT)
+        for name, content in files(ROOT / "docs/extending.md").items() if where.startswith("extending") else ():
+            monkeypatch.chdir(tmp_path)
+            pathlib.Path(name).write_text(content)
         with flagsaver.flagsaver():
             assert command_lib.parse_flags(words[2:]) == words[2:3], "every word but the first is a flag"
             configs = {

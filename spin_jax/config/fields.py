@@ -44,7 +44,7 @@ class Field:
 
     Attributes:
         default: its value where nobody gives another; a value is of its type. A tuple of numbers has an entry an
-            iteration, the last of which serves all later ones.
+            iteration, the last of which serves all later ones; an empty default is of texts.
         doc: what it is, with its unit, and why the default is what it is.
         choices: the words that it may be; "package:REGISTRY" stands for the names in a registry. None: any text.
         bounds: of a number, or of each entry of a tuple.
@@ -74,11 +74,11 @@ class Field:
         if not _is_like(value, self.default):
             what = _kind(self.default) + (", not text" if isinstance(value, str) else "")
             raise UserError(f"{given} must be {what}: write it as {as_flag(name, _example(value, self.default))}")
-        words = self.words()
-        if words and value not in words:
-            raise UserError(f"{given} is not one of {', '.join(words)}{did_you_mean(value, words)}")
+        words, values = self.words(), value if isinstance(value, tuple) else (value,)
+        for word in values:
+            if words and word not in words:
+                raise UserError(f"{given} is not one of {', '.join(words)}{did_you_mean(word, words)}")
         if self.bounds:
-            values = value if isinstance(value, tuple) else (value,)
             if not values:
                 raise UserError(f"{given} is empty: write one value an iteration, as {as_flag(name, self.default)}")
             for one in values:
@@ -125,7 +125,7 @@ def _is_like(value: object, default: object) -> bool:
 
 def _kind(default: object) -> str:
     if isinstance(default, tuple):
-        return "a tuple of numbers" if default else "a tuple of texts"
+        return "a tuple of texts" if _is_of_texts(default) else "a tuple of numbers"
     return _KINDS[type(default)]
 
 
@@ -133,7 +133,13 @@ def _example(value: object, default: object) -> object:
     """A value of the right kind; as near to the one that was given as can be told."""
     if isinstance(default, int) and isinstance(value, float) and value.is_integer():
         return int(value)
-    return ((value if isinstance(value, str) else "###"),) if default == () else default
+    if _is_of_texts(default):
+        return (value,) if isinstance(value, str) else (default or ("###",))
+    return default
+
+
+def _is_of_texts(default: object) -> bool:
+    return isinstance(default, tuple) and all(isinstance(text, str) for text in default)
 
 
 def _check_bounds(given: str, value: float, bounds: Bounds) -> None:

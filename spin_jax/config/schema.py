@@ -315,6 +315,18 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What the models of a run are measured by."""
+
+    evaluators: tuple[str, ...] = field(
+        ("auto",),
+        "Names in evaluation.EVALUATORS. 'auto': what costs little and the data allow.",
+        choices=("auto", "spin_jax.evaluation:EVALUATORS"),
+        resume=FREE,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ToyConfig:
     """The made task of configs/quickstart.py; read only where `model.path` and `data.train` are "toy:"."""
 
@@ -343,6 +355,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     toy: ToyConfig = ToyConfig()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from spin_jax.data.layouts import LAYOUTS
-from spin_jax.data.layouts.fields import UNWANTED, Fields, Unusable, refuse_kinds
+from spin_jax.data.layouts.columns import UNWANTED, Fields, Unusable, refuse_kinds
 from spin_jax.data.layouts.interface import detect_layout
 from spin_jax.data.layouts.turns import Message, asked, exchange, message, read_turns
 from spin_jax.data.rows import Mistakes, Place, read_rows

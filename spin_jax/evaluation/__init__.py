@@ -1,1 +1,10 @@
-"""Scoring: log-probs of responses, and what is computed from them."""
+"""What a model is measured by. An evaluator is one file, and one entry here; `config.evaluate.evaluators` names it."""
+
+from spin_jax.registry import Registry
+
+EVALUATORS: Registry = Registry(
+    {
+        "held_out": "spin_jax.evaluation.rewards:held_out",
+        "exact": "spin_jax.evaluation.exact:exact",
+    }
+)

@@ -1,13 +1,13 @@
-"""What the log-probs of held-out pairs say of a policy."""
+"""What the log-probs of held-out pairs say of a policy: its rewards, and its loss on the human responses."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from spin_jax.config import Config, at_iteration
 from spin_jax.data.pairs import Pair
+from spin_jax.evaluation.interface import Evaluator, Subject
 from spin_jax.objectives.margin_losses import rewards
-
-# ---- measures
 
 
 def held_out_rewards(policy_logps: np.ndarray, opponent_logps: np.ndarray, beta: float) -> dict[str, float]:
@@ -24,3 +24,20 @@ def held_out_rewards(policy_logps: np.ndarray, opponent_logps: np.ndarray, beta:
 def nats_per_token(pairs: Sequence[Pair], logps: np.ndarray) -> float:
     """A model's mean loss on the human responses as a plain language model, from its log-probs [pairs, Y]."""
     return -float(logps[:, 0].sum(dtype=np.float64)) / sum(len(pair.responses[0]) for pair in pairs)
+
+
+def _measure(subject: Subject) -> dict[str, float]:
+    """Rewards are against the opponent of the iteration, which wrote the generated responses."""
+    logps = subject.held_out_logps()
+    found = {"held_out/nats_per_token": nats_per_token(subject.held_out, logps)}
+    if subject.opponent_logps:
+        beta = at_iteration(subject.config.spin.beta, subject.iteration)
+        found |= held_out_rewards(logps, subject.opponent_logps(), beta)
+    return found
+
+
+def _refusal(config: Config) -> str | None:
+    return None if config.data.eval_rows else "needs held-out rows: set --config.data.eval_rows, or leave it out"
+
+
+held_out = Evaluator(_measure, _refusal, auto=True)

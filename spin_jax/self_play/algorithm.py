@@ -60,7 +60,7 @@ def _iterate(run: Run, t: int, only: Sequence[str]) -> bool:
         train.train_policy(run, t)  # theta_{t+1} = argmin of equation 4.7, from theta_t; it is the next opponent
     if not multihost.on_first(model.exists):
         return False
-    evaluate.describe_start(run)
+    evaluate.evaluate_start(run)
     evaluate.evaluate_policy(run, t)
     if run.config.sft.control:
         sft_control.continue_sft(run, t)

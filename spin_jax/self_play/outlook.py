@@ -9,6 +9,7 @@ from etils import epath
 
 from spin_jax import models
 from spin_jax.config import STAGES
+from spin_jax.evaluation.interface import chosen
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import find
 from spin_jax.runtime.progress import Expected
@@ -30,6 +31,7 @@ def loops(run: Run, only: Sequence[str] = STAGES) -> list[Expected]:
     """The loops of a whole run, in order and by the names that the stages give them. A run of some of the stages ends
     with the first iteration that is not finished."""
     config, held_out, found = run.config, bool(run.held_out_examples), []
+    evaluated = held_out and "held_out" in chosen(config)
     if config.sft.epochs:
         found.append(Expected("SFT", "SFT"))
     whole = set(only) == set(STAGES)
@@ -40,10 +42,10 @@ def loops(run: Run, only: Sequence[str] = STAGES) -> list[Expected]:
             loops += [("score held-out pairs", "held-out", 1)] * held_out
             loops += [("score", "score", steps_of(run, t))] * is_scored(run.config.spin)
         if "train" in only:
-            loops += [("train", "train", steps_of(run, t))] + [("evaluate", "held-out", 1)] * held_out
+            loops += [("train", "train", steps_of(run, t))] + [("evaluate", "held-out", 1)] * evaluated
             if config.sft.control:  # for as much compute as the iteration
                 loops += [("SFT control", "control", steps_of(run, t))]
-                loops += [("evaluate SFT control", "held-out", 1)] * held_out
+                loops += [("evaluate SFT control", "held-out", 1)] * evaluated
         found += [Expected(f"iteration {t}: {name}", kind, size) for name, kind, size in loops]
     return found
 

@@ -39,6 +39,7 @@ from spin_jax.data.tokenize import Tokenised
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import check_slice
 from spin_jax.errors import UserError
+from spin_jax.evaluation import interface as evaluators
 from spin_jax.language_model import open_player
 from spin_jax.objectives import OBJECTIVES
 from spin_jax.runtime import multihost
@@ -126,6 +127,7 @@ def open_run(config: Config, workdir: epath.PathLike, trains: bool = True, profi
         UserError: one line for whatever is wrong.
     """
     _check_objective(config.spin.loss)
+    evaluators.chosen(config)
     multihost.check_alike(config)
     multihost.on_first(lambda: check_slice(config.mesh.slice, jax.devices()))
     workdir = multihost.on_each(lambda: workdirs.make(workdir))

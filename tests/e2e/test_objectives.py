@@ -25,8 +25,8 @@ def test_without_a_reference_nothing_is_scored_before_training(tiny_model, tmp_p
     assert 0 < rows[0]["loss"] < 10 and "rewards/margin" not in rows[0] and "lengths/generated" not in rows[0]
 
 
-def test_an_objective_whose_responses_nobody_has_is_refused_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setitem(OBJECTIVES._entries, "of three", Objective(lambda *logps: None, ("real", "proto")))
+def test_an_objective_whose_responses_nobody_has_is_refused_before_anything_is_read(tmp_path, own_registries):
+    OBJECTIVES.register("of three", Objective(lambda *logps: None, ("real", "proto")))
     paths = {"model.path": "nowhere", "data.train": "nowhere"}
     config = config_lib.replace(config_lib.Config(), paths | {"spin.loss": "of three"})
     with pytest.raises(UserError, match=r"needs a response called 'proto', and a pair has real, generated"):

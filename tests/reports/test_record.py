@@ -43,8 +43,7 @@ def test_a_damaged_result_is_none_and_said_so(tmp_path, content, caplog):
     assert read_result(tmp_path) is None and "is damaged: measured again" in caplog.text
 
 
-def test_every_registered_report_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(REPORTS, "_entries", dict(REPORTS._entries))
+def test_every_registered_report_is_written(tmp_path, own_registries):
     REPORTS.register("count", lambda record: {"of/mine.txt": f"{len(record.results)} models"})
     write_run(tmp_path)
     write_reports(RunRecord.load(tmp_path))

@@ -1,6 +1,6 @@
 """Rows whose conversation is a column of turns."""
 
-from spin_jax.data.layouts.fields import Fields
+from spin_jax.data.layouts.columns import Fields
 from spin_jax.data.layouts.interface import Layout
 from spin_jax.data.layouts.turns import Message, read_conversation
 

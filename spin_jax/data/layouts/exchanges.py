@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from spin_jax.data.layouts.fields import ANSWERS, QUESTIONS, Fields, Unusable, has_content
+from spin_jax.data.layouts.columns import ANSWERS, QUESTIONS, Fields, Unusable, has_content
 from spin_jax.data.layouts.interface import Layout
 from spin_jax.data.layouts.turns import Message, message, read_turns, with_system
 from spin_jax.errors import UserError

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from spin_jax.data.layouts import LAYOUTS
-from spin_jax.data.layouts.fields import ANSWERS, PREFERENCES, QUESTIONS, Fields
+from spin_jax.data.layouts.columns import ANSWERS, PREFERENCES, QUESTIONS, Fields
 from spin_jax.data.layouts.turns import Message
 from spin_jax.errors import UserError
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from spin_jax.data.layouts.fields import MEDIA, PREFERENCES, Fields, Unusable, has_content, refuse_kinds
+from spin_jax.data.layouts.columns import MEDIA, PREFERENCES, Fields, Unusable, has_content, refuse_kinds
 from spin_jax.errors import UserError
 
 SYSTEMS = ("system", "system_prompt", "system_message")

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 
 from spin_jax.data.packing import forward_flops
 from spin_jax.data.pairs import Pair, choose
-from spin_jax.evaluation.rewards import nats_per_token
 from spin_jax.runtime import out_of_memory
 from spin_jax.self_play.pairs import pairs_of, sft_pairs
 from spin_jax.self_play.run import Run
-from spin_jax.self_play.stages.evaluate import exact_measures, measure_once
-from spin_jax.self_play.stages.score import EVALUATION_PARTS, score_pairs_of
+from spin_jax.self_play.stages.evaluate import evaluate_control
 from spin_jax.self_play.training_stage import export_model, fit_sft, is_trained, spin_stage
 from spin_jax.training import programs
 
@@ -25,16 +23,7 @@ def continue_sft(run: Run, t: int) -> None:
         steps = max(1, round(_iteration_flops(run, t) / _sft_step_flops(run, pairs)))
         peak = run.config.sft.control_learning_rate
         export_model(run, directory, fit_sft(run, start, pairs, steps, peak, directory, f"iteration {t}: SFT control"))
-
-    def measure() -> dict:
-        row = {"model": f"SFT control {t}", "iteration": None}
-        if held_out := pairs_of(run, t)[1]:
-            name = f"iteration {t}: evaluate SFT control"
-            logps = score_pairs_of(run, directory / "model", held_out, name, (directory, EVALUATION_PARTS))
-            row["held_out/nats_per_token"] = nats_per_token(held_out, logps)
-        return row | exact_measures(run, directory / "model")
-
-    measure_once(directory, measure)
+    evaluate_control(run, t, directory)
 
 
 def _iteration_flops(run: Run, t: int) -> float:

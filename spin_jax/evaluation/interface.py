@@ -1,0 +1,91 @@
+"""What an evaluator is, what it is given, and which ones the config means."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from etils import epath
+
+from spin_jax.config import Config
+from spin_jax.data.chat_format import ChatFormat
+from spin_jax.data.pairs import Pair
+from spin_jax.data.sources import Example
+from spin_jax.errors import UserError
+from spin_jax.evaluation import EVALUATORS
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model that is measured, and what a run can do with it. All functions are called by all processes alike.
+
+    Attributes:
+        name: "SFT", "iteration 0" or "SFT control 0".
+        iteration: the number of the iteration that trained it; None for the others.
+        config: of the run.
+        chat: the tokenizer, and the template of prompts.
+        directory: where its result goes; an evaluator may keep files there.
+        held_out: pairs of real and generated responses to the held-out prompts. The opponent of the iteration wrote the
+            generated ones.
+        held_out_logps: () -> the model's log-probs of these, f32 [pairs, 2], in nats.
+        opponent_logps: () -> the opponent's; None for a model that has no opponent.
+        encode: examples -> token ids of their prompts and responses, in the run's template and cut to its budget.
+        logprobs: (pairs, name of the progress bar) -> the model's log-probs of the responses of each, f32 [pairs, Y],
+            in nats. A pair is a prompt with any number of responses.
+    """
+
+    name: str
+    iteration: int | None
+    config: Config
+    chat: ChatFormat
+    directory: epath.Path
+    held_out: Sequence[Pair]
+    held_out_logps: Callable[[], np.ndarray]
+    opponent_logps: Callable[[], np.ndarray] | None
+    encode: Callable[[Sequence[Example]], list[Pair]]
+    logprobs: Callable[[Sequence[Pair], str], np.ndarray]
+
+
+def _measures_anything(config: Config) -> None:
+    """The refusal of an evaluator that has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Measures of a model.
+
+    Attributes:
+        measure: a model -> {name: number}, which go into `result.json` and the summary. Called by all processes.
+        refusal: config of a run -> why its models cannot be measured, if so; read after the evaluator's name.
+        auto: whether "auto" takes it where it can measure: it should cost little.
+    """
+
+    measure: Callable[[Subject], dict[str, float]]
+    refusal: Callable[[Config], str | None] = _measures_anything
+    auto: bool = False
+
+
+def chosen(config: Config) -> dict[str, Evaluator]:
+    """The evaluators that `config.evaluate.evaluators` names, in its order; "auto" stands for those that the run's data
+    allow.
+
+    Raises:
+        UserError: one was asked for by name that cannot measure models of this run.
+    """
+    found = {}
+    for asked in config.evaluate.evaluators:
+        for name in EVALUATORS if asked == "auto" else (asked,):
+            evaluator = EVALUATORS[name]
+            reason = evaluator.refusal(config)
+            if asked != "auto" and reason:
+                raise UserError(f"--config.evaluate.evaluators: {name} {reason}")
+            if asked != "auto" or (evaluator.auto and not reason):
+                found[name] = evaluator
+    return found
+
+
+def evaluate(subject: Subject, known: Mapping[str, float] | None = None) -> dict[str, object]:
+    """The summary's row of a model: its name, what is known of it already, and what the evaluators of the run find."""
+    row = {"model": subject.name, "iteration": subject.iteration} | dict(known or {})
+    for evaluator in chosen(subject.config).values():
+        row |= evaluator.measure(subject)
+    return row
