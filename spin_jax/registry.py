@@ -9,6 +9,10 @@ from spin_jax.errors import UserError
 T = TypeVar("T")
 
 
+def no_refusal(*_: object) -> None:
+    """The `refusal` of a thing that can always be used."""
+
+
 class Registry(Mapping[str, T], Generic[T]):
     """A mapping whose entries are things, or the places of things: "package.module:name".
 

@@ -12,6 +12,7 @@ from spin_jax.data.pairs import Pair
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
 from spin_jax.evaluation import EVALUATORS
+from spin_jax.registry import no_refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,33 +21,29 @@ class Subject:
 
     Attributes:
         name: "SFT", "iteration 0" or "SFT control 0".
-        iteration: the number of the iteration that trained it; None for the others.
         config: of the run.
         chat: the tokenizer, and the template of prompts.
         directory: where its result goes; an evaluator may keep files there.
+        encode: examples -> token ids of their prompts and responses, in the run's template and cut to its budget.
+        logprobs: (pairs, name of the progress bar) -> the model's log-probs of the responses of each, f32 [pairs, Y],
+            in nats. A pair is a prompt with any number of responses.
         held_out: pairs of real and generated responses to the held-out prompts. The opponent of the iteration wrote the
             generated ones.
         held_out_logps: () -> the model's log-probs of these, f32 [pairs, 2], in nats.
         opponent_logps: () -> the opponent's; None for a model that has no opponent.
-        encode: examples -> token ids of their prompts and responses, in the run's template and cut to its budget.
-        logprobs: (pairs, name of the progress bar) -> the model's log-probs of the responses of each, f32 [pairs, Y],
-            in nats. A pair is a prompt with any number of responses.
+        iteration: the number of the iteration that trained it against its opponent; None for the others.
     """
 
     name: str
-    iteration: int | None
     config: Config
     chat: ChatFormat
     directory: epath.Path
-    held_out: Sequence[Pair]
-    held_out_logps: Callable[[], np.ndarray]
-    opponent_logps: Callable[[], np.ndarray] | None
     encode: Callable[[Sequence[Example]], list[Pair]]
     logprobs: Callable[[Sequence[Pair], str], np.ndarray]
-
-
-def _measures_anything(config: Config) -> None:
-    """The refusal of an evaluator that has none."""
+    held_out: Sequence[Pair]
+    held_out_logps: Callable[[], np.ndarray]
+    opponent_logps: Callable[[], np.ndarray] | None = None
+    iteration: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Evaluator:
     """
 
     measure: Callable[[Subject], dict[str, float]]
-    refusal: Callable[[Config], str | None] = _measures_anything
+    refusal: Callable[[Config], str | None] = no_refusal
     auto: bool = False
 
 

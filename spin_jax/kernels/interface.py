@@ -8,10 +8,7 @@ import jax.numpy as jnp
 
 from spin_jax.errors import UserError
 from spin_jax.kernels import KERNELS
-
-
-def _runs_anywhere(device: jax.Device, head_dim: int, dtype: jnp.dtype) -> None:
-    """The refusal of a kernel that has none."""
+from spin_jax.registry import no_refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Kernel:
     """
 
     attention: Callable[..., jax.Array]
-    refusal: Callable[[jax.Device, int, jnp.dtype], str | None] = _runs_anywhere
+    refusal: Callable[[jax.Device, int, jnp.dtype], str | None] = no_refusal
     platforms: tuple[str, ...] = ()
     row_length: int = 1024
 

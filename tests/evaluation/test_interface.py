@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from spin_jax.config import base_config, override
+from spin_jax.config import Config, replace
 from spin_jax.errors import UserError
 from spin_jax.evaluation import EVALUATORS
 from spin_jax.evaluation.interface import Evaluator, Subject, chosen, evaluate
@@ -14,10 +14,8 @@ from spin_jax.evaluation.interface import Evaluator, Subject, chosen, evaluate
 TOY = {"data.train": "toy:", "model.path": "toy:"}
 
 
-def config_of(changes: dict[str, object]):
-    config = base_config()
-    override(config, {"data.train": "my.jsonl", "model.path": "mine"} | changes)
-    return config
+def config_of(changes: dict[str, object]) -> Config:
+    return replace(Config(), {"data.train": "my.jsonl", "model.path": "mine"} | changes)
 
 
 @pytest.mark.parametrize(

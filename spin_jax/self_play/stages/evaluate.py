@@ -1,5 +1,6 @@
 """What the models of a run are measured by: a row of the summary for each."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -23,8 +24,8 @@ def evaluate_start(run: Run) -> None:
     """The summary's first row: theta_0, the opponent of iteration 0, which has scored the held-out pairs."""
 
     def measure() -> dict:
-        start = _subject(run, 0, "SFT", run.start_of(0), run.workdir, lambda: held_out_scores(run, 0))
-        return evaluate(start)
+        start = _subject(run, 0, "SFT", run.start_of(0), run.workdir)
+        return evaluate(dataclasses.replace(start, held_out_logps=functools.partial(held_out_scores, run, 0)))
 
     _measure_once(run.workdir, measure)
 
@@ -41,14 +42,19 @@ def evaluate_policy(run: Run, t: int) -> None:
         if not held_out:
             known |= _last_step(run.iteration(t))
         policy = _subject(run, t, f"iteration {t}", run.start_of(t + 1), run.iteration(t))
-        return evaluate(policy, known)
+        opponent_logps = functools.partial(held_out_scores, run, t)
+        return evaluate(dataclasses.replace(policy, iteration=t, opponent_logps=opponent_logps), known)
 
     _measure_once(run.iteration(t), measure)
 
 
 def evaluate_control(run: Run, t: int, directory: epath.Path) -> None:
     """The summary's row of the baseline of iteration t, in `directory`."""
-    _measure_once(directory, lambda: evaluate(_subject(run, t, f"SFT control {t}", directory / "model", directory)))
+
+    def measure() -> dict:
+        return evaluate(_subject(run, t, f"SFT control {t}", directory / "model", directory, " SFT control"))
+
+    _measure_once(directory, measure)
 
 
 def _measure_once(directory: epath.Path, measure: Callable[[], dict]) -> None:
@@ -59,37 +65,21 @@ def _measure_once(directory: epath.Path, measure: Callable[[], dict]) -> None:
         multihost.on_first(lambda: delete_parts(directory, EVALUATION_PARTS))
 
 
-def _subject(
-    run: Run,
-    t: int,
-    name: str,
-    model: epath.Path,
-    directory: epath.Path,
-    held_out_logps: Callable[[], np.ndarray] | None = None,
-) -> Subject:
-    """A model, to be measured on the held-out pairs of iteration t; their log-probs are found where nobody has them."""
-    held_out, is_policy = pairs_of(run, t)[1], name == f"iteration {t}"
+def _subject(run: Run, t: int, name: str, model: epath.Path, directory: epath.Path, whose: str = "") -> Subject:
+    """The model in a directory, to be measured on the held-out pairs of iteration t, with its result in another.
+    `whose` ends the name of its progress bar."""
+    held_out = pairs_of(run, t)[1]
 
     @functools.cache
-    def score_held_out() -> np.ndarray:
-        loop = f"iteration {t}: evaluate" + ("" if is_policy else " SFT control")
-        return score_pairs_of(run, model, held_out, loop, (directory, EVALUATION_PARTS))
+    def held_out_logps() -> np.ndarray:
+        kept = (directory, EVALUATION_PARTS)
+        return score_pairs_of(run, model, held_out, f"iteration {t}: evaluate{whose}", kept)
 
     def encode(examples: Sequence[Example]) -> list[Pair]:
         return multihost.shared(lambda example: sft_pair(run, example, tokenise(run.chat, example)), examples)
 
-    return Subject(
-        name=name,
-        iteration=t if is_policy else None,
-        config=run.config,
-        chat=run.chat,
-        directory=directory,
-        held_out=held_out,
-        held_out_logps=held_out_logps or score_held_out,
-        opponent_logps=functools.partial(held_out_scores, run, t) if is_policy else None,
-        encode=encode,
-        logprobs=functools.partial(score_pairs_of, run, model),
-    )
+    logprobs = functools.partial(score_pairs_of, run, model)
+    return Subject(name, run.config, run.chat, directory, encode, logprobs, held_out, held_out_logps)
 
 
 def _last_step(iteration: epath.Path) -> dict[str, float]:
