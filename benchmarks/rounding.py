@@ -21,6 +21,7 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -35,8 +36,7 @@ from spin_jax.data.packing import Packing, Plan, of_pairs, pack_batch, plan_scor
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
 from spin_jax.devices.transfer import everywhere, fetch, put
-from spin_jax.evaluation import scoring
-from spin_jax.evaluation.scoring import score  # noqa: E402
+from spin_jax.evaluation.scoring import StepProgram, scoring_programs  # noqa: E402
 from spin_jax.models import execution
 from spin_jax.training import programs
 from spin_jax.training.schedule import batch_order
@@ -54,21 +54,27 @@ class Player:
         config = sizing.choose(config, self.model, list(self.mesh.devices.flat))
         compute = execution.make_compute(config.model, self.model, self.mesh)
         self.training = programs.make_training(programs.spin_spec(config, self.model, compute, 0, steps))
-        self.scorer = scoring.make_scorer(self.model, compute)
+        self.compute = compute
         self.state = self.training.init(params)
 
     def by_step(self, pairs: list[Pair], plan: Plan) -> np.ndarray:
         """[pairs, 2], by the training step's own program."""
-        scoring, found = everywhere(True, self.mesh), np.zeros((len(pairs), 2), np.float32)
-        for rows, shape in zip(plan.batches, plan.shapes, strict=True):
-            batch = put(pack_batch(self.model, pairs, rows, shape).arrays, self.placed)
-            self.state, _, logps = self.training.step(self.state, None, batch, scoring)
-            found[[i for row in rows for i in row]] = of_pairs(fetch(logps), rows)
+        program = StepProgram(self.training.step, self.state, None)
+        found = self._by(program, pairs, plan)
+        self.state = program.state
         return found
 
     def by_scorer(self, pairs: list[Pair], plan: Plan) -> np.ndarray:
         """[pairs, 2], by the program of held-out pairs."""
-        return score(self.scorer, self.state.params, self.model, pairs, plan, sharding=self.placed, name="score")
+        program = scoring_programs(self.model, self.compute)[0]
+        return self._by(lambda batch: program(self.state.params, put(batch, self.placed)), pairs, plan)
+
+    def _by(self, run: Callable, pairs: list[Pair], plan: Plan) -> np.ndarray:
+        found = np.zeros((len(pairs), 2), np.float32)
+        for rows, shape in zip(plan.batches, plan.shapes, strict=True):
+            logps = run(pack_batch(self.model, pairs, rows, shape).arrays)
+            found[[i for row in rows for i in row]] = of_pairs(fetch(logps), rows)
+        return found
 
     def update(self, pairs: list[Pair], plan: Plan, logps: np.ndarray) -> None:
         """A few steps, the last of them past the first of the warm-up, whose learning rate is 0."""

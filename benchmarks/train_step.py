@@ -131,7 +131,7 @@ def read_batches(arguments: argparse.Namespace) -> list[list[dict]]:
     pairs = []
     for example in examples:
         prompt, real = chat.training_prompt(example.prompt), chat.real_response(example.prompt, example.response)
-        generated = chat.generated_response(example.prompt, example.generated, not example.truncated)
+        generated = chat.generated_response(example.prompt, example.generated, example.truncated)
         limits = {"max_length": arguments.max_length, "max_prompt_length": arguments.max_length // 2}
         fitted = fit(prompt, real, generated, **limits)
         names = ("prompt", "real", "generated")

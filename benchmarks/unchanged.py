@@ -118,8 +118,10 @@ def lowered(config: str, name: str, layers: int = 0) -> dict[str, str]:
 
 
 def without_names(text: str) -> str:
-    """Functions by the order in which they are met; the rest of the text is the program. A Pallas kernel is in it as
-    bytes, with the lines of its source file: it is written out without them."""
+    """Functions by the order in which they are met, results without the names of the fields that hold them; the rest of
+    the text is the program. A Pallas kernel is in it as bytes, with the lines of its source file: it is written out
+    without them."""
+    text = re.sub(r'jax\.result_info = "[^"]*"(?:, )?', "", text)
     text = re.sub(
         r"(custom_call_config\\22: {\\22body\\22: \\22)([\w+/=]+)", lambda body: body[1] + _kernel(body[2]), text
     )

@@ -1,7 +1,7 @@
 """SPIN (Self-Play Fine-Tuning, arXiv 2401.01335) in JAX/Flax.
 
-The Python surface is `load`, `spin`, the `Model` that both return, and `answer`; the command lines are
-`python -m spin_jax.main` and `python -m spin_jax.generate`.
+The Python surface is `load`, `spin`, the `Model` that both return, and `answer`. Under them `Engine` samples, and
+`Scorer` gives log-probs. The command lines are `python -m spin_jax.main` and `python -m spin_jax.generate`.
 """
 
 import os
@@ -9,8 +9,8 @@ import os
 # transformers advises to install torch, which nobody needs here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-_EXPORTS = ("Model", "answer", "load", "spin")
-__all__ = ["Model", "UserError", "answer", "load", "spin"]
+_EXPORTS = ("Engine", "Model", "Scorer", "answer", "load", "spin")
+__all__ = ["Engine", "Model", "Scorer", "UserError", "answer", "load", "spin"]
 
 from spin_jax.errors import UserError  # noqa: E402
 

@@ -8,21 +8,22 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding
 
 from spin_jax import checkpoints, models
-from spin_jax.config import FIELDS, Config, base_config, freeze, override, replace
+from spin_jax.config import FIELDS, Config, base_config, freeze, override
 from spin_jax.data.chat_format import ChatFormat, load_chat
-from spin_jax.data.sources import Message, read_prompts
-from spin_jax.data.tokenize import ask
-from spin_jax.devices import sharding
+from spin_jax.data.sources import Example, Message, encodable, read_prompts
+from spin_jax.data.tokenize import ask, tokenise
 from spin_jax.errors import UserError
+from spin_jax.evaluation.scoring import Scorer
 from spin_jax.generation import batch_inference
-from spin_jax.generation.engine import generate
-from spin_jax.generation.programs import make_sampler
-from spin_jax.generation.response_files import Prompt
-from spin_jax.models.execution import make_compute, make_decode_compute
+from spin_jax.generation.engine import Engine
+from spin_jax.language_model import on_both_meshes
 from spin_jax.runtime import compilation_cache, out_of_memory
 from spin_jax.runtime.files import expand, is_remote, write_whole, writing
 from spin_jax.runtime.lease import held
@@ -68,7 +69,8 @@ def _literal(value: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A language model: its description, its params (a plain nested dict of arrays) and its chat format."""
+    """A language model: its description, its params (a plain nested dict of arrays) and its chat format. It computes on
+    the devices that hold its params."""
 
     config: models.ModelConfig
     params: dict
@@ -90,28 +92,76 @@ class Model:
 
         `temperature=0` is greedy. The answer to prompt i depends on (params, seed, i) and not on the other prompts.
         """
-        if isinstance(prompts, str):
-            raise UserError("prompts must be a list: write [prompt] for one")
-        chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        for name, value in {"seed": seed, **{f"generate.{name}": value for name, value in chosen.items()}}.items():
-            FIELDS[name].check(name, value)
-        config = replace(Config(), {f"generate.{name}": value for name, value in chosen.items()})
-        mesh = sharding.one_device_mesh()
-        config = choose(config, self.config, list(mesh.devices.flat), run=False)
-        slots = min(config.generate.batch_size, 1 << (len(prompts) - 1).bit_length())
-        settings = dataclasses.replace(config.generate, batch_size=slots)
-        compute = make_decode_compute(config.mesh, self.config, make_compute(config.model, self.config, mesh))
+        FIELDS["seed"].check("seed", seed)
+        engine = self.engine(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
         with out_of_memory.told("sample", _FOR_SAMPLE):
-            responses = generate(
-                make_sampler(self.config, settings, self.chat.stop_ids, compute),
-                self.params,
-                [Prompt(i, ids) for i, ids in enumerate(ask(self.chat, read_prompts(prompts), "prompt "))],
-                settings,
-                seed=seed,
-                iteration=0,
-                mesh=compute.mesh,
-            )
-        return [self.chat.codec.decode(response.tokens) for response in responses]
+            return [self.decode(one.tokens) for one in engine.generate(self.params, self.encode(prompts), seed=seed)]
+
+    @_in_python
+    def logprobs(
+        self, prompts: Sequence[str | Sequence[Message]], responses: Sequence[str] | Sequence[Sequence[str]]
+    ) -> np.ndarray:
+        """log p(response | prompt), the end of the turn included, in nats.
+
+        Args:
+            prompts: as for `sample`.
+            responses: a text for each prompt, or a list of texts for each.
+
+        Returns:
+            f32 [prompts], or [prompts, texts]; NaN where a prompt has fewer texts than another.
+        """
+        if len(prompts) != len(responses):
+            raise UserError(f"{len(prompts)} prompts, {len(responses)} responses: give one, or a list, for each prompt")
+        texts = [[one] if isinstance(one, str) else list(one) for one in responses]
+        turns = list(map(tuple, read_prompts(prompts)))
+        rows = [
+            [tokenise(self.chat, Example(row, prompt, encodable(text))) for text in answers]
+            for row, (prompt, answers) in enumerate(zip(turns, texts, strict=True))
+        ]
+        asked = [self.chat.training_prompt(prompt) for prompt in turns]
+        logps = self.scorer().logprobs(self.params, asked, [[tokens.real for tokens in row] for row in rows])
+        return logps.reshape(-1) if all(isinstance(one, str) for one in responses) else logps
+
+    def encode(self, prompts: Sequence[str | Sequence[Message]]) -> list[np.ndarray]:
+        """What the model is asked with to answer each prompt: int32 token ids, for an `engine`."""
+        return ask(self.chat, read_prompts(prompts), "prompt ")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of a response's token ids, without special tokens."""
+        return self.chat.codec.decode(tokens)
+
+    @_in_python
+    def engine(self, **generate: object) -> Engine:
+        """Samples token ids of responses, with this model's params or others of its shape.
+
+        Args:
+            generate: fields of `config.generate`, such as max_new_tokens=128, temperature=0.7 or responses=4.
+        """
+        config, _, decode = self._computing({f"generate.{name}": value for name, value in generate.items()})
+        return Engine.for_chat(self.config, config.generate, decode, self.chat)
+
+    @_in_python
+    def scorer(self, **model: object) -> Scorer:
+        """Gives log-probs of token ids of responses, under this model's params or others of its shape.
+
+        Args:
+            model: fields of `config.model`, such as compute_dtype="float32".
+        """
+        changes = {f"model.{name}": value for name, value in ({"logits_chunk": 256} | model).items()}
+        changes["train.batch_size"] = 8 * len(self._devices)  # for little memory: of logits, too
+        config, compute, _ = self._computing(changes)
+        return Scorer(self.config, config.train, compute)
+
+    @property
+    def _devices(self) -> list[jax.Device]:
+        placed = getattr(jax.tree.leaves(self.params)[0], "sharding", None)
+        return list(placed.mesh.devices.flat) if isinstance(placed, NamedSharding) else jax.local_devices()[:1]
+
+    def _computing(self, changes: Mapping[str, object]) -> tuple[Config, models.Compute, models.Compute]:
+        """(config with no size left open, how training computes, how sampling does)."""
+        config = _config({"model.path": os.fspath(self.directory), "data.train": "not read"} | changes)
+        config = choose(config, self.config, self._devices, run=False)
+        return config, *on_both_meshes(config, self.config, self._devices)
 
     @_in_python
     def save(self, directory: str | os.PathLike, dtype: jnp.dtype = jnp.float32) -> None:
@@ -119,6 +169,12 @@ class Model:
         directory = _local(directory)
         with writing(directory):
             checkpoints.save(directory, self.config, self.params, source=self.directory, dtype=dtype)
+
+
+def _config(changes: Mapping[str, object]) -> Config:
+    written = base_config()
+    override(written, changes)
+    return freeze(written)
 
 
 def _local(directory: str | os.PathLike) -> epath.Path:
@@ -133,6 +189,7 @@ def load(
     revision: str | None = None,
     template: str = "chat",
     parse_special_tokens: bool = False,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Model:
     """A model from a Hugging Face directory or Hub id, with f32 params.
 
@@ -141,6 +198,7 @@ def load(
         revision: of the repository.
         template: "chat", the tokenizer's own, or "paper", as `config.data.template`.
         parse_special_tokens: as `config.data.parse_special_tokens`.
+        devices: that share the params, and compute with them, such as jax.devices(); None is the first.
 
     Raises:
         UserError: one line on what is missing or not supported.
@@ -148,9 +206,13 @@ def load(
     compilation_cache.keep()
     with out_of_memory.told("load", out_of_memory.for_loading()):
         directory = epath.Path(checkpoints.resolve(path_or_id, revision))
-        vocab_size = checkpoints.read_config(directory).vocab_size
-        chat = load_chat(directory, template, parse_special_tokens=parse_special_tokens, vocab_size=vocab_size)
-        return Model(*checkpoints.load(directory), chat, directory)
+        model, shardings = checkpoints.read_config(directory), None
+        special = {"parse_special_tokens": parse_special_tokens, "vocab_size": model.vocab_size}
+        chat = load_chat(directory, template, **special)
+        if devices:
+            config = choose(Config(), model, devices, run=False)
+            shardings = models.param_shardings(on_both_meshes(config, model, devices)[0].mesh, model)
+        return Model(*checkpoints.load(directory, shardings=shardings), chat, directory)
 
 
 @_in_python
@@ -173,19 +235,18 @@ def spin(
             examples or another model, or is in use.
     """
     lines, overrides = _lines(examples), dict(overrides or {})
-    if given := [field for field in ("model.path", "data.train") if field in overrides]:
-        raise UserError(f"--config.{given[0]} is what `model` and `examples` say: leave it out")
+    if twice := [field for field in ("model.path", "data.train") if field in overrides]:
+        raise UserError(f"--config.{twice[0]} is what `model` and `examples` say: leave it out")
     workdir = make(_local(workdir))
     data = workdir / "examples.jsonl"
     start = workdir / "start"  # the model as it is in memory, which need not be what its directory holds
-    written = base_config()
-    from_model = {
+    given = {
         "model.path": os.fspath(start),
+        "data.train": os.fspath(data),
         "data.template": model.chat.name,
         "data.parse_special_tokens": not model.chat.codec.kept,
     }
-    override(written, from_model | {"data.train": os.fspath(data)} | overrides)
-    config = freeze(written)
+    config = _config(given | overrides)
     with held(workdir, f"workdir={workdir}"):
         if (workdir / "config.json").exists() and data.exists() and data.read_text() != lines:
             raise UserError(
@@ -221,12 +282,12 @@ def answer(
     out: str | os.PathLike,
     overrides: Mapping[str, object] | None = None,
 ) -> None:
-    """Answer a file of prompts with the model in a directory, over all devices. Called again after a cut, it goes on.
+    """Answer a file of prompts with the model in a directory, over all devices. The same call goes on where it ended.
 
     >>> spin_jax.answer("my-sft-model", "my-prompts.jsonl", "answers.jsonl", {"generate.max_new_tokens": 16})
     >>> with open("answers.jsonl") as lines:
     ...     print(sorted(json.loads(next(lines))))
-    ['cut', 'logp', 'prompt', 'response', 'tokens']
+    ['logp', 'prompt', 'response', 'tokens', 'truncated']
 
     Args:
         model: a Hugging Face directory, such as an iteration's `model/`, or a Hub id.
@@ -237,6 +298,5 @@ def answer(
     Raises:
         UserError: one line on what is wrong with config, prompts, model or `out`.
     """
-    config = base_config()
-    override(config, {"model.path": os.fspath(model), "data.train": os.fspath(prompts)} | dict(overrides or {}))
-    batch_inference.answer(config, out)
+    given = {"model.path": os.fspath(model), "data.train": os.fspath(prompts)}
+    batch_inference.answer(_config(given | dict(overrides or {})), out)

@@ -4,8 +4,8 @@
 
 The model is that at config.model.path: a SPIN iteration's model directory, or any Hugging Face directory or Hub id of a
 supported model. A row of the prompts needs no response; a line of the file written has the prompt, the response, its
-number of tokens and whether it was cut. The same command again goes on where the last one ended. Exit status: 0 done,
-2 a mistake that the one line printed says how to mend, 75 stopped by a signal.
+number of tokens and whether it was truncated. The same command again goes on where the last one ended. Exit status: 0
+done, 2 a mistake that the one line printed says how to mend, 75 stopped by a signal.
 """
 
 from spin_jax.runtime import interrupts

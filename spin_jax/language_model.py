@@ -1,8 +1,10 @@
 """A model opened: its description, its tokenizer, and how it computes on both meshes; without its weights."""
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 from etils import epath
 
 from spin_jax import checkpoints, models
@@ -25,6 +27,25 @@ class Player(NamedTuple):
     decode: models.Compute  # on the decode mesh
 
 
+def on_both_meshes(
+    config: Config, model: models.ModelConfig, devices: Sequence[jax.Device] | None = None
+) -> tuple[models.Compute, models.Compute]:
+    """How a model computes on the training mesh and on the decode mesh of a config of `sizing.choose`.
+
+    Args:
+        devices: of both meshes; None is all there are.
+
+    Raises:
+        UserError: config, model and devices do not go together.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    compute = execution.make_compute(config.model, model, mesh)
+    decode = execution.make_decode_compute(config.mesh, model, compute)
+    sharding.check_batch(decode.mesh, "--config.generate.batch_size", config.generate.batch_size)
+    models.param_shardings(decode.mesh, model)
+    return compute, decode
+
+
 def open_player(config: Config, path: str) -> Player:
     """The model at `path`, a directory or Hub id, and how it computes on the devices that there are; the config is one
     of `sizing.choose`.
@@ -32,13 +53,9 @@ def open_player(config: Config, path: str) -> Player:
     Raises:
         UserError: it is not there or not supported, has no usable tokenizer, or cannot sample on these devices.
     """
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     source = multihost.on_each(lambda: epath.Path(checkpoints.resolve(path, config.model.revision or None)))
     model = multihost.on_each(lambda: checkpoints.read_config(source))
-    compute = execution.make_compute(config.model, model, mesh)
-    decode = execution.make_decode_compute(config.mesh, model, compute)
-    sharding.check_batch(decode.mesh, "--config.generate.batch_size", config.generate.batch_size)
-    models.param_shardings(decode.mesh, model)
+    compute, decode = on_both_meshes(config, model)
     chat = multihost.on_each(
         lambda: load_chat(
             source,

@@ -128,7 +128,7 @@ def _slots_that_fit(config: Config, model: ModelConfig, on: Target, share: float
 
 def sampling_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, float]:
     """Bytes a device by kind while sampling, without the cache: a run's params, and the copy that is sampled from. One
-    CPU samples from another copy than the files are loaded into (`decode_loop.Decoder.by_layer`)."""
+    CPU samples from another copy than the files are loaded into (`decode_state.DecodeSpec.by_layer`)."""
     count, held = num_params(model), {}
     if on.run:
         held["params"] = 4 * count / (config.mesh.fsdp * config.mesh.tensor)

@@ -13,16 +13,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import jaxlib  # noqa: E402
-import numpy as np  # noqa: E402
 from parent import Parent  # noqa: E402
 from spin_jax_step import load  # noqa: E402
 
 from spin_jax import checkpoints
 from spin_jax.config import GenerateConfig  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
-from spin_jax.generation import programs
-from spin_jax.generation.engine import Progress, generate
-from spin_jax.generation.response_files import Prompt  # noqa: E402
+from spin_jax.generation.engine import Engine, Progress  # noqa: E402
 from spin_jax.models import Compute  # noqa: E402
 
 
@@ -39,10 +36,9 @@ def main() -> None:
     compute = Compute(jnp.dtype(s.get("compute_dtype", "float32")), mesh=mesh)
     model = checkpoints.read_config(s["model"])
     params, _ = load(pathlib.Path(s["model"]), model, compute, cast=compute.dtype != jnp.float32)
-    sampler = programs.make_sampler(model, settings, tuple(s["stop_ids"]), compute)
-    params = sampler.laid_out(params)
-    prompts = [Prompt(row, np.array(tokens, np.int32)) for row, tokens in enumerate(s["prompts"])]
-    prompts.sort(key=lambda prompt: -len(prompt.tokens))
+    engine = Engine(model, settings, compute, tuple(s["stop_ids"]))
+    params = engine.lay_out(params)
+    prompts = sorted(enumerate(s["prompts"]), key=lambda prompt: -len(prompt[1]))
     size = s["batch_size"] if s["static"] else len(prompts)
     parent.ready(jax=jax.__version__, jaxlib=jaxlib.__version__)
     seed = 0
@@ -51,14 +47,12 @@ def main() -> None:
         lengths, calls = {}, []
         for i in range(0, len(prompts), size):
             calls.append(Progress())
-            drawn = generate(
-                sampler, params, prompts[i : i + size], settings, seed=seed, iteration=0, mesh=mesh, progress=calls[-1]
-            )
+            drawn = engine.generate(params, dict(prompts[i : i + size]), seed=seed, progress=calls[-1])
             lengths |= {one.row: len(one.tokens) for one in drawn}
         busy, capacity, steps = (sum(getattr(call, name) for call in calls) for name in ("busy", "capacity", "steps"))
         parent.done(
             tokens=sum(lengths.values()),
-            lengths=[lengths[prompt.row] for prompt in prompts],  # longest prompt first
+            lengths=[lengths[row] for row, _ in prompts],  # longest prompt first
             steps=steps,
             occupancy=busy / capacity,
             before_tail=calls[0].before_tail,

@@ -21,13 +21,12 @@ from padded import padded_batch, padded_objective  # noqa: E402
 from parent import Parent  # noqa: E402
 
 from spin_jax import checkpoints, models
-from spin_jax.config import Config, replace  # noqa: E402
-from spin_jax.data.packing import Packing, pack_batch, plan_scoring, plan_training
+from spin_jax.config import Config, TrainConfig, replace  # noqa: E402
+from spin_jax.data.packing import Packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
 from spin_jax.devices.transfer import put  # noqa: E402
-from spin_jax.evaluation import scoring
-from spin_jax.evaluation.scoring import score  # noqa: E402
+from spin_jax.evaluation.scoring import Scorer  # noqa: E402
 from spin_jax.models import execution
 from spin_jax.objectives import OBJECTIVES  # noqa: E402
 from spin_jax.objectives.interface import Settings, batch_loss  # noqa: E402
@@ -53,8 +52,8 @@ def main() -> None:
     if s["opponent"] == "live":
         opponent = jax.tree.map(jnp.copy, models.cast_params(model, params, compute.dtype))
     elif not is_random:
-        scorer, plan = scoring.make_scorer(model, compute), plan_scoring(pairs, size, packing)
-        logps = score(scorer, params, model, pairs, plan, sharding=placed, name="score")
+        sizes = {"row_length": s["row_length"], "length_multiple": s["length_multiple"]}
+        logps = Scorer(model, TrainConfig(batch_size=size, micro_batches=1, **sizes), compute).score(params, pairs)
     if s["padded"]:
         firsts, multiple = range(0, len(pairs), size), s["length_multiple"]
         batches = [padded_batch(pairs[i : i + size], logps[i : i + size], multiple) for i in firsts]

@@ -1,6 +1,6 @@
 """The programs of a config's run with the shapes that it calls them with, for compiling ahead of time.
 
-They are those of the `programs` of training and of generation, and of `evaluation/scoring.py`, which the stages run.
+They are those of `Engine`, of `Scorer` and of `training.programs`, which the stages run.
 """
 
 import dataclasses
@@ -10,30 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from spin_jax import sizing
 from spin_jax.config import Config
 from spin_jax.data.batch import Batch, empty_batch
-from spin_jax.data.packing import Plan, forward_flops, make_packing, pack_batch, plan_scoring, plan_training
+from spin_jax.data.packing import Packing, Plan, forward_flops, make_packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair
 from spin_jax.devices import sharding
-from spin_jax.evaluation.scoring import make_scorer
-from spin_jax.generation import decode_loop
-from spin_jax.generation.programs import make_sampler
-from spin_jax.generation.sampling import Decoding
+from spin_jax.evaluation.scoring import Scorer
+from spin_jax.generation.engine import Engine
 from spin_jax.kernels.block_mask import share_of_causal
 from spin_jax.kernels.flash_tpu import heads_and_tile
-from spin_jax.models import (
-    Compute,
-    ModelConfig,
-    abstract_params,
-    execution,
-    flops_per_token,
-    param_shardings,
-    unembed_flops,
-)
-from spin_jax.models.params import make_resharding
+from spin_jax.language_model import on_both_meshes
+from spin_jax.models import Compute, ModelConfig, abstract_params, flops_per_token, param_shardings, unembed_flops
 from spin_jax.training import programs
 from spin_jax.training.train_step import TrainState
 
@@ -80,15 +70,18 @@ def make_programs(
         UserError: config, model and devices do not go together.
     """
     config = sizing.choose(config, model, devices)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    compute = execution.make_compute(config.model, model, mesh)
-    decode = execution.make_decode_compute(config.mesh, model, compute)
-    sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches)
-    sharding.check_batch(decode.mesh, "--config.generate.batch_size", config.generate.batch_size)
-    params = sharding.located(abstract_params(model), param_shardings(mesh, model))
+    compute, decode = on_both_meshes(config, model, devices)
+    sharding.check_pairs(compute.mesh, config.train.batch_size, config.train.micro_batches)
+    params = sharding.located(abstract_params(model), param_shardings(compute.mesh, model))
+    engine = Engine(model, config.generate, decode, stop_ids=(model.vocab_size - 1,))
+    scorer = Scorer(model, config.train, compute)
     pairs = [_blank_pair(*of_pair) for of_pair in lengths or [sizing.longest_pair(config)] * config.train.batch_size]
-    training = _training_programs(config, model, compute, params, pairs)
-    return _sampling_programs(config, model, decode, params) + training
+    spec = programs.spin_spec(config, model, compute, t=0, steps=1000)  # the number of steps changes constants alone
+    return [
+        *_sampling_programs(engine, config.data.max_prompt_length, params),
+        _scoring_program(scorer, pairs[: len(pairs) // config.train.micro_batches], params),
+        *_training_programs(spec, make_packing(config.train, compute.mesh, config.train.micro_batches), pairs, params),
+    ]
 
 
 def _blank_pair(*lengths: int) -> Pair:
@@ -96,74 +89,47 @@ def _blank_pair(*lengths: int) -> Pair:
     return Pair(0, 0, prompt, tuple(responses), (False,) * len(responses))
 
 
-def _sampling_programs(config: Config, model: ModelConfig, compute: Compute, params: dict) -> list[Program]:
-    settings = config.generate
-    shards, size, cap = sharding.ways(compute.mesh, "rows"), settings.batch_size, settings.max_new_tokens
-    places = decode_loop.queue_places(settings.prefill_batch_size, size, shards)
-    width = decode_loop.prefill_width(config.data.max_prompt_length, settings.prompt_bucket)
-    sampler = make_sampler(model, settings, (model.vocab_size - 1,), compute)
-    rows = sampler.start.eval_shape(size, places, width)
-    slots, queue = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(compute.mesh, s)),
-        rows,
-        decode_loop.specs(rows),
-    )
-    prompts = sharding.located(decode_loop.no_prompts(places, width), sharding.batch_sharding(compute.mesh))
-    decoding = jax.eval_shape(lambda: Decoding.of(settings, sampler.stop_ids))
-    more = jax.ShapeDtypeStruct((), jnp.bool_)
+def _sampling_programs(engine: Engine, longest_prompt: int, params: dict) -> list[Program]:
+    made, calls, model = engine.programs, engine.abstract_calls(longest_prompt), engine.model
+    slots, size, cap = calls["decode"][1], engine.settings.batch_size, engine.settings.max_new_tokens
+    places, width = calls["prefill"][2].tokens_QW.shape
     # How many steps a call makes is not known; the loop counts as one, in which slots are half way through on average.
     prefill = places * width * flops_per_token(model, (width + 1) / 2)
     drawn = size * (flops_per_token(model, width + (cap + 1) / 2) + unembed_flops(model))
     beside = {"params": params}
+    kinds = ("sampling params", "cache", "queue", "batch", "batch")
     return [
-        Program("resharding", sampler.copy, (params,), ("params",), {}, 0.0),
-        Program(
-            "prefill",
-            sampler.prefill,
-            (sampler.abstract_params, queue, prompts),
-            ("sampling params", "queue", "batch"),
-            beside | {"cache": slots},
-            prefill,
-        ),
-        Program(
-            "decode step",
-            sampler.decode,
-            (sampler.abstract_params, slots, queue, decoding, more),
-            ("sampling params", "cache", "queue", "batch", "batch"),
-            beside,
-            drawn,
-        ),
+        Program("resharding", made.lay_out, (params,), ("params",), {}, 0.0),
+        Program("prefill", made.prefill, calls["prefill"], (kinds[0], *kinds[2:4]), beside | {"cache": slots}, prefill),
+        Program("decode step", made.decode, calls["decode"], kinds, beside, drawn),
     ]
+
+
+def _scoring_program(scorer: Scorer, pairs: Sequence[Pair], params: dict) -> Program:
+    model, compute, plan = scorer.model, scorer.compute, scorer.plan(pairs)
+    batch, share = _abstract_batch(compute.mesh, plan), kernel_share(model, compute, pairs, plan)
+    flops = sum(forward_flops(model, pair) for pair in pairs)
+    return Program("scoring", scorer.programs[0], (params, batch), ("params", "batch"), {}, flops, kernel_share=share)
 
 
 def _training_programs(
-    config: Config, model: ModelConfig, compute: Compute, params: dict, pairs: Sequence[Pair]
+    spec: programs.TrainingSpec, packing: Packing, pairs: Sequence[Pair], params: dict
 ) -> list[Program]:
-    train, mesh = config.train, compute.mesh
-    spec = programs.spin_spec(
-        config, model, compute, 0, steps=1000
-    )  # any number of steps is the same program but for constants
-    init, step, _, state = programs.make_training(spec)
-    frozen = sharding.located(make_resharding(model, compute).eval_shape(params), param_shardings(mesh, model))
-    kind, merging = "params", []
-    if spec.rank:
-        kind, arguments = "adapters", ((params, state.params), ("params", "adapters"))
-        merging = [Program("merging", programs.make_merging(model, spec.alpha / spec.rank, mesh), *arguments, {}, 0.0)]
-    part = pairs[: len(pairs) // train.micro_batches]
-    scoring = plan_scoring(part, len(part), make_packing(train, mesh))
-    training = plan_training(pairs, np.arange(len(pairs))[None], make_packing(train, mesh, train.micro_batches))
-    scored, batch = _abstract_batch(mesh, scoring), _abstract_batch(mesh, training)
-    shares = [kernel_share(model, compute, pairs, plan) for plan in (scoring, training)]
+    model, compute, training = spec.model, spec.compute, programs.make_training(spec)
+    plan = plan_training(pairs, np.arange(len(pairs))[None], packing)
+    batch, share = _abstract_batch(compute.mesh, plan), kernel_share(model, compute, pairs, plan)
+    kind = "adapters" if spec.lora.rank else "params"
     kinds = (TrainState("optimizer", kind, "optimizer", "optimizer"), "opponent", "batch", "batch")
-    flops, part_flops = (sum(forward_flops(model, pair) for pair in some) for some in (pairs, part))
-    score, beside = make_scorer(model, compute), {"next batch": batch}
-    arguments = (state, frozen if spec.live or spec.rank else None, batch, jax.ShapeDtypeStruct((), jnp.bool_))
-    return [
-        Program("scoring", score, (params, scored), ("params", "batch"), {}, part_flops, kernel_share=shares[0]),
-        Program("optimizer init", init, (state.params,), (kind,), {}, 0.0),
-        Program("train step", step, arguments, kinds, beside, spec.passes * flops, kernel_share=shares[1]),
-        *merging,
+    flops = spec.passes * sum(forward_flops(model, pair) for pair in pairs)
+    step = (training.state, training.frozen, batch, jax.ShapeDtypeStruct((), jnp.bool_))
+    found = [
+        Program("optimizer init", training.init, (training.state.params,), (kind,), {}, 0.0),
+        Program("train step", training.step, step, kinds, {"next batch": batch}, flops, kernel_share=share),
     ]
+    if training.merge:
+        arguments = (params, training.state.params)
+        found.append(Program("merging", training.merge, arguments, ("params", "adapters"), {}, 0.0))
+    return found
 
 
 def kernel_share(model: ModelConfig, compute: Compute, pairs: Sequence[Pair], plan: Plan) -> float:

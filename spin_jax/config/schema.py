@@ -148,7 +148,7 @@ class GenerateConfig:
         0, "Tokens before which no response ends by itself.", bounds=at_least(0, LENGTH), decodes=True
     )
     stop_strings: tuple[str, ...] = field(
-        (), "Texts that end a response as well, such as ('###',). It is cut there, and counts as cut.", decodes=True
+        (), "Texts that end a response as well, such as ('###',). It ends there, and counts as truncated.", decodes=True
     )
     responses: int = field(
         1,

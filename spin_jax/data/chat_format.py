@@ -6,8 +6,7 @@
   as the very ids that were sampled; it is never decoded and tokenised again.
 - "paper" (the released code of arXiv 2401.01335): an Alpaca-style prompt for generation, the Zephyr template with an
   empty system turn for training. One deviation, on purpose: the released code ends every generated response with EOS,
-  even one that was cut at the sampling budget, so that the policy is taught endings nobody wrote. Here a cut response
-  has no end.
+  even a truncated one, so that the policy is taught endings nobody wrote. Here a truncated response has no end.
 
 The tokenizer never adds special tokens of its own: a template's text has them all, as `apply_chat_template` assumes.
 """
@@ -69,12 +68,12 @@ class ChatFormat(Protocol):
         ...
 
     def generated_response(
-        self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, finished: bool
+        self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, truncated: bool
     ) -> np.ndarray:
-        """The opponent's response as a target, with an end only if it is `finished`.
+        """The opponent's response as a target, with an end unless it is `truncated`.
 
-        `response` holds the sampled ids (the stop id last if finished), or the text where a pairs file has only that.
-        Raises ValueError if ids and `finished` disagree.
+        `response` holds the sampled ids, a stop id last unless truncated, or the text where a pairs file has only that.
+        Raises ValueError if ids and `truncated` disagree.
         """
         ...
 
@@ -178,21 +177,21 @@ class TemplateFormat(_Format):
         return self.generation_prompt(prompt)
 
     def real_response(self, prompt: Sequence[Message], text: str) -> np.ndarray:
-        return self._text_response(prompt, text, finished=True)
+        return self._text_response(prompt, text, truncated=False)
 
     def generated_response(
-        self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, finished: bool
+        self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, truncated: bool
     ) -> np.ndarray:
         if isinstance(response, str):
-            return self._text_response(prompt, response, finished)
-        _check_end(response, finished, self.stop_ids)
+            return self._text_response(prompt, response, truncated)
+        _check_end(response, truncated, self.stop_ids)
         return _ids(response)
 
-    def _text_response(self, prompt: Sequence[Message], text: str, finished: bool) -> np.ndarray:
+    def _text_response(self, prompt: Sequence[Message], text: str, truncated: bool) -> np.ndarray:
         messages = self._hidden([*prompt, {"role": "assistant", "content": text}])
         asked = self.habits.prompt(messages[:-1])
         answer = self.habits.answer(messages, asked)
-        if not finished:
+        if truncated:
             return _ids(self.codec.encode_after(asked, answer))
         ids = self.codec.encode_after(asked, answer + self.habits.closing)
         # Sampling stops at the first stop id, so what a template writes after it ("\n") could never be generated.
@@ -225,16 +224,16 @@ class PaperFormat(_Format):
         return _ids(self.codec.encode(f"<|system|>\n{eos}\n<|user|>\n{question}{eos}\n<|assistant|>\n"))
 
     def real_response(self, prompt: Sequence[Message], text: str) -> np.ndarray:
-        return self.generated_response(prompt, text, finished=True)
+        return self.generated_response(prompt, text, truncated=False)
 
     def generated_response(
-        self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, finished: bool
+        self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, truncated: bool
     ) -> np.ndarray:
         if not isinstance(response, str):
-            _check_end(response, finished, self.stop_ids)
+            _check_end(response, truncated, self.stop_ids)
             response = self.codec.decode(response)
         text = self.codec.hide(response)
-        if not finished:
+        if truncated:
             return _ids(self.codec.encode(text))
         eos: Any = self.tokenizer.eos_token_id
         return _ids([*self.codec.encode(f"{text}{self.tokenizer.eos_token}\n"), eos])
@@ -246,22 +245,22 @@ class Fitted:
 
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
-    prompt_cut: bool
-    cut: tuple[bool, ...]
+    prompt_truncated: bool
+    truncated: tuple[bool, ...]
 
 
 def fit(prompt: np.ndarray, *responses: np.ndarray, max_length: int, max_prompt_length: int) -> Fitted:
-    """Cut to a budget in tokens, so that prompt <= max_prompt_length and prompt + response <= max_length.
+    """Truncate to a budget in tokens, so that prompt <= max_prompt_length and prompt + response <= max_length.
 
     The end of the prompt is kept, where the question and the assistant's header are, and the start of each response. A
-    response that is cut loses its stop id and gets no other.
+    truncated response loses its stop id and gets no other.
     """
     if not 0 < max_prompt_length < max_length:
         raise UserError(f"max_prompt_length ({max_prompt_length}) must be positive and below max_length ({max_length})")
     kept = prompt[-max_prompt_length:]
     room = max_length - len(kept)
-    cut = tuple(len(response) > room for response in responses)
-    return Fitted(kept, tuple(response[:room] for response in responses), len(prompt) > max_prompt_length, cut)
+    fitted = tuple(response[:room] for response in responses)
+    return Fitted(kept, fitted, len(prompt) > max_prompt_length, tuple(len(response) > room for response in responses))
 
 
 def _single_turn(prompt: Sequence[Message]) -> str:
@@ -275,10 +274,10 @@ def _single_turn(prompt: Sequence[Message]) -> str:
     return prompt[0]["content"]
 
 
-def _check_end(ids: Sequence[int] | np.ndarray, finished: bool, stop_ids: Sequence[int]) -> None:
+def _check_end(ids: Sequence[int] | np.ndarray, truncated: bool, stop_ids: Sequence[int]) -> None:
     ends = len(ids) > 0 and int(ids[-1]) in stop_ids
-    if ends != finished:
-        raise ValueError(f"finished={finished}, but the sampled ids {'end' if ends else 'do not end'} in a stop id")
+    if ends == truncated:
+        raise ValueError(f"truncated={truncated}, but the sampled ids {'end' if ends else 'do not end'} in a stop id")
 
 
 def _ids(ids: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -181,7 +181,7 @@ def pack_batch(
     facts = {}
     for y, name in enumerate(responses):
         facts[f"lengths/{name}"] = float(np.mean([len(pair.responses[y]) for pair in chosen]))
-        facts[f"cut/{name}"] = float(np.mean([pair.truncated[y] for pair in chosen]))
+        facts[f"truncated/{name}"] = float(np.mean([pair.truncated[y] for pair in chosen]))
     tokens = sum(slots(pair) for pair in chosen)
     return HostBatch(
         arrays,

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from spin_jax.data.sources import Example
+from spin_jax.errors import UserError
 from spin_jax.runtime.files import reading, write_whole
 
 _MODEL = b"spin_jax_model"  # in a pairs file's metadata
@@ -26,7 +27,7 @@ class Pair:
         prompt: x, within the prompt budget.
         responses: in the order of the objective's names, for SPIN the real one y and the generated one y'. Each has
             its stop id only where it really ended.
-        truncated: for each, whether it was cut at a budget, so that it does not end in a stop id.
+        truncated: for each, whether a budget ended it, so that its last token is no stop id.
     """
 
     row: int
@@ -34,6 +35,20 @@ class Pair:
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
     truncated: tuple[bool, ...]
+
+
+def token_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, what: str) -> np.ndarray:
+    """A caller's token ids as int32 [tokens].
+
+    Raises:
+        UserError: there are none, or one is not in the vocabulary: on a device it would be another token, or NaN.
+    """
+    array = np.asarray(ids)
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
+        raise UserError(f"{what} must be a list of token ids, one at least")
+    if not 0 <= array.min() <= array.max() < vocab_size:
+        raise UserError(f"{what} has token ids {array.min()} to {array.max()}: the model's are 0 to {vocab_size - 1}")
+    return array.astype(np.int32)
 
 
 RESPONSES = ("real", "generated")  # what a run's pairs hold, in order
@@ -85,7 +100,7 @@ def write_pairs_parquet(
 
 
 def read_sampled(path: epath.PathLike) -> dict[int, list[tuple[np.ndarray, bool]]]:
-    """{row: [(sampled token ids, finished), ...]} of a pairs file that a run wrote: the very ids, not their text.
+    """{row: [(sampled token ids, truncated), ...]} of a pairs file that a run wrote: the very ids, not their text.
 
     Raises:
         UserError: the file is damaged.
@@ -96,8 +111,8 @@ def read_sampled(path: epath.PathLike) -> dict[int, list[tuple[np.ndarray, bool]
     with _reading(path) as file:
         table = pyarrow.parquet.read_table(file, columns=columns).to_pydict()
         sampled: dict[int, list[tuple[np.ndarray, bool]]] = {}
-        for row, tokens, cut in zip(*(table[column] for column in columns), strict=True):
-            sampled.setdefault(row, []).append((np.array(tokens, np.int32), not cut))
+        for row, tokens, truncated in zip(*(table[column] for column in columns), strict=True):
+            sampled.setdefault(row, []).append((np.array(tokens, np.int32), truncated))
     return sampled
 
 

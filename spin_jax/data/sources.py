@@ -36,7 +36,7 @@ class Example:
         prompt: messages up to and including the user turn that `response` answers.
         response: text of the real response.
         generated: text of the generated response, where the layout has one.
-        truncated: the generated response was cut at the sampling budget, so it has no real end.
+        truncated: the generated response reached the sampling budget, so it has no real end.
     """
 
     row: int
@@ -195,6 +195,8 @@ def read_prompts(prompts: Sequence[str | Sequence[Message]]) -> list[list[Messag
     Raises:
         UserError: prompts are none; it names them by their positions.
     """
+    if isinstance(prompts, str):
+        raise UserError("prompts must be a list: write [prompt] for one")
     read, mistakes, mended = [], Mistakes(), []
     for index, prompt in enumerate(prompts):
         try:

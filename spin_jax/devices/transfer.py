@@ -12,6 +12,17 @@ def put(arrays, sharding: jax.sharding.Sharding):
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)
 
 
+def place(tree, shardings):
+    """A tree of host or device arrays with these shardings; an array that lies so already is not copied."""
+
+    def one(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and (sharding.is_fully_addressable or not x.is_fully_addressable):
+            return jax.device_put(x, sharding)
+        return put(np.asarray(x), sharding)
+
+    return jax.tree.map(one, tree, shardings)
+
+
 def everywhere(value: object, mesh: Mesh | AbstractMesh) -> jax.Array:
     """A scalar on all devices of a mesh."""
     return put(np.asarray(value), NamedSharding(mesh, PartitionSpec()))

@@ -1,15 +1,15 @@
-"""Log-probs of pairs: the opponent's, which an iteration's steps are trained against, and those of held-out pairs.
+"""Log-probs of responses: of any prompts and responses (`Scorer`), and of the pairs of every training step.
 
 A margin is a difference of log-probs that are nearly equal, times beta. In bfloat16 each of them carries half a nat of
 rounding or more, which cancels only if policy and opponent are computed in the same way: the same rows, the same
 program. So each training step's own program scores each step's own batch (docs/algorithm.md has the measurements).
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,110 +17,198 @@ import jax
 import jaxlib
 import numpy as np
 
-from spin_jax.data.batch import HostBatch
-from spin_jax.data.packing import Plan, of_pairs, pack_batch
-from spin_jax.data.pairs import Pair
+from spin_jax.config import TrainConfig
+from spin_jax.data.batch import Batch, HostBatch
+from spin_jax.data.packing import Plan, make_packing, of_pairs, pack_batch, plan_scoring
+from spin_jax.data.pairs import Pair, token_ids
 from spin_jax.devices.compiler_options import jit
-from spin_jax.devices.transfer import everywhere, fetch, put
+from spin_jax.devices.sharding import batch_sharding
+from spin_jax.devices.transfer import everywhere, fetch, place, put
 from spin_jax.errors import UserError
 from spin_jax.evaluation.score_files import Parts
-from spin_jax.models import Compute, ModelConfig
-from spin_jax.objectives.logprobs import pair_logprobs
+from spin_jax.models import Compute, ModelConfig, param_shardings
+from spin_jax.objectives.logprobs import pair_logprobs, target_logprobs
 from spin_jax.runtime import preemption
 from spin_jax.runtime.progress import Loop
-
-
-@functools.cache
-def make_scorer(model: ModelConfig, compute: Compute) -> Callable:
-    """(params, batch) -> log-probs of the responses of each pair; the very function that training differentiates."""
-    return jit(compute.mesh, lambda params, batch: pair_logprobs(model, params, batch, compute))
-
-
-_LOG = logging.getLogger(__name__)
 
 # Of the step's arithmetic: raised where a change of the code sums in another order, so that older scores are made anew.
 VERSION = 2
 
+Ids = Sequence[int] | np.ndarray
 
-def score(
-    logprobs: Callable,
-    params: dict,
-    model: ModelConfig,
-    pairs: Sequence[Pair],
-    plan: Plan,
-    *,
-    sharding: jax.sharding.NamedSharding,
-    name: str,
-    parts: "Parts | None" = None,
-) -> np.ndarray:
-    """log p(y|x) of the responses of each pair under `params`, in nats, f32 [pairs, Y].
 
-    `logprobs` is the jitted `logprobs.pair_logprobs`. Each process computes its devices' rows, and all get all scores.
-    `parts` keeps what is scored, and has what an earlier call kept.
+@functools.cache
+def scoring_programs(model: ModelConfig, compute: Compute) -> tuple[Callable, Callable]:
+    """Jitted (params, batch) -> log-probs of responses [B, P, Y], and of their tokens [B, R]; the first is the very
+    function that training differentiates."""
 
-    Raises:
-        UserError: a score is not finite; the message names the rows.
+    def of_responses(params: dict, batch: Batch) -> jax.Array:
+        return pair_logprobs(model, params, batch, compute)
+
+    def of_tokens(params: dict, batch: Batch) -> jax.Array:
+        return target_logprobs(model, params, batch.rows, compute)
+
+    return jit(compute.mesh, of_responses), jit(compute.mesh, of_tokens)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scorer:
+    """Log-probs of responses under params of a model, which are an argument of each call: numpy or jax arrays, wherever
+    they lie. A prompt is computed once for all its responses, and several prompts share a packed row.
+
+    Attributes:
+        model: its config.
+        settings: `config.train`, with no size left open: how long rows are, and how many prompts are scored at a time.
+        compute: on any mesh; data and fsdp axes split rows.
     """
-    logps, done = (
-        np.zeros((len(pairs), max(len(pair.responses) for pair in pairs)), np.float32),
-        parts.read() if parts else [],
-    )
-    with Loop(name, len(pairs), "pair", sum(map(len, done))) as loop:
-        for rows, shape in list(zip(plan.batches, plan.shapes, strict=True))[len(done) :]:
+
+    model: ModelConfig
+    settings: TrainConfig
+    compute: Compute
+
+    def logprobs(self, params: dict, prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> np.ndarray:
+        """log p(y|x) of each response y to each prompt x, in nats, on every process.
+
+        Args:
+            prompts: token ids of each.
+            responses: for each prompt, the token ids of any number of responses, each with its stop id if it has one.
+
+        Returns:
+            f32 [prompts, K], K the largest number of responses to a prompt; NaN where a prompt has fewer.
+
+        Raises:
+            UserError: a text has no tokens, or tokens that the model has not; or a log-prob is not finite.
+        """
+        pairs = self._pairs(prompts, responses)
+        logps = np.full((len(pairs), max((len(pair.responses) for pair in pairs), default=0)), np.nan, np.float32)
+        if answered := [pair for pair in pairs if pair.responses]:
+            for pair, of_pair in zip(answered, self.score(params, answered), strict=True):
+                logps[pair.row, : len(pair.responses)] = of_pair[: len(pair.responses)]
+        return logps
+
+    def token_logprobs(
+        self, params: dict, prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]
+    ) -> list[list[np.ndarray]]:
+        """`logprobs` token by token: log p(y_j | x, y_<j) in nats, f32 [tokens], of each response to each prompt."""
+        pairs = self._pairs(prompts, responses)
+        answered, found = [pair for pair in pairs if pair.responses], [[] for _ in pairs]
+        if not answered:
+            return found
+        plan, run = self.plan(answered), self._with_params(self.programs[1], params)
+        for number, rows in enumerate(plan.batches):
             preemption.between_batches()
-            batch = pack_batch(model, pairs, rows, shape)
-            done.append(of_pairs(fetch(logprobs(params, put(batch.arrays, sharding))), rows))
-            check_finite(done[-1], batch.rows)
-            if parts:
-                parts.keep(done)
-            loop.advance(len(done[-1]))
-    logps[list(itertools.chain(*itertools.chain(*plan.batches)))] = np.concatenate(done)
-    return logps
+            logps_BR = fetch(run(self._make_batch(answered, plan, number).arrays))
+            for row, logps_R in zip(rows, logps_BR, strict=True):
+                targets = iter(logps_R)  # in the order in which they were packed
+                for pair in (answered[i] for i in row):
+                    found[pair.row] = [np.fromiter(targets, np.float32, len(y)) for y in pair.responses]
+        return found
+
+    def score(self, params: dict, pairs: Sequence[Pair], name: str = "score", parts: Parts | None = None) -> np.ndarray:
+        """log p(y|x) of the responses of each pair, in nats, f32 [pairs, Y], on every process; 0 where a pair has fewer
+        than Y.
+
+        Args:
+            name: of the loop, where its progress is shown.
+            parts: keeps what is scored, and has what an earlier call kept.
+
+        Raises:
+            UserError: a log-prob is not finite; the message names the rows.
+        """
+        plan, run = self.plan(pairs), self._with_params(self.programs[0], params)
+        done = score_batches(run, functools.partial(self._make_batch, pairs, plan), plan, name, parts)
+        logps = np.zeros((len(pairs), plan.shapes[0].responses), np.float32)
+        logps[list(itertools.chain(*itertools.chain(*plan.batches)))] = np.concatenate(done)
+        return logps
+
+    def plan(self, pairs: Sequence[Pair]) -> Plan:
+        """Which pairs share a row, and which rows a batch."""
+        at_a_time = self.settings.batch_size // self.settings.micro_batches
+        return plan_scoring(pairs, at_a_time, make_packing(self.settings, self.compute.mesh))
+
+    def key(self, pairs: Sequence[Pair], model: Mapping[str, str]) -> str:
+        """`scores_key` of what `score` gives under the params of a model."""
+        return scores_key(pairs, self.plan(pairs), self.compute, model=model)
+
+    @property
+    def programs(self) -> tuple[Callable, Callable]:
+        """Of responses, and of tokens."""
+        return scoring_programs(self.model, self.compute)
+
+    def _pairs(self, prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> list[Pair]:
+        if len(prompts) != len(responses):
+            raise UserError(f"{len(prompts)} prompts, {len(responses)} lists of responses: give a list for each prompt")
+        checked, pairs = functools.partial(token_ids, vocab_size=self.model.vocab_size), []
+        for i, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
+            ids = tuple(checked(y, what=f"response {k} to prompt {i}") for k, y in enumerate(answers))
+            pairs.append(Pair(i, 0, checked(prompt, what=f"prompt {i}"), ids, (False,) * len(ids)))
+        return pairs
+
+    def _make_batch(self, pairs: Sequence[Pair], plan: Plan, number: int) -> HostBatch:
+        return pack_batch(self.model, pairs, plan.batches[number], plan.shapes[number])
+
+    def _with_params(self, program: Callable, params: dict) -> Callable[[Batch], jax.Array]:
+        mesh = self.compute.mesh
+        placed = place(params, param_shardings(mesh, self.model))
+        return lambda batch: program(placed, put(batch, batch_sharding(mesh)))
 
 
-def score_steps(
-    step_fn: Callable,
-    state: NamedTuple,
-    opponent: dict | None,
-    *,
-    plan: Plan,
+@dataclasses.dataclass
+class StepProgram:
+    """A training step's own program, called to score: it gives the log-probs that a training call finds, bit for bit.
+
+    Attributes:
+        step: the jitted `train_step.make_step`; donates the state.
+        state: whose params score; no call changes it.
+        opponent: what the step takes beside it.
+    """
+
+    step: Callable
+    state: NamedTuple
+    opponent: dict | None
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        mesh = self.state.step.sharding.mesh
+        arrays, scoring = put(batch, batch_sharding(mesh)), everywhere(True, mesh)
+        self.state, _, logps = self.step(self.state, self.opponent, arrays, scoring)
+        return logps
+
+
+def score_batches(
+    run: Callable[[Batch], jax.Array],
     make_batch: Callable[[int], HostBatch],
-    sharding: jax.sharding.NamedSharding,
-    parts: "Parts",
+    plan: Plan,
     name: str,
-) -> tuple[NamedTuple, np.ndarray]:
-    """The log-probs, under the params of `state`, of the pairs of every step's batch, by that step's own program.
+    parts: Parts | None = None,
+) -> list[np.ndarray]:
+    """Log-probs of the pairs of each batch of a plan, [pairs of the batch, Y], row after row. A batch is read while the
+    devices compute the next.
 
     Args:
-        step_fn: the jitted `train_step.make_step`; donates the state.
-        state: whose params are the opponent's; returned as it was.
-        opponent: what the step takes beside it.
-        plan: of the steps.
-        make_batch: the batch of a step.
-        parts: keeps what is scored, and has what an earlier call kept.
-
-    Returns:
-        the state, and f32 [steps, pairs of a batch, Y] in nats, each batch's pairs row after row.
+        run: host arrays -> log-probs [B, P, Y] on the devices, such as a `StepProgram`.
+        make_batch: the batch of a number.
+        name, parts: as in `Scorer.score`.
 
     Raises:
-        UserError: a score is not finite; the message names the rows.
+        UserError: a log-prob is not finite; the message names the rows.
     """
-    steps, done, scoring = len(plan.batches), parts.read(), everywhere(True, sharding.mesh)
-    with Loop(name, steps, "step", len(done)) as loop:
-        pending = None
-        for step in itertools.chain(range(len(done), steps), [None]):
+    done, pending = parts.read() if parts else [], None
+    total = sum(len(row) for rows in plan.batches for row in rows)
+    with Loop(name, total, "pair", sum(map(len, done))) as loop:
+        for number in itertools.chain(range(len(done), len(plan.batches)), [None]):
             preemption.between_batches()
-            if step is not None:
-                batch = make_batch(step)
-                state, _, logps = step_fn(state, opponent, put(batch.arrays, sharding), scoring)
-            if pending:  # while the devices are at the next
-                of_step, rows, scored = pending
-                done.append(of_pairs(fetch(scored), plan.batches[of_step]))
-                check_finite(done[-1], rows)
-                parts.keep(done)
-                loop.advance()
-            pending = None if step is None else (step, batch.rows, logps)
-    return state, np.stack(done)
+            if number is not None:
+                batch = make_batch(number)
+                logps = run(batch.arrays)
+            if pending:
+                packed, of_rows, scored = pending
+                done.append(of_pairs(fetch(scored), packed))
+                check_finite(done[-1], of_rows)
+                if parts:
+                    parts.keep(done)
+                loop.advance(len(done[-1]))
+            pending = None if number is None else (plan.batches[number], batch.rows, logps)
+    return done
 
 
 def check_finite(logps: np.ndarray, rows: np.ndarray) -> None:
@@ -129,12 +217,9 @@ def check_finite(logps: np.ndarray, rows: np.ndarray) -> None:
     if wrong.any():
         numbers = ", ".join(map(str, sorted(set(rows[wrong].tolist()))[:20]))
         raise UserError(
-            f"the opponent's log-probs of {wrong.sum()} pair(s) are not finite (rows {numbers}): activations overflow "
-            "there. Set --config.model.compute_dtype=float32, or leave these rows out of the data"
+            f"the log-probs of {wrong.sum()} pair(s) are not finite (rows {numbers}): activations overflow there. Set "
+            "--config.model.compute_dtype=float32, or leave these rows out of the data"
         )
-
-
-# ---- on disk
 
 
 def scores_key(

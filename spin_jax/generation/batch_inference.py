@@ -7,9 +7,9 @@
 
 A line of OUT has `prompt` (text, or turns where the prompts file has turns), `response` (text, without a stop string),
 `tokens` (how many were sampled, with the one that ends the response), `logp` (the sum of the model's log-probs of them,
-in nats) and `cut` (whether it was cut at `config.generate.max_new_tokens`). The response to a row is that of a run's
-iteration 0 to the same row: a function of (weights, seed, row) alone, and with `config.generate.responses` of which of
-them it is.
+in nats) and `truncated` (whether it reached `config.generate.max_new_tokens` without an end). The response to a row is
+that of a run's iteration 0 to the same row: a function of (weights, seed, row) alone, and with
+`config.generate.responses` of which of them it is.
 """
 
 import hashlib
@@ -29,10 +29,8 @@ from spin_jax.data.sources import Message, as_messages, load_prompts
 from spin_jax.data.tokenize import ask
 from spin_jax.devices.accelerators import check_slice
 from spin_jax.errors import UserError
-from spin_jax.generation import programs
-from spin_jax.generation.engine import generate, warn_if_endless
-from spin_jax.generation.response_files import Prompt, Response, note_settings
-from spin_jax.generation.stop_strings import stop_table
+from spin_jax.generation.engine import Engine, warn_if_endless
+from spin_jax.generation.response_files import Response, note_settings
 from spin_jax.language_model import Player, open_player
 from spin_jax.runtime import compilation_cache, multihost, out_of_memory
 from spin_jax.runtime.files import expand, is_remote, write_whole
@@ -73,28 +71,16 @@ def _answer(config: Config, out: epath.Path, parts: epath.Path, prompts: Sequenc
     there, dtype = sizing.describe(jax.devices()), np.dtype(player.decode.dtype).name
     _LOG.info("%s: %s; computes in %s, %d slots", there, player.source, dtype, config.generate.batch_size)
     tokens = multihost.on_first(lambda: _tokenise(player.chat, prompts, data))
-    asked = [Prompt(row, ids, n) for row, ids in enumerate(tokens) for n in range(config.generate.responses)]
     with held(parts, f"--out={out}"):
         check_shared(parts)
         multihost.on_first(lambda: _check_free(out))  # another call may have ended in the meantime
         multihost.on_first(lambda: note_settings(parts, _settings(config, player, tokens)))
-        codec = player.chat.codec
-        stops_SV = stop_table(codec.tokenizer, config.generate.stop_strings, player.model.vocab_size, codec.silent)
+        engine = Engine.for_chat(player.model, config.generate, player.decode, player.chat)
         # Laid out here already, so that what was loaded is let go where that is another copy.
-        sampler = programs.make_sampler(player.model, config.generate, player.chat.stop_ids, player.decode, stops_SV)
-        responses = generate(
-            sampler,
-            multihost.on_each(lambda: sampler.laid_out(_load_params(player))),
-            asked,
-            config.generate,
-            seed=config.seed,
-            iteration=0,
-            mesh=player.decode.mesh,
-            directory=parts,
-        )
-        of_each = [prompts[prompt.row] for prompt in asked]
-        multihost.on_first(lambda: _finish(out, parts, player.chat, config.generate.stop_strings, of_each, responses))
-        multihost.on_first(lambda: warn_if_endless(responses, config.generate))
+        params = multihost.on_each(lambda: engine.lay_out(_load_params(player)))
+        responses = engine.generate(params, tokens, seed=config.seed, directory=parts)
+        multihost.on_first(lambda: _finish(out, parts, player.chat, config.generate.stop_strings, prompts, responses))
+        warn_if_endless(responses, config.generate.max_new_tokens)
 
 
 def _check_free(out: epath.Path) -> None:
@@ -149,19 +135,19 @@ def _finish(
     prompts: Sequence[str | list[Message]],
     responses: Sequence[Response],
 ) -> None:
-    """`out`, which takes the place of the parts; `prompts` has one for each response."""
+    """`out`, which takes the place of the parts."""
     texts = [chat.codec.decode(response.tokens) for response in responses]
-    before = [min((text.find(stop) for stop in stop_strings if stop in text), default=None) for text in texts]
+    ends = [min((text.find(stop) for stop in stop_strings if stop in text), default=None) for text in texts]
     lines = [
         {
-            "prompt": prompt,
+            "prompt": prompts[response.row],
             "response": text[:end],
             "tokens": len(response.tokens),
             "logp": round(float(response.logprobs.sum(dtype=np.float64)), 4),
-            "cut": not response.finished and end is None,
+            "truncated": response.truncated and end is None,
         }
-        for prompt, text, end, response in zip(prompts, texts, before, responses, strict=True)
+        for text, end, response in zip(texts, ends, responses, strict=True)
     ]
     write_whole(out, "".join(json.dumps(line) + "\n" for line in lines))
     parts.rmtree()
-    _LOG.info("%s: %d answers, %d of them cut", out, len(lines), sum(line["cut"] for line in lines))
+    _LOG.info("%s: %d answers, %d of them truncated", out, len(lines), sum(line["truncated"] for line in lines))

@@ -1,33 +1,33 @@
-"""The generation stage: prompts and opponent params in, responses on disk out, as they end.
+"""Sampling on the decode mesh: prompts and params in, responses out.
 
-The host's part of `decode_loop`. All processes give the same prompts to the same places; each writes the responses
-that its own devices made, as `part-NUMBER.pPROCESS.jsonl`, and the first process joins them when all are there.
+`Engine` is the host's part of `decode_loop`: it feeds the queue, reads what has ended, and keeps it on disk where it is
+given a directory. All processes give the same prompts to the same places, and each reads the responses of its devices.
 """
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding
 
 from spin_jax.config import GenerateConfig
-from spin_jax.devices.sharding import batch_sharding, check_batch, ways
-from spin_jax.devices.transfer import put
+from spin_jax.data.chat_format import ChatFormat
+from spin_jax.data.pairs import token_ids
+from spin_jax.devices.sharding import batch_sharding, check_batch, located
+from spin_jax.devices.transfer import place, put
 from spin_jax.errors import UserError
-from spin_jax.generation.decode_loop import (
-    Prompts,
-    Report,
-    Responses,
-    Sampler,
-    no_prompts,
-    prefill_width,
-    queue_places,
-    slot_counts,
-)
-from spin_jax.generation.response_files import Parts, Prompt, Response, read_parts
-from spin_jax.generation.sampling import MAX_RESPONSES, MAX_ROWS, Decoding, response_keys
+from spin_jax.generation.decode_state import DecodeSpec, Prompts, Report, Responses, row_specs
+from spin_jax.generation.programs import DecodePrograms, decode_programs
+from spin_jax.generation.response_files import Parts, Response, read_parts
+from spin_jax.generation.sampling import MAX_RESPONSES, MAX_ROWS, SamplingParams, response_keys
+from spin_jax.generation.stop_strings import stop_table
+from spin_jax.models import Compute, ModelConfig, param_shardings
 from spin_jax.runtime import multihost, preemption
 from spin_jax.runtime.progress import Loop
 
@@ -35,18 +35,28 @@ _LOG = logging.getLogger(__name__)
 _FEW_ENDED = 0.1  # of the responses
 
 
+class Prompt(NamedTuple):
+    """A response to draw: the prompt's index, which of its responses it is, and the prompt's token ids."""
+
+    row: int
+    number: int
+    tokens: np.ndarray
+
+
 @dataclasses.dataclass
 class Progress:
-    """How far a call of `generate` is, all processes together.
+    """How far a call of `Engine.generate` is, all processes together.
 
     Attributes:
+        name: shown beside it.
         responses: that are there, with those that an earlier call left.
         tokens: of those that this call drew.
         steps: decode steps.
-        busy, capacity: slots that were running in them, and slots that there were, each summed up over the steps.
+        busy, capacity: running slots, and all slots, each summed over the steps.
         before_tail: `occupancy` when the last prompt had got its slot.
     """
 
+    name: str = "generate"
     responses: int = 0
     tokens: int = 0
     steps: int = 0
@@ -60,7 +70,7 @@ class Progress:
         return self.busy / max(self.capacity, 1)
 
     def add(self, report: Report, slots: int) -> None:
-        """Take in what a program with so many slots reports."""
+        """Count what a call of a program with so many slots reports."""
         steps = int(report.steps)
         self.capacity += (steps - self.steps) * slots
         self.steps, self.busy = steps, float(report.busy)
@@ -68,157 +78,246 @@ class Progress:
         self.tokens += int(report.tokens)
 
 
-def generate(
-    sampler: Sampler,
-    params: dict,
-    prompts: Sequence[Prompt],
-    settings: GenerateConfig,
-    *,
-    seed: int,
-    iteration: int,
-    mesh: jax.sharding.Mesh,
-    directory: epath.Path | None = None,
-    name: str = "generate",
-    progress: Progress | None = None,
-) -> list[Response]:
-    """The response to each prompt, in the order of `prompts`; the first process has them, the others get none.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Engine:
+    """Samples responses of a model. Params are an argument: one engine serves all iterations.
 
-    Responses are written to `directory` as they end, and those that are found there are not drawn again, however many
-    processes wrote them; None keeps nothing, and is for one process. A response is a function of (params, seed,
-    iteration, row, number) alone, but for the order in which sums are rounded.
-
-    Args:
-        sampler: from `programs.make_sampler`.
-        params: of the model, in any dtype and layout.
-        prompts: what to answer.
-        settings: `config.generate`.
-        seed: of the run.
-        iteration: t; other responses are drawn in every iteration.
-        mesh: the decode mesh; its data axis splits slots and queue.
-        directory: for `part-*.jsonl`, or None.
-        name: of the loop, where its progress is shown.
-        progress: kept up to date, for who wants to look.
+    Attributes:
+        model: its config.
+        settings: `config.generate`, with no size left open.
+        compute: on the mesh that it samples on, see `sharding.decode_mesh`; its data and fsdp axes split slots.
+        stop_ids: a response ends with the first of these.
+        stops_SV: finds `settings.stop_strings`, from `stop_strings.stop_table`.
 
     Raises:
-        UserError: config.generate.batch_size does not split over the devices; or there are too many rows to number.
-        Stopped: one of several processes was asked to.
+        UserError: config.generate.batch_size does not split over the devices.
     """
-    check_batch(mesh, "--config.generate.batch_size", settings.batch_size)
-    if any(prompt.row >= MAX_ROWS or prompt.number >= MAX_RESPONSES for prompt in prompts):
-        raise UserError(f"there are at most {MAX_ROWS:,} rows and {MAX_RESPONSES} responses to each to draw")
-    responses = read_parts(directory) if directory and multihost.is_first() else {}
-    answered, parts = multihost.on_first(lambda: set(responses)), Parts(directory)
-    progress = progress or Progress()
-    asked = [prompt for prompt in prompts if (prompt.row, prompt.number) not in answered]
-    progress.responses = len(prompts) - len(asked)
-    with Loop(name, len(prompts), "response", progress.responses) as loop:
-        for ended in _draw(sampler, params, asked, settings, seed, iteration, mesh, progress):
-            responses.update(((answer.row, answer.number), answer) for answer in ended)
-            parts.write(ended)
-            rate = f"{progress.tokens / max(loop.elapsed, 1e-3):.3g}"
-            loop.advance(progress.responses - loop.done, tokens_per_second=rate, slots_busy=f"{progress.occupancy:.0%}")
-    if asked:
-        _LOG.info(
-            "%s: %d tokens in %d steps, slots %.1f%% busy, %.1f%% until prompts ran out",
-            *(name, progress.tokens, progress.steps, 100 * progress.occupancy, 100 * progress.before_tail),
-        )
-    others = [name for names in multihost.gather(parts.written)[1:] for name in names]  # by now, all of them are there
-    if not multihost.is_first():
-        return []
-    responses |= read_parts(directory, others) if others else {}
-    return [responses[prompt.row, prompt.number] for prompt in prompts]
+
+    model: ModelConfig
+    settings: GenerateConfig
+    compute: Compute
+    stop_ids: tuple[int, ...] = ()
+    stops_SV: np.ndarray | None = None
+
+    def __post_init__(self):
+        check_batch(self.compute.mesh, "--config.generate.batch_size", self.settings.batch_size)
+
+    @classmethod
+    def for_chat(cls, model: ModelConfig, settings: GenerateConfig, compute: Compute, chat: ChatFormat) -> "Engine":
+        """One whose responses end as the chat format's do, or with one of `settings.stop_strings`."""
+        codec = chat.codec
+        stops_SV = stop_table(codec.tokenizer, settings.stop_strings, model.vocab_size, codec.silent)
+        return cls(model, settings, compute, chat.stop_ids, stops_SV)
+
+    @functools.cached_property
+    def programs(self) -> DecodePrograms:
+        """The jitted programs, the same for all engines of one `DecodeSpec`."""
+        filtered = self.settings.top_p < 1 or self.settings.top_k > 0
+        return decode_programs(DecodeSpec(self.model, self.settings.max_new_tokens, filtered, self.compute))
+
+    def generate(
+        self,
+        params: dict,
+        prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
+        *,
+        seed: int = 0,
+        iteration: int = 0,
+        directory: epath.Path | None = None,
+        progress: Progress | None = None,
+    ) -> list[Response]:
+        """`settings.responses` responses to each prompt, in the order of the prompts, on every process.
+
+        A response is a function of (params, seed, iteration, the prompt's index, its number) alone, but for the order
+        in which sums are rounded: not of the other prompts, the mesh or the batch size.
+
+        Args:
+            params: of the model: numpy or jax arrays of any dtype, wherever they lie. They are laid out for sampling
+                once, unless they come from `lay_out`.
+            prompts: token ids of each, by its index; a sequence counts from 0.
+            seed, iteration: other ones give other responses.
+            directory: responses are written there as they end, and those that are there already are not drawn again,
+                however many processes wrote them. None: they are kept in memory alone.
+            progress: kept up to date, for a caller that wants to look.
+
+        Raises:
+            UserError: a prompt has no tokens, or tokens that the model has not.
+            Stopped: one of several processes was asked to; the same call with its directory goes on.
+        """
+        progress, asked = progress or Progress(), self._asked(prompts)
+        done = list(read_parts(directory).values()) if multihost.is_first() else []
+        known = multihost.on_first(lambda: {(one.row, one.number) for one in done})
+        missing = [prompt for prompt in asked if prompt[:2] not in known]
+        progress.responses, parts = len(asked) - len(missing), Parts(directory)
+        with Loop(progress.name, len(asked), "response", progress.responses) as loop:
+            for ended in self._draw(params, missing, seed, iteration, progress):
+                done += ended
+                parts.write(ended)
+                rate, busy = progress.tokens / max(loop.elapsed, 1e-3), f"{progress.occupancy:.0%}"
+                loop.advance(progress.responses - loop.done, tokens_per_second=f"{rate:.3g}", slots_busy=busy)
+        if missing:
+            _LOG.info(
+                "%s: %d tokens in %d steps, slots %.1f%% busy, %.1f%% until prompts ran out",
+                *(progress.name, progress.tokens, progress.steps),
+                *(100 * progress.occupancy, 100 * progress.before_tail),
+            )
+        found = {(one.row, one.number): one for one in multihost.gather_lists(done)}
+        return [found[prompt[:2]] for prompt in asked]
+
+    def lay_out(self, params: dict) -> dict:
+        """Params as the programs read them: in the compute dtype, on the decode mesh. The same ones, where they are."""
+
+        def alike(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> bool:
+            return (
+                isinstance(x, jax.Array)
+                and x.dtype == wanted.dtype
+                and x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
+            )
+
+        programs, mesh = self.programs, self.compute.mesh
+        if jax.tree.structure(params) == jax.tree.structure(programs.params):
+            if all(jax.tree.leaves(jax.tree.map(alike, params, programs.params))):
+                return params
+        devices = set(mesh.devices.flat)
+        if not all(isinstance(x, jax.Array) and x.sharding.device_set == devices for x in jax.tree.leaves(params)):
+            params = place(params, param_shardings(mesh, self.model))
+        return programs.lay_out(params)
+
+    def abstract_calls(self, longest: int) -> dict[str, tuple]:
+        """Program -> its arguments as jax.ShapeDtypeStruct, with all slots in use and prompts of up to `longest`
+        tokens: for compiling ahead of time."""
+        programs, mesh, size = self.programs, self.compute.mesh, self.settings.batch_size
+        places, width = self._places(size), prefill_width(longest, self.settings.prompt_bucket)
+        rows = programs.start.eval_shape(size, places, width)
+        slots, queue = located(rows, jax.tree.map(functools.partial(NamedSharding, mesh), row_specs(rows)))
+        prompts = located(no_prompts(places, width), batch_sharding(mesh))
+        sampling, more = jax.eval_shape(lambda: self._sampling), jax.ShapeDtypeStruct((), jnp.bool_)
+        return {
+            "prefill": (programs.params, queue, prompts),
+            "decode": (programs.params, slots, queue, sampling, more),
+            "drain": (programs.params, slots, sampling, jax.ShapeDtypeStruct((), jnp.int32)),
+        }
+
+    @functools.cached_property
+    def _sampling(self) -> SamplingParams:
+        return SamplingParams.of(self.settings, self.stop_ids, self.stops_SV)
+
+    def _asked(self, prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]]) -> list[Prompt]:
+        rows = prompts if isinstance(prompts, Mapping) else dict(enumerate(prompts))
+        numbers = range(self.settings.responses)
+        if any(row >= MAX_ROWS for row in rows) or len(numbers) > MAX_RESPONSES:
+            raise UserError(f"there are at most {MAX_ROWS:,} rows and {MAX_RESPONSES} responses to each to draw")
+        checked = {row: token_ids(ids, self.model.vocab_size, f"prompt {row}") for row, ids in rows.items()}
+        return [Prompt(row, number, ids) for row, ids in checked.items() for number in numbers]
+
+    def _places(self, slots: int) -> int:
+        """Places of the queue: what is wanted, as a multiple of the shards, but no more than there are slots."""
+        shards = self.programs.spec.shards
+        return min(slots, -(-self.settings.prefill_batch_size // shards) * shards)
+
+    def _draw(
+        self, params: dict, asked: Sequence[Prompt], seed: int, iteration: int, progress: Progress
+    ) -> Iterator[list[Response]]:
+        """This process's responses to `asked`, as they end; longest prompts first: if something does not fit, it shows
+        at once, and prompts that are prefilled or decoded together are of like length."""
+        if not asked:
+            return
+        asked = sorted(asked, key=lambda prompt: -len(prompt.tokens))
+        keys = response_keys(seed, iteration, *np.array([prompt[:2] for prompt in asked], np.int32).T)
+        params, programs, shards = self.lay_out(params), self.programs, self.programs.spec.shards
+        size, *fewer = slot_counts(len(asked), self.settings.batch_size, self.settings.tail_batch_size, shards)
+        places, widths = self._places(size), [prefill_width(len(p.tokens), self.settings.prompt_bucket) for p in asked]
+        slots, queue = programs.start(size, places, widths[0])
+        given, free, ended = 0, np.arange(places), None
+        while given < len(asked) or len(free) < places:
+            try:
+                preemption.between_batches()
+            except preemption.Stopped:
+                if ended:
+                    yield _own_responses(ended, asked)
+                raise
+            taken = np.arange(given, min(given + len(free), len(asked)))
+            given += len(taken)
+            if len(taken):
+                prompts = no_prompts(places, widths[taken[0]])
+                _write(prompts, free[: len(taken)], taken, asked, keys)
+                queue = programs.prefill(params, queue, Prompts(*put(prompts, batch_sharding(self.compute.mesh))))
+            slots, queue, now_ended, report = programs.decode(params, slots, queue, self._sampling, given < len(asked))
+            if ended:  # while the devices are at work
+                yield _own_responses(ended, asked)
+            ended, free = now_ended, np.flatnonzero(~np.asarray(report.pending_Q))
+            progress.add(report, size)
+        progress.before_tail = progress.occupancy
+        yield _own_responses(ended, asked)
+        for smaller in (*fewer, 0):
+            preemption.between_batches()
+            slots = programs.drain(params, slots, self._sampling, smaller // shards)
+            slots, ended, report = programs.shrink(slots, smaller // shards)
+            progress.add(report, size)
+            size = smaller
+            yield _own_responses(ended, asked)
 
 
-def warn_if_endless(responses: Sequence[Response], settings: GenerateConfig) -> None:
-    """Say so if hardly a response ended, as human ones do; `settings` are `config.generate`."""
-    cap = settings.max_new_tokens
-    ended = sum(response.finished or len(response.tokens) < cap for response in responses)  # or at a stop string
+def warn_if_endless(responses: Sequence[Response], max_new_tokens: int) -> None:
+    """Say so if hardly a response ended, as human ones do."""
+    ended = sum(not one.truncated or len(one.tokens) < max_new_tokens for one in responses)  # or at a stop string
     if ended < _FEW_ENDED * len(responses):
         _LOG.warning(
             "%d of %d responses ended: --config.generate.max_new_tokens=%d is too low for this model, it does not "
             "write the stop id that human responses end in, or it was never trained to end",
-            *(ended, len(responses), cap),
+            *(ended, len(responses), max_new_tokens),
         )
 
 
-def _draw(
-    sampler: Sampler,
-    params: dict,
-    asked: Sequence[Prompt],
-    settings: GenerateConfig,
-    seed: int,
-    iteration: int,
-    mesh: jax.sharding.Mesh,
-    progress: Progress,
-) -> Iterator[list[Response]]:
-    """The responses to `asked` that this process answers for, as they end; longest prompts first: if something does not
-    fit, it shows at once, and prompts that are prefilled or decoded together are of like length."""
-    if not asked:
-        return
-    params = sampler.laid_out(params)
-    asked = sorted(asked, key=lambda prompt: -len(prompt.tokens))
-    widths = [prefill_width(len(prompt.tokens), settings.prompt_bucket) for prompt in asked]
-    decoding, shards, sharding = (
-        Decoding.of(settings, sampler.stop_ids, sampler.stops_SV),
-        ways(mesh, "rows"),
-        batch_sharding(mesh),
+# ---- sizes, each of which is a compiled program
+
+
+def slot_counts(prompts: int, batch_size: int, smallest: int, shards: int) -> list[int]:
+    """How many slots a call begins with, and how many it goes on with as its prompts run out: `batch_size`, or as many
+    of its halves as the prompts fill, and then halves while each of the shards keeps at least `smallest`."""
+    size = batch_size // shards
+    while size % 2 == 0 and size // 2 * shards >= prompts:
+        size //= 2
+    sizes = [size]
+    while sizes[-1] % 2 == 0 and sizes[-1] // 2 >= smallest:
+        sizes.append(sizes[-1] // 2)
+    return [size * shards for size in sizes]
+
+
+def prefill_width(length: int, bucket: int) -> int:
+    """W of a prompt: `bucket`, or the first of its doubles that is long enough."""
+    return bucket << max(0, (-(-length // bucket) - 1).bit_length())
+
+
+# ---- host arrays
+
+
+def no_prompts(places: int, width: int) -> Prompts:
+    """Nothing new for any place; for the host to fill in."""
+    return Prompts(
+        np.zeros((places, width), np.int32),
+        np.zeros(places, np.int32),
+        np.zeros((places, 2), np.uint32),
+        np.full(places, -1, np.int32),
     )
-    sizes = slot_counts(settings.batch_size, settings.tail_batch_size, shards)
-    size = min(size for size in sizes if size >= min(len(asked), settings.batch_size))
-    places = queue_places(settings.prefill_batch_size, size, shards)
-    slots, queue = sampler.start(size, places, widths[0])
-    keys = response_keys(seed, iteration, *np.array([(prompt.row, prompt.number) for prompt in asked], np.int32).T)
-    given, free, ended = 0, np.arange(places), None
-    while given < len(asked) or len(free) < places:
-        try:
-            preemption.between_batches()
-        except preemption.Stopped:
-            if ended:
-                yield _own_responses(ended, asked)
-            raise
-        taken = np.arange(given, min(given + len(free), len(asked)))
-        given += len(taken)
-        if len(taken):
-            prompts = _prompts(asked, keys, taken, free[: len(taken)], places, widths[taken[0]])
-            queue = sampler.prefill(params, queue, Prompts(*put(prompts, sharding)))
-        slots, queue, now_ended, report = sampler.decode(params, slots, queue, decoding, given < len(asked))
-        if ended:  # while the devices are at work
-            yield _own_responses(ended, asked)
-        ended, free = now_ended, np.flatnonzero(~np.asarray(report.pending_Q))
-        progress.add(report, size)
-    progress.before_tail = progress.occupancy
-    yield _own_responses(ended, asked)
-    for smaller in (*reversed(sizes[: sizes.index(size)]), 0):
-        preemption.between_batches()
-        slots, ended, report = sampler.shrink(
-            sampler.drain(params, slots, decoding, smaller // shards), smaller // shards
-        )
-        progress.add(report, size)
-        size = smaller
-        yield _own_responses(ended, asked)
 
 
-def _prompts(
-    asked: Sequence[Prompt], keys: np.ndarray, taken: np.ndarray, free: np.ndarray, places: int, width: int
-) -> Prompts:
-    """The prompts `taken` of `asked` for the `free` ones of a queue's places, left-padded to `width`."""
-    prompts = no_prompts(places, width)
-    for place, number in zip(free, taken, strict=True):
-        tokens = asked[number].tokens
-        prompts.tokens_QW[place, width - len(tokens) :] = tokens
-        prompts.lengths_Q[place] = len(tokens)
-    prompts.keys_Q2[free], prompts.asked_Q[free] = keys[taken], taken
-    return prompts
+def _write(prompts: Prompts, free: np.ndarray, taken: np.ndarray, asked: Sequence[Prompt], keys: np.ndarray) -> None:
+    """Write the prompts `taken` of `asked` to the `free` places of a queue, left-padded."""
+    for q, index in zip(free, taken, strict=True):
+        tokens = asked[index].tokens
+        prompts.tokens_QW[q, -len(tokens) :] = tokens
+        prompts.lengths_Q[q] = len(tokens)
+    prompts.keys_Q2[free], prompts.prompt_index_Q[free] = keys[taken], taken
 
 
 def _own_responses(ended: Responses, asked: Sequence[Prompt]) -> list[Response]:
-    """The responses that this process answers for: of devices that hold the same rows, one of all processes' does."""
+    """The responses that this process reads: where several devices hold the same rows, one process of all does."""
     own = []
     for shards in zip(*(array.addressable_shards for array in ended), strict=True):
         if shards[0].replica_id == 0:
-            for asked_number, tokens_C, *rest in zip(*(np.asarray(shard.data) for shard in shards), strict=True):
-                if asked_number >= 0:
-                    prompt, (logprobs_C, length, finished) = asked[asked_number], rest
-                    drawn = tokens_C[:length], bool(finished), logprobs_C[:length]
-                    own.append(Response(prompt.row, prompt.number, *drawn))
+            rows = Responses(*(np.asarray(shard.data) for shard in shards))
+            for index, tokens_C, logprobs_C, length, stopped in zip(*rows, strict=True):
+                if index >= 0:
+                    row, number, _ = asked[index]
+                    own.append(Response(row, number, tokens_C[:length], not stopped, logprobs_C[:length]))
     return own

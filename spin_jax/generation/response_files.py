@@ -20,30 +20,21 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A prompt to answer: its row number in the data set, its token ids, and which of its responses is asked for."""
-
-    row: int
-    tokens: np.ndarray
-    number: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class Response:
     """A sampled response.
 
     Attributes:
-        row: the prompt's.
-        number: which of the prompt's responses it is.
-        tokens: ids, a stop id last if it is `finished`; else it was cut at the cap, or by a stop string, whose last
-            token is there.
-        logprobs: f32, log p of each token under the model as it is, whatever temperature and cuts it was drawn with.
+        row: the prompt's index.
+        number: which of the prompt's responses it is, from 0.
+        tokens: int32 ids; a stop id last, unless it is `truncated`.
+        truncated: it reached the cap, or the stop string that its last token completes, without a stop id.
+        logprobs: f32, log p of each token under the model itself, whatever temperature and filters it was drawn with.
     """
 
     row: int
     number: int
     tokens: np.ndarray
-    finished: bool
+    truncated: bool
     logprobs: np.ndarray
 
 
@@ -75,22 +66,17 @@ def forget_parts(directory: epath.Path) -> None:
 
 
 class Parts:
-    """The part files that this process writes, numbered on from those that are there.
-
-    Attributes:
-        written: their names.
-    """
+    """The part files that this process writes, numbered on from those that are there; none without a directory."""
 
     def __init__(self, directory: epath.Path | None):
-        self.written: list[str] = []
         self._directory = directory
         self._next = multihost.on_first(lambda: 1 + max(map(_part_number, _part_files(directory)), default=-1))
 
     def write(self, responses: Sequence[Response]) -> None:
         """A part with these responses, whole or not at all."""
         if self._directory and responses:
-            self.written.append(f"part-{self._next:05d}.p{jax.process_index():03d}.jsonl")
-            write_whole(self._directory / self.written[-1], "".join(_to_json(one) + "\n" for one in responses))
+            name = f"part-{self._next:05d}.p{jax.process_index():03d}.jsonl"
+            write_whole(self._directory / name, "".join(_to_json(one) + "\n" for one in responses))
             self._next += 1
 
 
@@ -102,19 +88,18 @@ def _part_number(part: epath.Path) -> int:
     return int(re.match(r"part-(\d+)", part.name)[1])
 
 
-def read_parts(directory: epath.Path, names: Sequence[str] | None = None) -> dict[tuple[int, int], Response]:
-    """The responses in `names`, or in all parts there are, by row and number. A part that cannot be read is left out,
-    and its responses are drawn again."""
-    parts = _part_files(directory) if names is None else [directory / name for name in names]
-    answers = {}
-    for part in parts:
+def read_parts(directory: epath.Path | None) -> dict[tuple[int, int], Response]:
+    """The responses in all parts, by row and number. A part that cannot be read is left out: its responses are drawn
+    again."""
+    found = {}
+    for part in _part_files(directory):
         try:
             read = [_from_json(line) for line in part.read_text().splitlines()]
         except (ValueError, KeyError, TypeError):
             _LOG.warning("%s is damaged: its responses are drawn again", part)
             continue
-        answers |= {(answer.row, answer.number): answer for answer in read}
-    return answers
+        found |= {(response.row, response.number): response for response in read}
+    return found
 
 
 def _to_json(response: Response) -> str:
@@ -124,5 +109,7 @@ def _to_json(response: Response) -> str:
 
 def _from_json(line: str) -> Response:
     fields = json.loads(line)
+    if "finished" in fields:  # as parts were written before
+        fields["truncated"] = not fields.pop("finished")
     tokens, logprobs = np.array(fields["tokens"], np.int32), np.array(fields["logprobs"], np.float32)
     return Response(**fields | {"tokens": tokens, "logprobs": logprobs})

@@ -1,4 +1,4 @@
-"""How the next token is drawn: y_j ~ p_t(.|x, y_<j), perhaps sharpened, cut or kept from ending.
+"""How the next token is drawn: y_j ~ p_t(.|x, y_<j), at a temperature, from the likely tokens only, or not to end yet.
 
 Randomness has an address: token j of response n to row i at iteration t is drawn with a key made of (seed, t, i, n, j)
 and of nothing else.
@@ -18,7 +18,7 @@ _ROW_BITS = 24
 MAX_ROWS, MAX_RESPONSES = 2**_ROW_BITS, 2 ** (31 - _ROW_BITS)
 
 
-class Decoding(NamedTuple):
+class SamplingParams(NamedTuple):
     """How the next token is chosen. All are traced: changing one compiles nothing anew.
 
     Attributes:
@@ -39,7 +39,9 @@ class Decoding(NamedTuple):
     stops_SV: jax.Array | None
 
     @classmethod
-    def of(cls, settings: GenerateConfig, stop_ids: Sequence[int], stops_SV: np.ndarray | None = None) -> "Decoding":
+    def of(
+        cls, settings: GenerateConfig, stop_ids: Sequence[int], stops_SV: np.ndarray | None = None
+    ) -> "SamplingParams":
         """As `config.generate` says."""
         # So many that other stop ids seldom are another shape, and with it another program.
         padded = np.full(-(-max(len(stop_ids), 1) // 8) * 8, np.iinfo(np.int32).max, np.int32)
@@ -71,19 +73,19 @@ def token_keys(keys_B2: jax.Array, steps_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2, impl="threefry2x32"), steps_B)
 
 
-def next_tokens(logits_BV: jax.Array, keys_B: jax.Array, decoding: Decoding, truncate: bool) -> jax.Array:
-    """One token a row, int32 [B]: argmax at temperature 0, else a draw from softmax(logits / temperature), cut by
-    top-k and then top-p."""
+def next_tokens(logits_BV: jax.Array, keys_B: jax.Array, sampling: SamplingParams, filtered: bool) -> jax.Array:
+    """One token a row, int32 [B]: argmax at temperature 0, else a draw from softmax(logits / temperature),
+    `filtered` by top-k and then top-p."""
 
     def draw(logits_BV: jax.Array) -> jax.Array:
-        scaled_BV = logits_BV / decoding.temperature
-        if truncate:
-            scaled_BV = keep_likely(scaled_BV, decoding.top_p, decoding.top_k)
+        scaled_BV = logits_BV / sampling.temperature
+        if filtered:
+            scaled_BV = keep_likely(scaled_BV, sampling.top_p, sampling.top_k)
         # Of logits with Gumbel noise the greatest is a draw from their softmax.
         return _first_greatest(scaled_BV + jax.vmap(lambda key: jax.random.gumbel(key, scaled_BV.shape[1:]))(keys_B))
 
     # The branch where the condition does not hold is the program's first, and the one that the compile check counts.
-    return jax.lax.cond(decoding.temperature == 0, _first_greatest, draw, logits_BV)
+    return jax.lax.cond(sampling.temperature == 0, _first_greatest, draw, logits_BV)
 
 
 def _first_greatest(x_BV: jax.Array) -> jax.Array:
@@ -94,7 +96,7 @@ def _first_greatest(x_BV: jax.Array) -> jax.Array:
 
 
 def token_logprobs(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
-    """log p(token), f32 [B], of the model itself: at temperature 1, with nothing cut."""
+    """log p(token), f32 [B], of the model itself: at temperature 1, with no token filtered out."""
     chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
     return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 

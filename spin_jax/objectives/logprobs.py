@@ -10,7 +10,15 @@ from spin_jax.models import Compute, ModelConfig, forward, unembed
 def response_logprobs(
     config: ModelConfig, params: dict, rows: PackedRows, responses: int, compute: Compute
 ) -> jax.Array:
-    """log p(y|x) = sum_j log p(y_j | x, y_<j) of each row's Z responses, in nats, f32 [B, Z]; 0 of none.
+    """log p(y|x) = sum_j log p(y_j | x, y_<j) of each row's Z responses, in nats, f32 [B, Z]; 0 of none."""
+    logps_BR = target_logprobs(config, params, rows, compute)
+    # A sum and no matmul, whose operands a TPU would round.
+    own_BRZ = rows.response_ids_BR[:, :, None] == jnp.arange(responses, dtype=jnp.int32)[None, None]
+    return jnp.sum(jnp.where(own_BRZ, logps_BR[:, :, None], 0.0), axis=1)
+
+
+def target_logprobs(config: ModelConfig, params: dict, rows: PackedRows, compute: Compute) -> jax.Array:
+    """log p(y_j | x, y_<j) of each target of packed rows, in nats, f32 [B, R].
 
     Only positions that predict a response token reach the vocabulary projection: they are gathered from the hidden
     states, and scored `compute.logits_chunk` at a time. Each chunk's logits are recomputed in the backward pass, so
@@ -19,10 +27,7 @@ def response_logprobs(
     seen = {"visible_until_BT": rows.visible_until_BT}
     hidden_BTD, _ = forward(config, params, rows.tokens_BT, rows.positions_BT, **seen, compute=compute)
     hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictor_index_BR[:, :, None], axis=1)
-    logps_BR = token_logprobs(config, params, hidden_BRD, rows.targets_BR, compute)
-    # A sum and no matmul, whose operands a TPU would round.
-    own_BRZ = rows.response_ids_BR[:, :, None] == jnp.arange(responses, dtype=jnp.int32)[None, None]
-    return jnp.sum(jnp.where(own_BRZ, logps_BR[:, :, None], 0.0), axis=1)
+    return token_logprobs(config, params, hidden_BRD, rows.targets_BR, compute)
 
 
 def token_logprobs(

@@ -27,7 +27,7 @@ def write_responses(
     texts = [run.chat.codec.decode(response.tokens) for response in responses]
     asked = [example for example in examples for _ in range(run.config.generate.responses)]
     answered = [
-        dataclasses.replace(example, generated=text, truncated=not response.finished)
+        dataclasses.replace(example, generated=text, truncated=response.truncated)
         for example, text, response in zip(asked, texts, responses, strict=True)
     ]
     columns = {
@@ -50,7 +50,7 @@ def pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
             )
             sampled = read_sampled(path)
         elif t == 0 and run.train_examples[0].generated is not None:
-            sampled = {e.row: [(e.generated, not e.truncated)] for e in run.train_examples + run.held_out_examples}
+            sampled = {e.row: [(e.generated, e.truncated)] for e in run.train_examples + run.held_out_examples}
         else:
             raise UserError(f"{path} is missing: run the generate stage of iteration {t} first")
         examples = run.train_examples + run.held_out_examples

@@ -23,6 +23,7 @@ What exists under its final name is finished: starting again is resuming. Severa
 import dataclasses
 import functools
 import logging
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -101,18 +102,18 @@ class Run:
         """The token ids of an example and of a generated response, if there is one, cut to the budget.
 
         Args:
-            generated: the response, and whether it ended by itself.
+            generated: the response, and whether it is truncated.
             iteration: whose opponent wrote it.
             tokens: of an example that is not the run's.
         """
         tokens, data = tokens or self.tokens[example.row], self.config.data
-        responses, ended = [tokens.real], [True]
+        responses, truncated = [tokens.real], [False]
         if generated:
             responses.append(self.chat.generated_response(example.prompt, *generated))
-            ended.append(generated[1])
+            truncated.append(generated[1])
         budget = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
         fitted = fit(tokens.prompt, *responses, **budget)
-        truncated = tuple(cut or not whole for cut, whole in zip(fitted.cut, ended, strict=True))
+        truncated = tuple(map(operator.or_, truncated, fitted.truncated))
         return Pair(example.row, iteration, fitted.prompt, fitted.responses, truncated)
 
 

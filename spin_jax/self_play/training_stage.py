@@ -4,8 +4,6 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -14,15 +12,12 @@ from spin_jax.data.batch import HostBatch
 from spin_jax.data.packing import Plan, make_packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair, choose
 from spin_jax.devices import sharding
-from spin_jax.models import cast_params
-from spin_jax.models.params import make_resharding
 from spin_jax.runtime import multihost
 from spin_jax.self_play.pairs import mixed_pairs
 from spin_jax.self_play.run import Run
 from spin_jax.training import programs
 from spin_jax.training.loop import fit
 from spin_jax.training.schedule import batch_order, num_steps
-from spin_jax.training.train_step import TrainState
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,6 +30,11 @@ class TrainingStage(NamedTuple):
     seed: int  # of the data's order and of fresh low-rank updates
     pairs: list[Pair]
     plan: Plan
+
+    @property
+    def training(self) -> programs.Training:
+        """The stage's programs."""
+        return programs.make_training(self.spec)
 
     def make_batch(self, run: Run, reference_logps: np.ndarray | None = None) -> Callable[[int], HostBatch]:
         """step -> batch, a function of (seed, step) and the pairs; with the reference's log-probs where they are given:
@@ -75,19 +75,6 @@ def fit_sft(
     return fit_stage(run, stage, stage.make_batch(run), directory, name)
 
 
-def first_state(run: Run, stage: TrainingStage) -> tuple[TrainState, dict | None]:
-    """(state at step 0, frozen params that the step takes beside it): all params of the start with a fresh optimizer,
-    or with `config.lora` fresh low-rank updates of them."""
-    params, frozen, spec = run.store.take_params(stage.start), None, stage.spec
-    if spec.rank:
-        # One copy in the compute dtype is under the updates and the opponent; the f32 one is read again to be merged.
-        frozen = make_resharding(run.model, run.compute)(params)
-        params = programs.make_adapters(run.model, spec.rank, run.compute.mesh)(jax.random.key(stage.seed))
-    elif spec.live:
-        frozen = jax.tree.map(jnp.copy, cast_params(run.model, params, run.compute.dtype))
-    return programs.make_training(spec).init(params), frozen
-
-
 def fit_stage(
     run: Run,
     stage: TrainingStage,
@@ -97,9 +84,9 @@ def fit_stage(
     start_loss: tuple[float, float] | None = None,
 ) -> dict:
     """The params of the stage's start, trained; low-rank updates are merged into them."""
-    spec, mesh, training = stage.spec, run.compute.mesh, programs.make_training(stage.spec)
+    spec, training = stage.spec, stage.training
     _LOG.info("%s", stage.plan)
-    state, frozen = first_state(run, stage)
+    state, frozen = training.begin(run.store.take_params(stage.start), stage.seed)
     with run.profiler.traced(training.step, directory / "profile") as step:
         state = fit(
             step,
@@ -107,7 +94,7 @@ def fit_stage(
             frozen,
             steps=spec.steps,
             make_batch=make_batch,
-            sharding=sharding.batch_sharding(mesh),
+            sharding=sharding.batch_sharding(run.compute.mesh),
             passes=spec.passes,
             schedule=training.schedule,
             directory=directory,
@@ -115,10 +102,9 @@ def fit_stage(
             name=name,
             start_loss=start_loss,
         )
-    if spec.rank:
+    if training.merge:
         del frozen
-        merging = programs.make_merging(run.model, spec.alpha / spec.rank, mesh)
-        return merging(run.store.take_params(stage.start), state.params)
+        return training.merge(run.store.take_params(stage.start), state.params)
     return state.params
 
 

@@ -8,10 +8,12 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from spin_jax.config import Config, SpinConfig, at_iteration
+from spin_jax.config import Config, LoraConfig, SpinConfig, TrainConfig, at_iteration
 from spin_jax.devices import sharding
 from spin_jax.devices.compiler_options import jit
 from spin_jax.devices.sharding import located
@@ -21,10 +23,12 @@ from spin_jax.models import (
     abstract_adapters,
     abstract_params,
     adapter_shardings,
+    cast_params,
     init_adapters,
     merge,
     param_shardings,
 )
+from spin_jax.models.params import make_resharding
 from spin_jax.objectives import OBJECTIVES
 from spin_jax.objectives.interface import BatchLoss, Objective, Settings, batch_loss
 from spin_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -53,9 +57,10 @@ class TrainingSpec:
         objective: one of objectives.OBJECTIVES.
         settings: what it reads of the config.
         live: every step computes the opponent's log-probs anew, from its params.
-        rank, alpha: of low-rank updates; rank 0 trains all weights.
-        optimizer, peak, steps, warmup_ratio, clip_norm, weight_decay: see `optimizer.make_optimizer` and its schedule.
-        micro_batches: see `train_step.make_step`.
+        optimizer: see `optimizer.make_optimizer`.
+        peak, steps: see `optimizer.learning_rate_schedule`.
+        train: read are its warm-up, weight decay, largest norm of a gradient, and micro-batches.
+        lora: of low-rank updates; with a rank of 0 all weights are trained.
     """
 
     model: ModelConfig
@@ -63,21 +68,17 @@ class TrainingSpec:
     objective: Objective
     settings: Settings
     live: bool
-    rank: int
-    alpha: float
     optimizer: str
     peak: float
     steps: int
-    warmup_ratio: float
-    clip_norm: float
-    weight_decay: float
-    micro_batches: int
+    train: TrainConfig
+    lora: LoraConfig
 
     @property
     def passes(self) -> int:
         """Forward passes that a step's FLOPs count as: a backward pass is two matmuls for each of the forward, or one
         where the weights are frozen. The updates' own, a few per cent, are not counted."""
-        return (2 if self.rank else 3) + self.live
+        return (2 if self.lora.rank else 3) + self.live
 
 
 def is_scored(spin: SpinConfig) -> bool:
@@ -87,20 +88,25 @@ def is_scored(spin: SpinConfig) -> bool:
 
 def spin_spec(config: Config, model: ModelConfig, compute: Compute, t: int, steps: int) -> TrainingSpec:
     """Iteration t's training stage."""
-    objective, settings = OBJECTIVES[config.spin.loss], Settings(beta=at_iteration(config.spin.beta, t))
-    live, peak = config.spin.opponent == "live" and objective.reference, at_iteration(config.train.learning_rate, t)
-    return _spec(config, model, compute, objective, settings, live, config.train.optimizer, peak, steps)
+    spin, train, objective = config.spin, config.train, OBJECTIVES[config.spin.loss]
+    return TrainingSpec(
+        model=model,
+        compute=compute,
+        objective=objective,
+        settings=Settings(beta=at_iteration(spin.beta, t)),
+        live=spin.opponent == "live" and objective.reference,
+        optimizer=train.optimizer,
+        peak=at_iteration(train.learning_rate, t),
+        steps=steps,
+        train=train,
+        lora=config.lora,
+    )
 
 
 def sft_spec(config: Config, model: ModelConfig, compute: Compute, peak: float, steps: int) -> TrainingSpec:
-    """Supervised fine-tuning."""
-    return _spec(config, model, compute, OBJECTIVES["sft"], Settings(), False, config.sft.optimizer, peak, steps)
-
-
-def _spec(config, model, compute, objective, settings, live, optimizer, peak, steps) -> TrainingSpec:
-    train, rank, alpha = config.train, config.lora.rank, config.lora.alpha
-    of_steps = optimizer, peak, steps, train.warmup_ratio, train.clip_norm, train.weight_decay, train.micro_batches
-    return TrainingSpec(model, compute, objective, settings, live, rank, alpha, *of_steps)
+    """Supervised fine-tuning: another objective, optimizer and learning rate, all else as in SPIN."""
+    other = {"objective": OBJECTIVES["sft"], "settings": Settings(), "live": False, "optimizer": config.sft.optimizer}
+    return dataclasses.replace(spin_spec(config, model, compute, 0, steps), peak=peak, **other)
 
 
 class Training(NamedTuple):
@@ -109,31 +115,49 @@ class Training(NamedTuple):
     Attributes:
         init: params (donated) -> state at step 0.
         step: see `train_step.make_step`.
+        merge: (params (donated), low-rank updates) -> params; None where all weights are trained.
         schedule: steps -> their learning rates.
         state: the state as a tree of jax.ShapeDtypeStruct with shardings.
+        frozen: likewise, the params in the compute dtype that a step takes beside it, or None: those of a live
+            opponent, or under low-rank updates. One copy serves both.
+        begin: (params, seed of fresh low-rank updates) -> (state at step 0, frozen params); takes the params over.
     """
 
     init: Callable
     step: Callable
+    merge: Callable | None
     schedule: optax.Schedule
     state: TrainState
+    frozen: dict | None
+    begin: Callable
 
 
 @functools.lru_cache(maxsize=4)  # a program is specific to an iteration's schedule
 def make_training(spec: TrainingSpec) -> Training:
     """The programs of a training stage."""
-    mesh = spec.compute.mesh
-    trained = located(abstract_params(spec.model), param_shardings(mesh, spec.model))
-    loss = batch_loss(spec.objective, spec.settings, spec.model, spec.compute)
-    if spec.rank:
-        loss = on_adapters(loss, spec.alpha / spec.rank, spec.live)
-        adapters = abstract_adapters(spec.model, spec.rank)
-        trained = located(adapters, adapter_shardings(mesh, spec.model, spec.rank))
-    schedule = learning_rate_schedule(spec.peak, spec.steps, spec.warmup_ratio)
-    optimizer = make_optimizer(spec.optimizer, schedule, spec.clip_norm, spec.weight_decay)
-    init, step = jit_training(loss, optimizer, spec.micro_batches, trained, mesh)
+    model, mesh, train, rank, merge, frozen = spec.model, spec.compute.mesh, spec.train, spec.lora.rank, None, None
+    trained, cast = located(abstract_params(model), param_shardings(mesh, model)), make_resharding(model, spec.compute)
+    if rank or spec.live:
+        frozen = located(cast.eval_shape(trained), param_shardings(mesh, model))
+    loss = batch_loss(spec.objective, spec.settings, model, spec.compute)
+    if rank:
+        scale = spec.lora.alpha / rank
+        merge, loss = make_merging(model, scale, mesh), on_adapters(loss, scale, spec.live)
+        trained = located(abstract_adapters(model, rank), adapter_shardings(mesh, model, rank))
+    schedule = learning_rate_schedule(spec.peak, spec.steps, train.warmup_ratio)
+    optimizer = make_optimizer(spec.optimizer, schedule, train.clip_norm, train.weight_decay)
+    init, step = jit_training(loss, optimizer, train.micro_batches, trained, mesh)
     state = located(init.eval_shape(trained), state_shardings(optimizer, trained))
-    return Training(init, step, schedule, state)
+
+    def begin(params: dict, seed: int) -> tuple[TrainState, dict | None]:
+        frozen = None
+        if rank:  # the f32 params are read again to be merged
+            frozen, params = cast(params), make_adapters(model, rank, mesh)(jax.random.key(seed))
+        elif spec.live:
+            frozen = jax.tree.map(jnp.copy, cast_params(model, params, spec.compute.dtype))
+        return init(params), frozen
+
+    return Training(init, step, merge, schedule, state, frozen, begin)
 
 
 def jit_training(

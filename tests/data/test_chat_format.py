@@ -87,28 +87,29 @@ def test_sampled_ids_are_kept_as_they_are():
     chat = chat_format(tokenizer)
     # Half a UTF-8 character: decoding and tokenising again would change it.
     cut = tokenizer("é", add_special_tokens=False).input_ids[:1]
-    np.testing.assert_array_equal(chat.generated_response(HI, np.array(cut), finished=False), cut)
+    np.testing.assert_array_equal(chat.generated_response(HI, np.array(cut), truncated=True), cut)
     whole = [*cut, tokenizer.eos_token_id]
-    np.testing.assert_array_equal(chat.generated_response(HI, whole, finished=True), whole)
-    np.testing.assert_array_equal(chat.generated_response(HI, whole[-1:], finished=True), whole[-1:])  # stopped at once
+    np.testing.assert_array_equal(chat.generated_response(HI, whole, truncated=False), whole)
+    stopped_at_once = whole[-1:]
+    np.testing.assert_array_equal(chat.generated_response(HI, stopped_at_once, truncated=False), stopped_at_once)
 
 
 @pytest.mark.parametrize("template", ["chat", "paper"])
 def test_ids_that_contradict_finished_are_refused(template):
     tokenizer = byte_level(ZEPHYR)
     chat = chat_format(tokenizer, template)
-    with pytest.raises(ValueError, match="finished=True, but the sampled ids do not end in a stop id"):
-        chat.generated_response(HI, [5], finished=True)
-    with pytest.raises(ValueError, match="finished=False, but the sampled ids end in a stop id"):
-        chat.generated_response(HI, [5, tokenizer.eos_token_id], finished=False)
+    with pytest.raises(ValueError, match="truncated=False, but the sampled ids do not end in a stop id"):
+        chat.generated_response(HI, [5], truncated=False)
+    with pytest.raises(ValueError, match="truncated=True, but the sampled ids end in a stop id"):
+        chat.generated_response(HI, [5, tokenizer.eos_token_id], truncated=True)
 
 
 def test_generated_text_of_a_pairs_file_ends_only_if_it_was_finished():
     tokenizer = byte_level(LLAMA_2)
     chat = chat_format(tokenizer)
-    np.testing.assert_array_equal(chat.generated_response(HI, "Yes.", finished=True), chat.real_response(HI, "Yes."))
-    assert text(tokenizer, chat.generated_response(HI, "Yes", finished=False)) == " Yes"
-    assert text(tokenizer, chat.generated_response(HI, "", finished=False)) == " "
+    np.testing.assert_array_equal(chat.generated_response(HI, "Yes.", truncated=False), chat.real_response(HI, "Yes."))
+    assert text(tokenizer, chat.generated_response(HI, "Yes", truncated=True)) == " Yes"
+    assert text(tokenizer, chat.generated_response(HI, "", truncated=True)) == " "
 
 
 @pytest.mark.parametrize(
@@ -153,11 +154,12 @@ def test_paper_generated_response_ends_only_if_the_model_ended():
     tokenizer = byte_level(None)
     chat = chat_format(tokenizer, "paper")
     ids = tokenizer("Hello", add_special_tokens=False).input_ids
-    assert text(tokenizer, chat.generated_response(HI, np.array(ids), finished=False)) == "Hello"
+    assert text(tokenizer, chat.generated_response(HI, np.array(ids), truncated=True)) == "Hello"
     assert (
-        text(tokenizer, chat.generated_response(HI, [*ids, tokenizer.eos_token_id], finished=True)) == "Hello</s>\n</s>"
+        text(tokenizer, chat.generated_response(HI, [*ids, tokenizer.eos_token_id], truncated=False))
+        == "Hello</s>\n</s>"
     )
-    assert text(tokenizer, chat.generated_response(HI, "Hello", finished=True)) == "Hello</s>\n</s>"
+    assert text(tokenizer, chat.generated_response(HI, "Hello", truncated=False)) == "Hello</s>\n</s>"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_fit_keeps_the_end_of_the_prompt_and_the_start_of_the_responses():
     np.testing.assert_array_equal(fitted.prompt, [6, 7, 8, 9])
     np.testing.assert_array_equal(fitted.responses[0], [100, 101, 102, 103])
     np.testing.assert_array_equal(fitted.responses[1], generated)
-    assert fitted.prompt_cut and fitted.cut == (True, False)
+    assert fitted.prompt_truncated and fitted.truncated == (True, False)
 
 
 def test_fit_leaves_what_fits_alone():
@@ -194,7 +196,7 @@ def test_fit_leaves_what_fits_alone():
     fitted = fit(prompt, real, max_length=8, max_prompt_length=4)
     np.testing.assert_array_equal(fitted.prompt, prompt)
     np.testing.assert_array_equal(fitted.responses[0], real)
-    assert not fitted.prompt_cut and fitted.cut == (False,)
+    assert not fitted.prompt_truncated and fitted.truncated == (False,)
 
 
 def test_fit_gives_a_short_prompts_room_to_the_response():
@@ -258,5 +260,5 @@ def test_paper_templates_with_a_real_llama_tokenizer(assets):
     assert np.count_nonzero(chat.training_prompt(HI) == tokenizer.eos_token_id) == 2
     real = chat.real_response(HI, "Once upon a time")
     sampled = [*tokenizer("Once upon a time", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    np.testing.assert_array_equal(chat.generated_response(HI, sampled, finished=True), real)
+    np.testing.assert_array_equal(chat.generated_response(HI, sampled, truncated=False), real)
     assert re.fullmatch(r"Once upon a time</s> ?\n</s>", text(tokenizer, real))

@@ -122,7 +122,7 @@ def test_a_chat_of_template_tokens(family):
     parts = tokenizer(before).input_ids, plain(odd).input_ids, tokenizer(after).input_ids
     without_bos = [ids[ids[:1] == [tokenizer.bos_token_id] :] for ids in parts]
     assert real.tolist() == [i for ids in without_bos for i in ids]
-    np.testing.assert_array_equal(chat.generated_response(question, odd, finished=True), real)
+    np.testing.assert_array_equal(chat.generated_response(question, odd, truncated=False), real)
     assert chat.codec.decode(real).strip() == odd
     earlier = (*question, {"role": "assistant", "content": odd}, *question)
     assert chat.generation_prompt(earlier).tolist().count(real[-1]) == chat.generation_prompt(
@@ -150,7 +150,7 @@ def test_the_papers_templates_keep_text_as_well():
     real = chat.real_response(question, "c</s>d")
     assert (tokenizer.decode(real), real.tolist().count(eos)) == ("c</s>d</s>\n</s>", 2)
     sampled = [*tokenizer("c", add_special_tokens=False).input_ids, *real[1:6], eos]  # the model wrote it as text
-    assert chat.generated_response(question, sampled, finished=True).tolist().count(eos) == 2
+    assert chat.generated_response(question, sampled, truncated=False).tolist().count(eos) == 2
 
 
 def test_a_stand_in_cannot_be_written():
@@ -168,7 +168,7 @@ def test_ids_beyond_the_vocabulary_are_refused_by_name():
     with pytest.raises(UserError, match=message):
         chat.real_response([{"role": "user", "content": "x"}], "use <tool>")
     with pytest.raises(UserError, match=message):
-        chat.generated_response([{"role": "user", "content": "x"}], "use <tool>", finished=False)
+        chat.generated_response([{"role": "user", "content": "x"}], "use <tool>", truncated=True)
     with pytest.raises(UserError, match=message):
         chat_format(tokenizer, "paper", vocab_size=258).generation_prompt([{"role": "user", "content": "use <tool>"}])
     for template, stops in (("chat", [258]), ("paper", [258])):

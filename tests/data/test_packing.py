@@ -205,8 +205,8 @@ def test_a_batch_holds_its_pairs():
     assert batch.facts == {
         "lengths/real": 5.0,
         "lengths/generated": 5.125,
-        "cut/real": 0.0,
-        "cut/generated": 1 / 8,
+        "truncated/real": 0.0,
+        "truncated/generated": 1 / 8,
         "fill": batch.tokens / 128,
     }
 
@@ -227,7 +227,11 @@ def test_sft_batch_holds_real_responses_and_weights_tokens_equally():
     assert len(owners) == 40
     np.testing.assert_allclose(arrays.weights_BP[arrays.weights_BP > 0], 1 / 40, rtol=1e-6)
     assert (arrays.weights_BP > 0).sum() == 8
-    assert batch.facts == {"lengths/real": 5.0, "cut/real": 0.0, "fill": batch.tokens / arrays.rows.tokens_BT.size}
+    assert batch.facts == {
+        "lengths/real": 5.0,
+        "truncated/real": 0.0,
+        "fill": batch.tokens / arrays.rows.tokens_BT.size,
+    }
 
 
 # ---- FLOPs

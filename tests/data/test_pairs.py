@@ -62,9 +62,9 @@ def test_sampled_ids_come_back_by_the_rows_of_the_data_set(tmp_path):
     write_pairs_parquet(tmp_path / "a.parquet", EXAMPLES, {"generated_tokens": sampled})
     found = read_sampled(tmp_path / "a.parquet")
     assert list(found) == [4, 9]
-    for [(tokens, finished)], expected, example in zip(found.values(), sampled, EXAMPLES, strict=True):
+    for [(tokens, truncated)], expected, example in zip(found.values(), sampled, EXAMPLES, strict=True):
         np.testing.assert_array_equal(tokens, expected, strict=True)
-        assert finished is not example.truncated
+        assert truncated is example.truncated
 
 
 def test_responses_to_one_row_stay_together_in_their_order(tmp_path):

@@ -33,9 +33,9 @@ def test_family(family, where, tmp_path):
     for prompt in (QUESTION, CHAT):
         assert chat.real_response(prompt, HELLO).tolist() == ids(tokenizer, family.answered)
         sampled = ids(tokenizer, family.answered)
-        np.testing.assert_array_equal(chat.generated_response(prompt, sampled, finished=True), sampled)
-        np.testing.assert_array_equal(chat.generated_response(prompt, HELLO, finished=True), sampled)
-        assert chat.generated_response(prompt, HELLO, finished=False).tolist() == ids(
+        np.testing.assert_array_equal(chat.generated_response(prompt, sampled, truncated=False), sampled)
+        np.testing.assert_array_equal(chat.generated_response(prompt, HELLO, truncated=False), sampled)
+        assert chat.generated_response(prompt, HELLO, truncated=True).tolist() == ids(
             tokenizer, family.answered[: family.answered.index(HELLO) + len(HELLO)]
         )
     assert chat.stop_ids == tuple(ids(tokenizer, token)[0] for token in family.stops)

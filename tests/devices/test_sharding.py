@@ -13,9 +13,7 @@ from spin_jax.config import GenerateConfig
 from spin_jax.data.packing import Packing
 from spin_jax.devices import sharding
 from spin_jax.errors import UserError
-from spin_jax.generation.engine import Progress, generate
-from spin_jax.generation.programs import make_sampler
-from spin_jax.generation.response_files import Prompt
+from spin_jax.generation.engine import Engine, Progress
 from spin_jax.models import Compute, param_shardings
 from spin_jax.objectives import OBJECTIVES
 from spin_jax.objectives.interface import Settings, batch_loss
@@ -85,22 +83,20 @@ def test_training_moved_the_params_far_beyond_that_tolerance():
 def test_responses_are_the_same_on_one_device_and_on_eight(sizes):
     """Each device with slots and a queue of its own, some of which are empty sooner."""
     rng = np.random.default_rng(3)
-    asked = [Prompt(row, tiny.tokens(rng, length)) for row, length in enumerate((6, 1, 3, 9, 5, 2, 4, 6, 3, 7) * 3)]
+    asked = [tiny.tokens(rng, length) for length in (6, 1, 3, 9, 5, 2, 4, 6, 3, 7) * 3]
 
     def responses(mesh: Mesh, temperature: float) -> list[tuple]:
         settings = GenerateConfig(
             temperature, max_new_tokens=8, batch_size=16, prefill_batch_size=8, tail_batch_size=1, prompt_bucket=16
         )
         progress = Progress()
-        sampler = make_sampler(tiny.CONFIG, settings, (3, 9), Compute(mesh=mesh))
-        drawn = generate(
-            sampler, sharded_params(mesh), asked, settings, seed=0, iteration=0, mesh=mesh, progress=progress
-        )
+        engine = Engine(tiny.CONFIG, settings, Compute(mesh=mesh), stop_ids=(3, 9))
+        drawn = engine.generate(sharded_params(mesh), asked, progress=progress)
         assert progress.tokens == progress.busy == sum(len(one.tokens) for one in drawn)
-        return [(one.row, one.tokens.tolist(), one.finished) for one in drawn]
+        return [(one.row, one.tokens.tolist(), one.truncated) for one in drawn]
 
     greedy, drawn = (responses(mesh_of(1, 1, 1), temperature) for temperature in (0.0, 1.0))
-    assert greedy != drawn and {finished for _, _, finished in drawn} == {True, False}
+    assert greedy != drawn and {truncated for _, _, truncated in drawn} == {True, False}
     assert responses(mesh_of(*sizes), 0.0) == greedy
     assert responses(mesh_of(*sizes), 1.0) == drawn
 

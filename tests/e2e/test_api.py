@@ -41,6 +41,51 @@ def test_nothing_asked_nothing_answered(model):
     assert model.sample([]) == []
 
 
+def test_an_engine_draws_what_sample_does_and_any_further_responses(model):
+    prompts = model.encode(["abc", "hgfedcb"])
+    engine = model.engine(max_new_tokens=6, responses=2)
+    drawn = engine.generate(model.params, prompts, seed=3)
+    assert [(one.row, one.number) for one in drawn] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    texts = [model.decode(one.tokens) for one in drawn]
+    assert texts[::2] == model.sample(["abc", "hgfedcb"], max_new_tokens=6, seed=3)
+    assert [model.decode(one.tokens) for one in engine.generate(model.params, {1: prompts[1]}, seed=3)] == texts[2:]
+
+
+def test_logprobs_are_of_the_text_and_its_end(model):
+    prompts, responses = ["abc", "h"], [["cba", "abc", ""], ["h"]]
+    logps = model.logprobs(prompts, responses)
+    ids = [[[*model.chat.codec.encode(text), *model.chat.stop_ids[:1]] for text in row] for row in responses]
+    scorer = model.scorer(compute_dtype="float32")
+    expected = scorer.logprobs(model.params, model.encode(prompts), ids)
+    np.testing.assert_allclose(logps, expected, atol=1e-4)
+    assert logps.shape == (2, 3) and np.isnan(logps[1, 1:]).all()
+    np.testing.assert_allclose(model.logprobs(prompts, ["abc", "h"]), [logps[0, 1], logps[1, 0]], atol=1e-4)
+    assert model.logprobs([], []).shape == (0,)
+
+
+def test_a_model_computes_on_the_devices_that_hold_its_params(model, tiny_model):
+    spread = spin_jax.load(tiny_model, devices=jax.devices())
+    assert len(spread.params["lm_head"].sharding.device_set) == 8 == spread.engine().compute.mesh.size
+    prompts = ["abc", "hgfedcb", "d"]
+    settings = {"max_new_tokens": 6, "temperature": 0}
+    assert spread.sample(prompts, **settings) == model.sample(prompts, **settings)
+    responses = [["cba", "c"], ["b"], ["d", "dd"]]
+    np.testing.assert_allclose(spread.logprobs(prompts, responses), model.logprobs(prompts, responses), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "message"),
+    [
+        (["abc"], ["a", "b"], "1 prompts, 2 responses: give one, or a list, for each prompt"),
+        (["abc", " "], ["a", "b"], "prompt 1: empty prompt cannot be asked"),
+        ("abc", ["a", "b", "c"], "prompts must be a list"),
+    ],
+)
+def test_scoring_mistakes_are_one_line(model, prompts, responses, message):
+    with pytest.raises(spin_jax.UserError, match=message):
+        model.logprobs(prompts, responses)
+
+
 def test_saving_and_loading_changes_nothing(model, tmp_path):
     model.save(tmp_path / "saved")
     loaded = spin_jax.load(tmp_path / "saved")
@@ -143,3 +188,8 @@ def test_the_model_in_memory_is_what_plays(model, tmp_path):
 def test_sampling_mistakes_are_one_line(model, prompts, settings, message):
     with pytest.raises(spin_jax.UserError, match=message):
         model.sample(prompts, **settings)
+
+
+def test_a_field_that_engines_do_not_have_is_refused(model):
+    with pytest.raises(spin_jax.UserError, match="tempature.*temperature"):
+        model.engine(tempature=0.5)

@@ -76,12 +76,12 @@ def test_answers_are_a_runs_responses_in_the_prompts_order(finished, tiny_model,
             "response": row["generated"][1]["content"],
             "tokens": len(row["generated_tokens"]),
             "logp": pytest.approx(sum(row["generated_logprobs"]), abs=1e-3),
-            "cut": row["generated_truncated"],
+            "truncated": row["generated_truncated"],
         }
         for row in sorted(sampled, key=lambda row: row["row"])
     ]
     assert [row["prompt"] for row in read(out)] == [row["prompt"] for row in tiny_files.make_rows()]
-    assert {row["cut"] for row in read(out)} == {True, False}
+    assert {row["truncated"] for row in read(out)} == {True, False}
     assert os.listdir(out.parent) == [out.name]
 
 
@@ -127,7 +127,7 @@ def test_a_response_ends_before_its_first_stop_string(tiny_model, prompts, tmp_p
             assert same([row], [before])
             continue
         assert before["response"].startswith(row["response"]) and not any(stop in row["response"] for stop in stops)
-        assert expected <= row["tokens"] <= before["tokens"] and not row["cut"]
+        assert expected <= row["tokens"] <= before["tokens"] and not row["truncated"]
         changed += 1
     assert 2 <= changed < len(whole)
 

@@ -21,7 +21,7 @@ from spin_jax.self_play.run import open_run
 
 LEARNED = {"loss", "rewards/real", "rewards/generated", "rewards/margin", "rewards/accuracy", "logps/real"}
 LEARNED |= {"logps/generated", "grad_norm", "learning_rate"}
-COUNTED = {"lengths/real", "lengths/generated", "cut/real", "cut/generated", "fill"}
+COUNTED = {"lengths/real", "lengths/generated", "truncated/real", "truncated/generated", "fill"}
 TIMED = {"tokens_per_second", "model_tflops_per_second"}
 
 
@@ -348,7 +348,7 @@ def test_given_pairs_are_the_first_iterations_responses(tiny_model, tiny_data, t
     self_play(tiny_files.make_config(tiny_model, data, {"iterations": 1}), workdir)
     assert not (workdir / "iteration_0" / "generated").exists()
     for row in read_metrics(workdir / "iteration_0" / "metrics.jsonl"):
-        assert row["lengths/generated"] == 3 and row["cut/generated"] == 0  # "zz" and the end
+        assert row["lengths/generated"] == 3 and row["truncated/generated"] == 0  # "zz" and the end
 
     config = tiny_files.make_config(tiny_model, data, {"iterations": 2})
     self_play(config, workdir, ["generate", "score"])
@@ -380,8 +380,8 @@ def test_the_papers_templates(tiny_model, tiny_data, tmp_path):
     assert 0 < row["generated/tokens"]
     run = open_run(config, tmp_path)
     example = run.train_examples[0]
-    [(tokens, finished)] = read_sampled(tmp_path / "iteration_0" / "generated" / "pairs.parquet")[example.row]
-    pair = run.pair(example, (tokens, finished), 0)
+    [(tokens, truncated)] = read_sampled(tmp_path / "iteration_0" / "generated" / "pairs.parquet")[example.row]
+    pair = run.pair(example, (tokens, truncated), 0)
     question = example.prompt[0]["content"]
     decode = run.chat.tokenizer.decode
     assert decode(pair.prompt) == f"<|system|>\n</s>\n<|user|>\n{question}</s>\n<|assistant|>\n"

@@ -13,9 +13,9 @@ import tiny
 from jax.sharding import Mesh
 
 from spin_jax import checkpoints, models, sizing
-from spin_jax.config import Config, replace
+from spin_jax.config import Config, GenerateConfig, TrainConfig, replace
 from spin_jax.data.chat_format import load_chat
-from spin_jax.data.packing import Packing, Plan, pack_batch, plan_scoring, plan_training
+from spin_jax.data.packing import Packing, Plan, pack_batch, plan_training
 from spin_jax.data.pairs import Pair
 from spin_jax.devices import sharding
 from spin_jax.devices.transfer import put
@@ -23,7 +23,8 @@ from spin_jax.errors import UserError
 from spin_jax.evaluation import scoring
 from spin_jax.evaluation.rewards import held_out_rewards, nats_per_token
 from spin_jax.evaluation.score_files import Parts, delete_parts, read_scores, write_scores
-from spin_jax.evaluation.scoring import check_finite, score, score_steps, scores_key
+from spin_jax.evaluation.scoring import Scorer, StepProgram, check_finite, score_batches, scores_key
+from spin_jax.generation.engine import Engine
 from spin_jax.models import execution
 from spin_jax.training import programs
 from spin_jax.training.schedule import batch_order
@@ -44,14 +45,14 @@ def plan_of(pairs: list[Pair], size: int, epochs: int, packing: Packing) -> Plan
     return plan_training(pairs, batch_order(len(pairs), size, 0, epochs * len(pairs) // size), packing)
 
 
-def score_all(training, state, frozen, model, pairs, plan, mesh, parts, watch: Callable = lambda step: None):
+def score_all(training, state, frozen, model, pairs, plan, parts, watch: Callable = lambda step: None):
     def make_batch(step: int):
         watch(step)
         return pack_batch(model, pairs, plan.batches[step], plan.shapes[step])
 
-    placed = sharding.batch_sharding(mesh)
-    settings = {"plan": plan, "make_batch": make_batch, "sharding": placed, "parts": parts, "name": "score"}
-    return score_steps(training.step, state, frozen, **settings)
+    program = StepProgram(training.step, state, frozen)
+    scores = np.stack(score_batches(program, make_batch, plan, "score", parts))
+    return program.state, scores
 
 
 def first_metrics(training, state, frozen, model, pairs, plan, mesh, scores) -> list[dict]:
@@ -89,12 +90,10 @@ def test_every_batch_of_every_epoch_starts_level_in_bfloat16(tmp_path, sizes, ch
     pairs = PAIRS[:16]
     plan = plan_of(pairs, 8, 3, Packing(8, 32, 32))  # one length, and so one program
     training = training_of(tiny.CONFIG, mesh, changes, len(plan.batches))
-    params, frozen = jax.device_put(tiny.host_params(), models.param_shardings(mesh, tiny.CONFIG)), None
-    if "lora.rank" in changes:
-        frozen, params = params, programs.make_adapters(tiny.CONFIG, 2, mesh)(jax.random.key(0))
-    state = training.init(params)
+    state, frozen = training.begin(jax.device_put(tiny.host_params(), models.param_shardings(mesh, tiny.CONFIG)), 0)
+    assert (frozen is not None) == ("lora.rank" in changes)
     before = jax.device_get(state)
-    state, scores = score_all(training, state, frozen, tiny.CONFIG, pairs, plan, mesh, Parts(tmp_path, "key", 100))
+    state, scores = score_all(training, state, frozen, tiny.CONFIG, pairs, plan, Parts(tmp_path, "key", 100))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
     assert scores.shape == (6, 8, 2) and scores.max() < 0
     for metrics in first_metrics(training, state, frozen, tiny.CONFIG, pairs, plan, mesh, scores):
@@ -115,19 +114,97 @@ def test_a_real_model_starts_level_in_bfloat16_where_other_rows_do_not(assets, s
     pairs = [Pair(i, 0, asked[i], (ids(rows[i], rows[i]), ids(rows[i], rows[i - 1])), (False, False)) for i in range(8)]
     mesh = sharding.one_device_mesh()
     model, params = checkpoints.load(smollm2, shardings=models.param_shardings(mesh, checkpoints.read_config(smollm2)))
-    plan, packing = plan_of(pairs, 4, 2, Packing(1, 256, 1024)), Packing(1, 256, 512)
+    plan = plan_of(pairs, 4, 2, Packing(1, 256, 1024))
     training = training_of(model, mesh, {}, len(plan.batches))
-    config = sizing.choose(Config(), model, list(mesh.devices.flat))
-    compute = execution.make_compute(config.model, model, mesh)
-    bfloat16 = scoring.make_scorer(model, models.Compute(**vars(compute) | {"dtype": jnp.bfloat16}))
-    placed = sharding.batch_sharding(mesh)
-    other = score(bfloat16, params, model, pairs, plan_scoring(pairs, 4, packing), sharding=placed, name="other rows")
-    state, scores = score_all(training, training.init(params), None, model, pairs, plan, mesh, Parts(tmp_path, "", 99))
+    train = {"train.batch_size": 4, "train.micro_batches": 1, "train.row_length": 512, "train.length_multiple": 256}
+    config = replace(Config(), {"model.compute_dtype": "bfloat16"} | train)
+    config = sizing.choose(config, model, list(mesh.devices.flat))
+    other = Scorer(model, config.train, execution.make_compute(config.model, model, mesh)).score(params, pairs)
+    state, scores = score_all(training, training.init(params), None, model, pairs, plan, Parts(tmp_path, "", 99))
     for metrics in first_metrics(training, state, None, model, pairs, plan, mesh, scores):
         assert_level(metrics)
     order = [i for rows in plan.batches for row in rows for i in row]
     differences = scores.reshape(-1, 2) - other[order]
     assert 0.1 < np.std(differences[:, 0] - differences[:, 1]) < 3
+
+
+# ---- any prompts and responses
+
+
+def scorer_of(mesh: Mesh, compute: models.Compute | None = None, **train) -> Scorer:
+    sizes = {"batch_size": 8, "micro_batches": 1, "row_length": 64, "length_multiple": 8} | train
+    return Scorer(tiny.CONFIG, TrainConfig(**sizes), compute or models.Compute(mesh=mesh))
+
+
+def texts() -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """Nine prompts, and up to four responses to each: a single token, and all lengths mixed."""
+    rng, lengths = np.random.default_rng(1), ((4, 9), (1,), (2, 7, 1, 5), (), (3, 3, 8), (6, 1), (9,), (2,), (5, 4))
+    prompts = [tiny.tokens(rng, length) for length in (3, 1, 9, 4, 12, 2, 7, 5, 6)]
+    return prompts, [[tiny.tokens(rng, length) for length in of_prompt] for of_prompt in lengths]
+
+
+def alone(prompt_T: np.ndarray, response_T: np.ndarray) -> np.ndarray:
+    """log p of each token, from a row of its own with all logits."""
+    row_T = np.concatenate([prompt_T, response_T])
+    hidden_1TD, _ = models.forward(tiny.CONFIG, tiny.host_params(), row_T[None])
+    logps_TV = jax.nn.log_softmax(models.unembed(tiny.CONFIG, tiny.host_params(), hidden_1TD)[0])
+    return np.asarray(logps_TV)[np.arange(len(prompt_T) - 1, len(row_T) - 1), response_T]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)])
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_logprobs_are_those_of_a_row_for_each_response(sizes, chunk):
+    """In nats and token by token, for any number of responses, on every mesh, wherever the params lie."""
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    scorer = scorer_of(mesh, models.Compute(mesh=mesh, logits_chunk=chunk))
+    prompts, responses = texts()
+    expected = [[alone(x, y) for y in answers] for x, answers in zip(prompts, responses, strict=True)]
+    elsewhere = jax.device_put(tiny.host_params(), jax.devices()[-1])
+    for params in (tiny.host_params(), elsewhere):
+        logps = scorer.logprobs(params, prompts, responses)
+        assert logps.shape == (9, 4) and logps.dtype == np.float32
+        assert np.isfinite(logps).sum(axis=1).tolist() == [len(answers) for answers in responses]
+        for found, wanted in zip(logps, expected, strict=True):
+            np.testing.assert_allclose(found[: len(wanted)], [one.sum() for one in wanted], atol=1e-4)
+    by_token = scorer.token_logprobs(tiny.host_params(), prompts, responses)
+    assert list(map(len, by_token)) == list(map(len, responses))
+    for found, wanted in zip(sum(by_token, []), sum(expected, []), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=5e-5)
+
+
+def test_sampled_logprobs_are_the_scorers():
+    """What a response was drawn with is what scoring says of it."""
+    mesh, sizes = sharding.one_device_mesh(), {"batch_size": 8, "prefill_batch_size": 8, "prompt_bucket": 16}
+    settings = GenerateConfig(max_new_tokens=9, responses=3, **sizes)
+    prompts, params = texts()[0], tiny.host_params()
+    drawn = Engine(tiny.CONFIG, settings, models.Compute(mesh=mesh), stop_ids=(3, 5, 7, 9)).generate(params, prompts)
+    responses = [[one.tokens for one in drawn if one.row == row] for row in range(len(prompts))]
+    by_token = scorer_of(mesh).token_logprobs(params, prompts, responses)
+    for one, found in zip(drawn, sum(by_token, []), strict=True):
+        np.testing.assert_allclose(found, one.logprobs, atol=5e-5)
+
+
+def test_the_scorer_and_the_scoring_of_pairs_are_one_program():
+    scorer, pairs = scorer_of(sharding.one_device_mesh()), PAIRS[:8]
+    logps = scorer.logprobs(tiny.host_params(), [pair.prompt for pair in pairs], [pair.responses for pair in pairs])
+    np.testing.assert_array_equal(logps, scorer.score(tiny.params(), pairs))
+    assert scorer.logprobs(tiny.host_params(), [], []).shape == (0, 0)
+    assert scorer.token_logprobs(tiny.host_params(), [[1]], [[]]) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "message"),
+    [
+        ([[1], [2]], [[[3]]], "2 prompts, 1 lists of responses: give a list for each prompt"),
+        ([[1], []], [[[3]], [[4]]], "prompt 1 must be a list of token ids, one at least"),
+        ([[1]], [[[3], []]], "response 1 to prompt 0 must be a list of token ids, one at least"),
+        ([[1]], [[3, 4]], "response 0 to prompt 0 must be a list of token ids, one at least"),
+        ([[1]], [[[3, 64]]], "response 0 to prompt 0 has token ids 3 to 64: the model's are 0 to 63"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(prompts, responses, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        scorer_of(sharding.one_device_mesh()).logprobs(tiny.host_params(), prompts, responses)
 
 
 # ---- a pass that is cut, and what is stored
@@ -144,7 +221,7 @@ def test_a_pass_that_was_cut_goes_on_where_it_was(tmp_path):
     def run(directory, every: int, watch: Callable) -> np.ndarray:
         parts = Parts(directory, "key", every)
         state = training.init(tiny.params())
-        return score_all(training, state, None, tiny.CONFIG, PAIRS, plan, mesh, parts, watch)[1]
+        return score_all(training, state, None, tiny.CONFIG, PAIRS, plan, parts, watch)[1]
 
     whole = run(tmp_path / "whole", 100, lambda step: None)
 
@@ -164,30 +241,29 @@ def test_a_pass_that_was_cut_goes_on_where_it_was(tmp_path):
     assert asked == [2, 3, 4, 5, 6, 7]
 
 
-def test_an_evaluation_that_was_cut_goes_on_where_it_was(tmp_path):
+def test_an_evaluation_that_was_cut_goes_on_where_it_was(tmp_path, monkeypatch):
     """Its batches hold as many pairs as fit, one more and the next fewer."""
-    mesh = sharding.one_device_mesh()
-    plan, compute = plan_scoring(PAIRS, 6, Packing(1, 8, 64)), models.Compute(mesh=mesh)
-    assert len({sum(map(len, rows)) for rows in plan.batches}) > 1 and len(plan.batches) > 3
-    scorer, calls = scoring.make_scorer(tiny.CONFIG, compute), []
+    scorer = scorer_of(sharding.one_device_mesh(), batch_size=6)
+    batches = scorer.plan(PAIRS).batches
+    assert len({sum(map(len, rows)) for rows in batches}) > 1 and len(batches) > 3
+    calls, pack = [], scoring.pack_batch
 
-    def run(parts, stop_at=None):
-        def logprobs(*arguments):
+    def run(stop_at=None, parts=True):
+        def watched(*arguments):
             if len(calls) == stop_at:
                 raise Cut
             calls.append(None)
-            return scorer(*arguments)
+            return pack(*arguments)
 
-        placed = sharding.batch_sharding(mesh)
-        return score(logprobs, tiny.params(), tiny.CONFIG, PAIRS, plan, sharding=placed, name="", parts=parts)
+        monkeypatch.setattr(scoring, "pack_batch", watched)
+        calls.clear()
+        return scorer.score(tiny.host_params(), PAIRS, parts=parts and Parts(tmp_path, "key", 1, "evaluation-part"))
 
-    whole = run(None)
-    calls.clear()
+    whole = run(parts=None)
     with pytest.raises(Cut):
-        run(Parts(tmp_path, "key", 1, "evaluation-part"), stop_at=2)
-    calls.clear()
-    np.testing.assert_array_equal(run(Parts(tmp_path, "key", 1, "evaluation-part")), whole)
-    assert len(calls) == len(plan.batches) - 2
+        run(stop_at=3)
+    np.testing.assert_array_equal(run(), whole)
+    assert len(calls) == len(batches) - 2  # the third was computed, and not yet read
     delete_parts(tmp_path, "evaluation-part")
     assert not list(tmp_path.iterdir())
 

@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 
 from spin_jax.config import GenerateConfig
-from spin_jax.generation.sampling import Decoding, keep_likely, next_tokens, response_keys, token_keys, token_logprobs
+from spin_jax.generation.sampling import (
+    SamplingParams,
+    keep_likely,
+    next_tokens,
+    response_keys,
+    token_keys,
+    token_logprobs,
+)
 
 SEED = 42
 
 
-def decoding(**changes) -> Decoding:
-    return Decoding.of(GenerateConfig(**changes), ())
+def sampling(**changes) -> SamplingParams:
+    return SamplingParams.of(GenerateConfig(**changes), ())
 
 
 def keys(rows: int) -> jax.Array:
@@ -52,7 +59,7 @@ def test_draws_follow_softmax(temperature):
     logits_V = np.array([0.0, 1.0, -1.0, 0.5, 2.0, -0.5, 1.5, 0.2], np.float32)
     draws = 8192
     draw = jax.jit(next_tokens, static_argnums=3)
-    tokens_B = draw(np.tile(logits_V, (draws, 1)), keys(draws), decoding(temperature=temperature), False)
+    tokens_B = draw(np.tile(logits_V, (draws, 1)), keys(draws), sampling(temperature=temperature), False)
     weights_V = np.exp(logits_V / temperature)
     counts_V = np.bincount(tokens_B, minlength=8)
     assert chi_square(counts_V, weights_V / weights_V.sum()) < CHI_SQUARE[7]
@@ -87,13 +94,13 @@ def test_keep_likely_is_top_k_then_top_p(decimals):
 @pytest.mark.parametrize("how", [{"top_k": 1}, {"top_p": 1e-4}, {"temperature": 0.0}])
 def test_the_narrowest_cuts_are_greedy(how):
     logits_BV = np.random.default_rng(1).normal(size=(64, 40)).astype(np.float32)
-    np.testing.assert_array_equal(next_tokens(logits_BV, keys(64), decoding(**how), True), logits_BV.argmax(axis=-1))
-    assert not np.array_equal(next_tokens(logits_BV, keys(64), decoding(), True), logits_BV.argmax(axis=-1))
+    np.testing.assert_array_equal(next_tokens(logits_BV, keys(64), sampling(**how), True), logits_BV.argmax(axis=-1))
+    assert not np.array_equal(next_tokens(logits_BV, keys(64), sampling(), True), logits_BV.argmax(axis=-1))
 
 
 def test_cuts_that_cut_nothing_change_nothing():
     logits_BV = np.random.default_rng(1).normal(size=(64, 40)).astype(np.float32)
-    whole, cut = (next_tokens(logits_BV, keys(64), decoding(), truncate) for truncate in (False, True))
+    whole, cut = (next_tokens(logits_BV, keys(64), sampling(), filtered) for filtered in (False, True))
     np.testing.assert_array_equal(whole, cut)
 
 

@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import tiny
 import tiny_files
 from etils import epath
 from jax.sharding import Mesh
@@ -16,12 +17,13 @@ from processes import ROOT, free_port, run_command, run_together
 
 from spin_jax import checkpoints, models
 from spin_jax.checkpoints import safetensors
-from spin_jax.devices.sharding import AXES, batch_sharding, make_mesh
+from spin_jax.config import GenerateConfig, TrainConfig
+from spin_jax.devices.sharding import AXES, batch_sharding, make_mesh, one_device_mesh
 from spin_jax.devices.transfer import fetch, put
 from spin_jax.errors import UserError
-from spin_jax.generation.decode_loop import Responses
-from spin_jax.generation.engine import _own_responses
-from spin_jax.generation.response_files import Prompt
+from spin_jax.evaluation.scoring import Scorer
+from spin_jax.generation.decode_state import Responses
+from spin_jax.generation.engine import Engine, Prompt, _own_responses
 from spin_jax.runtime import compilation_cache, multihost
 
 ITEMS = 20_000  # more than one exchange's
@@ -76,6 +78,9 @@ def exchange(arguments: tuple):
     assert squares == [item**2 for item in range(ITEMS)] and made == list(range(process, ITEMS, 2))
     assert multihost.shared(str, []) == [] and multihost.shared(str, [5]) == ["5"]
     assert multihost.on_first(lambda: process) == 0 and multihost.on_each(lambda: process) == process
+    multihost.GATHERED = 2
+    own = [f"{process}{i}" for i in range(1 + 4 * process)]
+    assert multihost.gather_lists(own) == ["00", "10", "11", "12", "13", "14"] and multihost.gather_lists([]) == []
     for flags in ((0, 0), (0, 1), (1, 0)):
         assert bool(multihost.anyone(bool(flags[process]))) == any(flags)
 
@@ -98,6 +103,7 @@ def exchange(arguments: tuple):
 
     _rows_of_each()
     _rows_that_two_hold()
+    _sampled_and_scored_by_both()
 
 
 def _rows_of_each():
@@ -114,13 +120,34 @@ def _rows_that_two_hold():
     """With a tensor axis that spans the hosts both hold all rows; each row is answered for once."""
     devices = np.array(jax.devices()).reshape(2, 2).T  # by process; then tensor is the axis of processes
     rows = batch_sharding(Mesh(devices[None], AXES))
-    asked_B, tokens_BC = np.array([2, -1, 0, 1]), np.arange(12).reshape(4, 3)  # one of the four is nobody's
-    finished_B = np.array([True, True, False, True])
-    drawn = Responses(asked_B, tokens_BC, -tokens_BC.astype(np.float32), np.array([1, 2, 3, 3]), finished_B)
-    prompts = [Prompt(row, np.zeros(1, np.int32)) for row in (5, 6, 7)]
+    prompt_index_B, tokens_BC = np.array([2, -1, 0, 1]), np.arange(12).reshape(4, 3)  # one of the four is empty
+    stopped_B = np.array([True, True, False, True])
+    drawn = Responses(prompt_index_B, tokens_BC, -tokens_BC.astype(np.float32), np.array([1, 2, 3, 3]), stopped_B)
+    prompts = [Prompt(row, 0, np.zeros(1, np.int32)) for row in (5, 6, 7)]
     own = _own_responses(put(drawn, rows), prompts)
-    answers = sum(multihost.gather([(a.row, a.tokens.tolist(), a.finished) for a in own]), [])
-    assert sorted(answers) == [(5, [6, 7, 8], False), (6, [9, 10, 11], True), (7, [0], True)]
+    answers = multihost.gather_lists([(a.row, a.tokens.tolist(), a.truncated) for a in own])
+    assert sorted(answers) == [(5, [6, 7, 8], True), (6, [9, 10, 11], False), (7, [0], False)]
+
+
+def _sampled_and_scored_by_both():
+    """On a mesh of both, with params of numpy or of one device, every process gets what one device gives."""
+    rng, train = np.random.default_rng(0), TrainConfig(row_length=64, length_multiple=16, micro_batches=1)
+    settings = GenerateConfig(max_new_tokens=6, batch_size=4, prefill_batch_size=4, prompt_bucket=16, responses=2)
+    prompts = [tiny.tokens(rng, length) for length in (3, 9, 1, 5, 7, 2)]
+
+    def both(mesh: Mesh, params: dict) -> tuple[list, np.ndarray]:
+        compute = models.Compute(mesh=mesh)
+        sampled = Engine(tiny.CONFIG, settings, compute, stop_ids=(3, 9)).generate(params, prompts)
+        responses = [[one.tokens for one in sampled if one.row == row] for row in range(len(prompts))]
+        logps = Scorer(tiny.CONFIG, train, compute).logprobs(params, prompts, responses)
+        np.testing.assert_allclose(logps.ravel(), [one.logprobs.sum() for one in sampled], atol=1e-4)
+        return [(one.row, one.number, one.tokens.tolist()) for one in sampled], logps
+
+    expected, logps = both(one_device_mesh(), tiny.host_params())
+    for params in (tiny.host_params(), tiny.params()):
+        drawn, scored = both(make_mesh(), params)
+        assert drawn == expected
+        np.testing.assert_allclose(scored, logps, atol=1e-5)
 
 
 def test_two_processes_agree_and_share(tmp_path):

@@ -38,7 +38,7 @@ def evaluate_policy(run: Run, t: int) -> None:
     def measure() -> dict:
         train, held_out = pairs_of(run, t)
         known = {"generated/tokens": float(np.mean([len(pair.responses[1]) for pair in train]))}
-        known["generated/cut"] = float(np.mean([pair.truncated[1] for pair in train]))
+        known["generated/truncated"] = float(np.mean([pair.truncated[1] for pair in train]))
         if not held_out:
             known |= _last_step(run.iteration(t))
         policy = _subject(run, t, f"iteration {t}", run.start_of(t + 1), run.iteration(t))
