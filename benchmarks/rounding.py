@@ -36,7 +36,7 @@ from spin_jax.data.packing import Packing, Plan, of_pairs, pack_batch, plan_scor
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
 from spin_jax.devices.transfer import everywhere, fetch, put
-from spin_jax.evaluation.scoring import StepProgram, scoring_programs  # noqa: E402
+from spin_jax.evaluation.scoring import StepProgram, response_program  # noqa: E402
 from spin_jax.models import execution
 from spin_jax.training import programs
 from spin_jax.training.schedule import batch_order
@@ -66,7 +66,7 @@ class Player:
 
     def by_scorer(self, pairs: list[Pair], plan: Plan) -> np.ndarray:
         """[pairs, 2], by the program of held-out pairs."""
-        program = scoring_programs(self.model, self.compute)[0]
+        program = response_program(self.model, self.compute)
         return self._by(lambda batch: program(self.state.params, put(batch, self.placed)), pairs, plan)
 
     def _by(self, run: Callable, pairs: list[Pair], plan: Plan) -> np.ndarray:

@@ -18,7 +18,7 @@ from spin_jax.data.batch import Batch, empty_batch
 from spin_jax.data.packing import Packing, Plan, forward_flops, make_packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair
 from spin_jax.devices import sharding
-from spin_jax.evaluation.scoring import Scorer
+from spin_jax.evaluation.scoring import Scorer, response_program
 from spin_jax.generation.engine import Engine
 from spin_jax.kernels.block_mask import share_of_causal
 from spin_jax.kernels.flash_tpu import heads_and_tile
@@ -109,7 +109,8 @@ def _scoring_program(scorer: Scorer, pairs: Sequence[Pair], params: dict) -> Pro
     model, compute, plan = scorer.model, scorer.compute, scorer.plan(pairs)
     batch, share = _abstract_batch(compute.mesh, plan), kernel_share(model, compute, pairs, plan)
     flops = sum(forward_flops(model, pair) for pair in pairs)
-    return Program("scoring", scorer.programs[0], (params, batch), ("params", "batch"), {}, flops, kernel_share=share)
+    program = response_program(model, compute)
+    return Program("scoring", program, (params, batch), ("params", "batch"), {}, flops, kernel_share=share)
 
 
 def _training_programs(

@@ -38,17 +38,15 @@ Ids = Sequence[int] | np.ndarray
 
 
 @functools.cache
-def scoring_programs(model: ModelConfig, compute: Compute) -> tuple[Callable, Callable]:
-    """Jitted (params, batch) -> log-probs of responses [B, P, Y], and of their tokens [B, R]; the first is the very
-    function that training differentiates."""
+def response_program(model: ModelConfig, compute: Compute) -> Callable:
+    """Jitted (params, batch) -> log-probs of responses [B, P, Y]; the very function that training differentiates."""
+    return jit(compute.mesh, lambda params, batch: pair_logprobs(model, params, batch, compute))
 
-    def of_responses(params: dict, batch: Batch) -> jax.Array:
-        return pair_logprobs(model, params, batch, compute)
 
-    def of_tokens(params: dict, batch: Batch) -> jax.Array:
-        return target_logprobs(model, params, batch.rows, compute)
-
-    return jit(compute.mesh, of_responses), jit(compute.mesh, of_tokens)
+@functools.cache
+def token_program(model: ModelConfig, compute: Compute) -> Callable:
+    """Jitted (params, batch) -> log-probs of the responses' tokens [B, R]."""
+    return jit(compute.mesh, lambda params, batch: target_logprobs(model, params, batch.rows, compute))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +56,7 @@ class Scorer:
 
     Attributes:
         model: its config.
-        settings: `config.train`, with no size left open: how long rows are, and how many prompts are scored at a time.
+        settings: `config.train`: how long rows are, and how many prompts are scored at a time (a micro-batch's).
         compute: on any mesh; data and fsdp axes split rows.
     """
 
@@ -94,7 +92,7 @@ class Scorer:
         answered, found = [pair for pair in pairs if pair.responses], [[] for _ in pairs]
         if not answered:
             return found
-        plan, run = self.plan(answered), self._with_params(self.programs[1], params)
+        plan, run = self.plan(answered), self._with_params(token_program, params)
         for number, rows in enumerate(plan.batches):
             preemption.between_batches()
             logps_BR = fetch(run(self._make_batch(answered, plan, number).arrays))
@@ -115,7 +113,7 @@ class Scorer:
         Raises:
             UserError: a log-prob is not finite; the message names the rows.
         """
-        plan, run = self.plan(pairs), self._with_params(self.programs[0], params)
+        plan, run = self.plan(pairs), self._with_params(response_program, params)
         done = score_batches(run, functools.partial(self._make_batch, pairs, plan), plan, name, parts)
         logps = np.zeros((len(pairs), plan.shapes[0].responses), np.float32)
         logps[list(itertools.chain(*itertools.chain(*plan.batches)))] = np.concatenate(done)
@@ -123,17 +121,12 @@ class Scorer:
 
     def plan(self, pairs: Sequence[Pair]) -> Plan:
         """Which pairs share a row, and which rows a batch."""
-        at_a_time = self.settings.batch_size // self.settings.micro_batches
+        at_a_time = self.settings.batch_size // max(1, self.settings.micro_batches)
         return plan_scoring(pairs, at_a_time, make_packing(self.settings, self.compute.mesh))
 
     def key(self, pairs: Sequence[Pair], model: Mapping[str, str]) -> str:
         """`scores_key` of what `score` gives under the params of a model."""
         return scores_key(pairs, self.plan(pairs), self.compute, model=model)
-
-    @property
-    def programs(self) -> tuple[Callable, Callable]:
-        """Of responses, and of tokens."""
-        return scoring_programs(self.model, self.compute)
 
     def _pairs(self, prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> list[Pair]:
         if len(prompts) != len(responses):
@@ -147,8 +140,8 @@ class Scorer:
     def _make_batch(self, pairs: Sequence[Pair], plan: Plan, number: int) -> HostBatch:
         return pack_batch(self.model, pairs, plan.batches[number], plan.shapes[number])
 
-    def _with_params(self, program: Callable, params: dict) -> Callable[[Batch], jax.Array]:
-        mesh = self.compute.mesh
+    def _with_params(self, make_program: Callable, params: dict) -> Callable[[Batch], jax.Array]:
+        mesh, program = self.compute.mesh, make_program(self.model, self.compute)
         placed = place(params, param_shardings(mesh, self.model))
         return lambda batch: program(placed, put(batch, batch_sharding(mesh)))
 

@@ -90,7 +90,7 @@ class Engine:
         stops_SV: finds `settings.stop_strings`, from `stop_strings.stop_table`.
 
     Raises:
-        UserError: config.generate.batch_size does not split over the devices.
+        UserError: a size is left open or does not split over the devices, or nothing finds the stop strings.
     """
 
     model: ModelConfig
@@ -100,7 +100,14 @@ class Engine:
     stops_SV: np.ndarray | None = None
 
     def __post_init__(self):
-        check_batch(self.compute.mesh, "--config.generate.batch_size", self.settings.batch_size)
+        chosen = self.settings
+        if not chosen.batch_size or not chosen.prefill_batch_size:
+            raise UserError("batch_size and prefill_batch_size must be at least 1: `sizing.choose` finds what fits")
+        if chosen.stop_strings and self.stops_SV is None:
+            raise UserError(
+                "stop_strings need a table of the tokenizer's: make the engine with Engine.for_chat"
+            )
+        check_batch(self.compute.mesh, "--config.generate.batch_size", chosen.batch_size)
 
     @classmethod
     def for_chat(cls, model: ModelConfig, settings: GenerateConfig, compute: Compute, chat: ChatFormat) -> "Engine":

@@ -157,7 +157,7 @@ def make_training(spec: TrainingSpec) -> Training:
             frozen = jax.tree.map(jnp.copy, cast_params(model, params, spec.compute.dtype))
         return init(params), frozen
 
-    return Training(init, step, merge, schedule, state, frozen, begin)
+    return Training(init=init, step=step, merge=merge, schedule=schedule, state=state, frozen=frozen, begin=begin)
 
 
 def jit_training(

@@ -338,9 +338,17 @@ def test_sizes_are_few():
     assert [prefill_width(length, 48) for length in (48, 49, 97)] == [48, 96, 192]
 
 
-def test_slots_that_do_not_split_over_the_devices_are_refused():
-    with pytest.raises(UserError, match=r"batch_size=12 does not split over 8 devices .*generate.batch_size=16$"):
-        Engine(tiny.CONFIG, settings(batch_size=12), Compute(mesh=sharding.make_mesh()))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 12}, "batch_size=12 does not split over 8 devices .*generate.batch_size=16$"),
+        ({"batch_size": 0}, "batch_size and prefill_batch_size must be at least 1"),
+        ({"batch_size": 16, "stop_strings": ("#",)}, "make the engine with Engine.for_chat"),
+    ],
+)
+def test_engines_that_cannot_sample_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        Engine(tiny.CONFIG, settings(**changes), Compute(mesh=sharding.make_mesh()))
 
 
 @pytest.mark.parametrize(
