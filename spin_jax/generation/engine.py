@@ -104,9 +104,7 @@ class Engine:
         if not chosen.batch_size or not chosen.prefill_batch_size:
             raise UserError("batch_size and prefill_batch_size must be at least 1: `sizing.choose` finds what fits")
         if chosen.stop_strings and self.stops_SV is None:
-            raise UserError(
-                "stop_strings need a table of the tokenizer's: make the engine with Engine.for_chat"
-            )
+            raise UserError("stop_strings need a table of the tokenizer's: make the engine with Engine.for_chat")
         check_batch(self.compute.mesh, "--config.generate.batch_size", chosen.batch_size)
 
     @classmethod
