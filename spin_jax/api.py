@@ -19,6 +19,7 @@ from spin_jax.config import FIELDS, Config, base_config, freeze, override
 from spin_jax.data.chat_format import ChatFormat, load_chat
 from spin_jax.data.sources import Example, Message, encodable, read_prompts
 from spin_jax.data.tokenize import ask, tokenise
+from spin_jax.devices.accelerators import Device
 from spin_jax.errors import UserError
 from spin_jax.evaluation.scoring import Scorer
 from spin_jax.generation import batch_inference
@@ -153,11 +154,11 @@ class Model:
         return Scorer(self.config, config.train, compute)
 
     @property
-    def _devices(self) -> list[jax.Device]:
+    def _devices(self) -> list[Device]:
         placed = getattr(jax.tree.leaves(self.params)[0], "sharding", None)
         return list(placed.mesh.devices.flat) if isinstance(placed, NamedSharding) else jax.local_devices()[:1]
 
-    def _computing(self, changes: Mapping[str, object]) -> tuple[Config, models.Compute, models.Compute]:
+    def _computing(self, changes: dict[str, object]) -> tuple[Config, models.Compute, models.Compute]:
         """(config with no size left open, how training computes, how sampling does)."""
         config = _config({"model.path": os.fspath(self.directory), "data.train": "not read"} | changes)
         config = choose(config, self.config, self._devices, run=False)
@@ -189,7 +190,7 @@ def load(
     revision: str | None = None,
     template: str = "chat",
     parse_special_tokens: bool = False,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
 ) -> Model:
     """A model from a Hugging Face directory or Hub id, with f32 params.
 

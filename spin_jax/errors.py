@@ -21,7 +21,8 @@ def as_flag(field: str, value: object) -> str:
 
 def quoted(word: str) -> str:
     """A word as a shell reads it back, with quotes where it needs them; of a flag, around its value."""
-    flag, value = re.fullmatch(r"(--[\w.]+=)?(.*)", word, re.DOTALL).groups(default="")
+    flag = (re.match(r"--[\w.]+=", word) or [""])[0]
+    value = word[len(flag) :]
     if not re.fullmatch(r"[\w@%+=:,./~-]*[\w/]", value):
         value = shlex.quote(value) if set('"$`\\!') & set(value) else f'"{value}"'
     return flag + value

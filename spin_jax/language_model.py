@@ -4,13 +4,13 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 from etils import epath
 
 from spin_jax import checkpoints, models
 from spin_jax.config import Config
 from spin_jax.data.chat_format import ChatFormat, load_chat
 from spin_jax.devices import sharding
+from spin_jax.devices.accelerators import Device
 from spin_jax.models import execution
 from spin_jax.runtime import multihost
 
@@ -28,7 +28,7 @@ class Player(NamedTuple):
 
 
 def on_both_meshes(
-    config: Config, model: models.ModelConfig, devices: Sequence[jax.Device] | None = None
+    config: Config, model: models.ModelConfig, devices: Sequence[Device] | None = None
 ) -> tuple[models.Compute, models.Compute]:
     """How a model computes on the training mesh and on the decode mesh of a config of `sizing.choose`.
 

@@ -10,14 +10,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from spin_jax.config import Config, flatten, replace
 from spin_jax.data.bin_packing import round_up
 from spin_jax.data.layouts import LAYOUTS
 from spin_jax.devices import sharding
-from spin_jax.devices.accelerators import CPU, GiB, Slice, found, tensor_ways
+from spin_jax.devices.accelerators import CPU, Device, GiB, Slice, found, tensor_ways
 from spin_jax.devices.compiler_options import compute_dtype
 from spin_jax.errors import UserError, as_flag
 from spin_jax.kernels import KERNELS
@@ -40,7 +39,7 @@ PROGRAM = 0.3 * GiB  # of the step's code, and of buffers that are small beside 
 REFILLS = 8  # how often each slot is filled at least, where the number of prompts is known: else most idle in the end
 
 
-def choose(config: Config, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> Config:
+def choose(config: Config, model: ModelConfig, devices: Sequence[Device], run: bool = True) -> Config:
     """A copy of the config in which nothing is left to the devices, which are a run's or those of a described slice.
 
     Args:
@@ -68,7 +67,7 @@ class Target(NamedTuple):
     run: bool  # as in `choose`
 
 
-def target(config: Config, model: ModelConfig, devices: Sequence[jax.Device], run: bool = True) -> Target:
+def target(config: Config, model: ModelConfig, devices: Sequence[Device], run: bool = True) -> Target:
     """What the config computes on; raises as `kernels.interface.choose`."""
     dtype = compute_dtype(config.model.compute_dtype, devices[0])
     kernel = choose_kernel(config.model.attention, devices[0], model.head_dim, dtype)
@@ -217,7 +216,7 @@ def longest_pair(config: Config) -> tuple[int, int, int]:
 
 
 def check_memory(
-    config: Config, model: ModelConfig, devices: Sequence[jax.Device], trains: bool = True, run: bool = True
+    config: Config, model: ModelConfig, devices: Sequence[Device], trains: bool = True, run: bool = True
 ) -> None:
     """Refuse a config, with nothing left open, for which the devices are too little.
 
@@ -265,7 +264,7 @@ def _gib(size: float) -> str:
     return f"{size / GiB:.1f}" if size > GiB else f"{size / GiB:.2f}"
 
 
-def describe(devices: Sequence[jax.Device]) -> str:
+def describe(devices: Sequence[Device]) -> str:
     """Devices, as "8 x TPU v5e of 15.8 GiB"."""
     there = found(devices)
     memory = f" of {there.chip.hbm_bytes / GiB:.1f} GiB" if there.chip.hbm_bytes else ""

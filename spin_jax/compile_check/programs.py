@@ -18,6 +18,7 @@ from spin_jax.data.batch import Batch, empty_batch
 from spin_jax.data.packing import Packing, Plan, forward_flops, make_packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair
 from spin_jax.devices import sharding
+from spin_jax.devices.accelerators import Device
 from spin_jax.evaluation.scoring import Scorer, response_program
 from spin_jax.generation.engine import Engine
 from spin_jax.kernels.block_mask import share_of_causal
@@ -57,7 +58,7 @@ class Program:
 def make_programs(
     config: Config,
     model: ModelConfig,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Device],
     lengths: Sequence[tuple[int, int, int]] | None = None,
 ) -> list[Program]:
     """The programs of an iteration of a config's run, in order.
@@ -120,7 +121,8 @@ def _training_programs(
     plan = plan_training(pairs, np.arange(len(pairs))[None], packing)
     batch, share = _abstract_batch(compute.mesh, plan), kernel_share(model, compute, pairs, plan)
     kind = "adapters" if spec.lora.rank else "params"
-    kinds = (TrainState("optimizer", kind, "optimizer", "optimizer"), "opponent", "batch", "batch")
+    state_kinds: Any = ("optimizer", kind, "optimizer", "optimizer")
+    kinds = (TrainState(*state_kinds), "opponent", "batch", "batch")
     flops = spec.passes * sum(forward_flops(model, pair) for pair in pairs)
     step = (training.state, training.frozen, batch, jax.ShapeDtypeStruct((), jnp.bool_))
     found = [

@@ -82,7 +82,7 @@ def chosen(config: Config) -> dict[str, Evaluator]:
 
 def evaluate(subject: Subject, known: Mapping[str, float] | None = None) -> dict[str, object]:
     """The summary's row of a model: its name, what is known of it already, and what the evaluators of the run find."""
-    row = {"model": subject.name, "iteration": subject.iteration} | dict(known or {})
+    row: dict[str, object] = {"model": subject.name, "iteration": subject.iteration, **(known or {})}
     for evaluator in chosen(subject.config).values():
         row |= evaluator.measure(subject)
     return row

@@ -30,7 +30,7 @@ def _measure(subject: Subject) -> dict[str, float]:
     """Rewards are against the opponent of the iteration, which wrote the generated responses."""
     logps = subject.held_out_logps()
     found = {"held_out/nats_per_token": nats_per_token(subject.held_out, logps)}
-    if subject.opponent_logps:
+    if subject.opponent_logps and subject.iteration is not None:
         beta = at_iteration(subject.config.spin.beta, subject.iteration)
         found |= held_out_rewards(logps, subject.opponent_logps(), beta)
     return found

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -66,7 +67,7 @@ class Parts:
         return self._directory / f"{self._name}-{first:06d}.npz"
 
 
-def _npz(**arrays: object) -> bytes:
+def _npz(**arrays: Any) -> bytes:
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()

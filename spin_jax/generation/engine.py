@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -298,12 +298,9 @@ def prefill_width(length: int, bucket: int) -> int:
 
 def no_prompts(places: int, width: int) -> Prompts:
     """Nothing new for any place; for the host to fill in."""
-    return Prompts(
-        np.zeros((places, width), np.int32),
-        np.zeros(places, np.int32),
-        np.zeros((places, 2), np.uint32),
-        np.full(places, -1, np.int32),
-    )
+    tokens, lengths = np.zeros((places, width), np.int32), np.zeros(places, np.int32)
+    arrays: list[Any] = [tokens, lengths, np.zeros((places, 2), np.uint32), np.full(places, -1, np.int32)]
+    return Prompts(*arrays)
 
 
 def _write(prompts: Prompts, free: np.ndarray, taken: np.ndarray, asked: Sequence[Prompt], keys: np.ndarray) -> None:
@@ -320,7 +317,7 @@ def _own_responses(ended: Responses, asked: Sequence[Prompt]) -> list[Response]:
     own = []
     for shards in zip(*(array.addressable_shards for array in ended), strict=True):
         if shards[0].replica_id == 0:
-            rows = Responses(*(np.asarray(shard.data) for shard in shards))
+            rows = (np.asarray(shard.data) for shard in shards)
             for index, tokens_C, logprobs_C, length, stopped in zip(*rows, strict=True):
                 if index >= 0:
                     row, number, _ = asked[index]

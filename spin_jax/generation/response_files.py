@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -85,7 +84,7 @@ def _part_files(directory: epath.Path | None) -> list[epath.Path]:
 
 
 def _part_number(part: epath.Path) -> int:
-    return int(re.match(r"part-(\d+)", part.name)[1])
+    return int(part.name.removeprefix("part-").partition(".")[0])
 
 
 def read_parts(directory: epath.Path | None) -> dict[tuple[int, int], Response]:

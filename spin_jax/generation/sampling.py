@@ -5,7 +5,7 @@ and of nothing else.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +46,9 @@ class SamplingParams(NamedTuple):
         # So many that other stop ids seldom are another shape, and with it another program.
         padded = np.full(-(-max(len(stop_ids), 1) // 8) * 8, np.iinfo(np.int32).max, np.int32)
         padded[: len(stop_ids)] = stop_ids
-        return cls(
-            np.float32(settings.temperature),
-            np.float32(settings.top_p),
-            np.int32(settings.top_k),
-            np.int32(settings.min_new_tokens),
-            padded,
-            stops_SV,
-        )
+        numbers: list[Any] = [np.float32(settings.temperature), np.float32(settings.top_p)]
+        numbers += [np.int32(settings.top_k), np.int32(settings.min_new_tokens), padded, stops_SV]
+        return cls(*numbers)
 
 
 def response_keys(seed: int, iteration: int, rows_B: np.ndarray, numbers_B: np.ndarray) -> np.ndarray:
@@ -134,7 +129,7 @@ def _order(x: jax.Array) -> jax.Array:
 def _greatest(holds: Callable[[jax.Array], jax.Array], batch: int) -> jax.Array:
     """The greatest uint32 [B] for which a condition holds that holds for 0, and for all below any for which it does."""
 
-    def with_bit(i: int, found_B: jax.Array) -> jax.Array:
+    def with_bit(i: jax.Array, found_B: jax.Array) -> jax.Array:
         candidate_B = found_B | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         return jnp.where(holds(candidate_B), candidate_B, found_B)
 

@@ -3,9 +3,12 @@
 Axes: B rows, T slots, N query heads, K kv heads, H head_dim.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
+from spin_jax.devices.accelerators import Device
 from spin_jax.devices.compiler_options import gpu_capability
 from spin_jax.kernels.block_mask import causal_mask
 from spin_jax.kernels.interface import Kernel
@@ -23,7 +26,7 @@ def cudnn_attention(
     *,
     sliding_window: int | None,
     platform: str = "gpu",
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """cuDNN's fused attention, [B, T, N, H] in q's dtype; differentiable in q, k, v.
 
@@ -32,7 +35,7 @@ def cudnn_attention(
     """
     del platform
     mask_B1TT = causal_mask(visible_until_BT, positions_BT, sliding_window)[:, None]
-    if implementation != "cudnn" or jax.version.__version_info__ >= _NO_MASK_GRADIENT:
+    if implementation != "cudnn" or jax.__version_info__ >= _NO_MASK_GRADIENT:
         return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TT, implementation=implementation)
     # What that call makes of these arguments, the mask's gradient left out. No public argument leaves it out: a mask
     # becomes a bias, and each bias has a gradient. The function is the same in all older versions that setup.py allows.
@@ -46,7 +49,7 @@ def cudnn_attention(
     return fused._dot_product_attention(q_BTNH, k_BTKH, v_BTKH, bias_B1TT, *lengths_offsets_pages, *options)
 
 
-def _refusal(device: jax.Device, head_dim: int, dtype: jnp.dtype) -> str | None:
+def _refusal(device: Device, head_dim: int, dtype: jnp.dtype) -> str | None:
     if device.platform != "gpu":
         return f"is a GPU kernel and these devices are of platform {device.platform!r}"
     if gpu_capability(device) < (8, 0):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from spin_jax.devices.accelerators import Device
 from spin_jax.errors import UserError
 from spin_jax.kernels import KERNELS
 from spin_jax.registry import no_refusal
@@ -28,12 +29,12 @@ class Kernel:
     """
 
     attention: Callable[..., jax.Array]
-    refusal: Callable[[jax.Device, int, jnp.dtype], str | None] = no_refusal
+    refusal: Callable[[Device, int, jnp.dtype], str | None] = no_refusal
     platforms: tuple[str, ...] = ()
     row_length: int = 1024
 
 
-def choose(asked: str, device: jax.Device, head_dim: int, dtype: jnp.dtype) -> str | None:
+def choose(asked: str, device: Device, head_dim: int, dtype: jnp.dtype) -> str | None:
     """The name of the kernel that `config.model.attention` means on a device; None is plain jax.numpy.
 
     The device is one that a program is for, not one of the process: programs for TPUs are compiled where none is.

@@ -57,10 +57,9 @@ def batch_loss(objective: Objective, settings: Settings, model: ModelConfig, com
     opponent's params are given. Loss and metrics are sums over pairs, each with its weight."""
 
     def loss(params: dict, opponent: dict | None, batch: Batch) -> tuple[jax.Array, tuple]:
-        policy_BPY, reference_BPY = pair_logprobs(model, params, batch, compute), None
-        if objective.reference and opponent is None:
-            reference_BPY = batch.reference_logps_BPY
-        elif objective.reference:
+        policy_BPY = pair_logprobs(model, params, batch, compute)
+        reference_BPY = batch.reference_logps_BPY if objective.reference else None
+        if objective.reference and opponent is not None:
             reference_BPY = jax.lax.stop_gradient(pair_logprobs(model, opponent, batch, compute))
         with jax.named_scope("loss"):
             loss_BP, metrics_BP = objective.loss(policy_BPY, reference_BPY, response_lengths(batch), settings)

@@ -24,8 +24,9 @@ def target_logprobs(config: ModelConfig, params: dict, rows: PackedRows, compute
     states, and scored `compute.logits_chunk` at a time. Each chunk's logits are recomputed in the backward pass, so
     that memory holds one chunk of them; all at once are kept, as the backward pass begins with them.
     """
-    seen = {"visible_until_BT": rows.visible_until_BT}
-    hidden_BTD, _ = forward(config, params, rows.tokens_BT, rows.positions_BT, **seen, compute=compute)
+    hidden_BTD, _ = forward(
+        config, params, rows.tokens_BT, rows.positions_BT, visible_until_BT=rows.visible_until_BT, compute=compute
+    )
     hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictor_index_BR[:, :, None], axis=1)
     return token_logprobs(config, params, hidden_BRD, rows.targets_BR, compute)
 

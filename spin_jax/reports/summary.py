@@ -5,6 +5,7 @@ import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -46,7 +47,7 @@ def summary_table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
-def _cells(values: Sequence[object]) -> list[str]:
+def _cells(values: Sequence[Any]) -> list[str]:
     """The cells of one column."""
     values = [value if value is None or isinstance(value, str | numbers.Integral) else float(value) for value in values]
     sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value) and value]

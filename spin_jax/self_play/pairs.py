@@ -50,7 +50,7 @@ def pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
             )
             sampled = read_sampled(path)
         elif t == 0 and run.train_examples[0].generated is not None:
-            sampled = {e.row: [(e.generated, e.truncated)] for e in run.train_examples + run.held_out_examples}
+            sampled = {e.row: [(e.generated or "", e.truncated)] for e in run.train_examples + run.held_out_examples}
         else:
             raise UserError(f"{path} is missing: run the generate stage of iteration {t} first")
         examples = run.train_examples + run.held_out_examples
