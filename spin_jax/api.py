@@ -160,7 +160,7 @@ class Model:
 
     def _computing(self, changes: dict[str, object]) -> tuple[Config, models.Compute, models.Compute]:
         """(config with no size left open, how training computes, how sampling does)."""
-        config = _config({"model.path": os.fspath(self.directory), "data.train": "not read"} | changes)
+        config = _config({"model.path": os.fspath(self.directory), "data.train": "not read", **changes})
         config = choose(config, self.config, self._devices, run=False)
         return config, *on_both_meshes(config, self.config, self._devices)
 

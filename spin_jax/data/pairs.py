@@ -37,7 +37,10 @@ class Pair:
     truncated: tuple[bool, ...]
 
 
-def token_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, what: str) -> np.ndarray:
+TokenIds = Sequence[int] | np.ndarray  # of one text
+
+
+def token_ids(ids: TokenIds, vocab_size: int, what: str) -> np.ndarray:
     """A caller's token ids as int32 [tokens].
 
     Raises:

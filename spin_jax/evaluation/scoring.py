@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jaxlib
@@ -20,7 +20,7 @@ import numpy as np
 from spin_jax.config import TrainConfig
 from spin_jax.data.batch import Batch, HostBatch
 from spin_jax.data.packing import Plan, make_packing, of_pairs, pack_batch, plan_scoring
-from spin_jax.data.pairs import Pair, token_ids
+from spin_jax.data.pairs import Pair, TokenIds, token_ids
 from spin_jax.devices.compiler_options import jit
 from spin_jax.devices.sharding import batch_sharding
 from spin_jax.devices.transfer import everywhere, fetch, place, put
@@ -33,8 +33,6 @@ from spin_jax.runtime.progress import Loop
 
 # Of the step's arithmetic: raised where a change of the code sums in another order, so that older scores are made anew.
 VERSION = 2
-
-Ids = Sequence[int] | np.ndarray
 
 
 @functools.cache
@@ -64,7 +62,9 @@ class Scorer:
     settings: TrainConfig
     compute: Compute
 
-    def logprobs(self, params: dict, prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> np.ndarray:
+    def logprobs(
+        self, params: dict, prompts: Sequence[TokenIds], responses: Sequence[Sequence[TokenIds]]
+    ) -> np.ndarray:
         """log p(y|x) of each response y to each prompt x, in nats, on every process.
 
         Args:
@@ -85,7 +85,7 @@ class Scorer:
         return logps
 
     def token_logprobs(
-        self, params: dict, prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]
+        self, params: dict, prompts: Sequence[TokenIds], responses: Sequence[Sequence[TokenIds]]
     ) -> list[list[np.ndarray]]:
         """`logprobs` token by token: log p(y_j | x, y_<j) in nats, f32 [tokens], of each response to each prompt."""
         pairs = self._pairs(prompts, responses)
@@ -128,7 +128,7 @@ class Scorer:
         """`scores_key` of what `score` gives under the params of a model."""
         return scores_key(pairs, self.plan(pairs), self.compute, model=model)
 
-    def _pairs(self, prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> list[Pair]:
+    def _pairs(self, prompts: Sequence[TokenIds], responses: Sequence[Sequence[TokenIds]]) -> list[Pair]:
         if len(prompts) != len(responses):
             raise UserError(f"{len(prompts)} prompts, {len(responses)} lists of responses: give a list for each prompt")
         checked, pairs = functools.partial(token_ids, vocab_size=self.model.vocab_size), []
@@ -152,12 +152,12 @@ class StepProgram:
 
     Attributes:
         step: the jitted `train_step.make_step`; donates the state.
-        state: whose params score; no call changes it.
+        state: a `TrainState`, whose params score; no call changes it.
         opponent: what the step takes beside it.
     """
 
     step: Callable
-    state: NamedTuple
+    state: Any
     opponent: dict | None
 
     def __call__(self, batch: Batch) -> jax.Array:

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from spin_jax.config import GenerateConfig
 from spin_jax.data.chat_format import ChatFormat
-from spin_jax.data.pairs import token_ids
+from spin_jax.data.pairs import TokenIds, token_ids
 from spin_jax.devices.sharding import batch_sharding, check_batch, located
 from spin_jax.devices.transfer import place, put
 from spin_jax.errors import UserError
@@ -123,7 +123,7 @@ class Engine:
     def generate(
         self,
         params: dict,
-        prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
+        prompts: Sequence[TokenIds] | Mapping[int, TokenIds],
         *,
         seed: int = 0,
         iteration: int = 0,
@@ -206,7 +206,7 @@ class Engine:
     def _sampling(self) -> SamplingParams:
         return SamplingParams.of(self.settings, self.stop_ids, self.stops_SV)
 
-    def _asked(self, prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]]) -> list[Prompt]:
+    def _asked(self, prompts: Sequence[TokenIds] | Mapping[int, TokenIds]) -> list[Prompt]:
         rows = prompts if isinstance(prompts, Mapping) else dict(enumerate(prompts))
         numbers = range(self.settings.responses)
         if any(row >= MAX_ROWS for row in rows) or len(numbers) > MAX_RESPONSES:
