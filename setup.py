@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="spin_jax",
     version="0.1.0",
-    description="SPIN (Self-Play Fine-Tuning) of Llama, Mistral and Qwen models in JAX, from a laptop to a TPU pod",
+    description="SPIN (Self-Play Fine-Tuning) of Llama, Mistral, Qwen and Gemma models in JAX, from a laptop to a TPU pod",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -19,7 +19,7 @@ setup(
         'flax>=0.12.9; python_version >= "3.12"',
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.0,<0.13",
-        "transformers>=5.0,<6",
+        "transformers>=5.4,<6",  # from there on its configs check the types of their values
         "huggingface_hub>=1.0",
         "datasets>=4.0",
         "ml-collections>=1.1,<2",

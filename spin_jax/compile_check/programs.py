@@ -142,7 +142,8 @@ def kernel_share(model: ModelConfig, compute: Compute, pairs: Sequence[Pair], pl
     ways = sharding.ways(compute.mesh, "heads")
     _, tile = heads_and_tile(model.num_heads // ways, model.num_kv_heads // ways, model.head_dim, compute.dtype)
     rows = pack_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays.rows
-    return share_of_causal(rows.visible_until_BT, rows.positions_BT, tile, model.sliding_window)
+    tokens = rows.visible_until_BT, rows.positions_BT
+    return sum(share * share_of_causal(*tokens, tile, window) for window, share in model.window_shares.items())
 
 
 def _abstract_batch(mesh: Mesh, plan: Plan) -> Batch:

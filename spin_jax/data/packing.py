@@ -226,12 +226,12 @@ def _write(rows: PackedRows, pair: Pair, row: int, first_id: int, slot: int, tar
 def forward_flops(model: ModelConfig, pair: Pair) -> float:
     """Matmul FLOPs of a forward pass over a pair, whose prompt is read once. With a sliding window a token counts the
     keys inside it."""
-    window = model.sliding_window or math.inf
     prompt, tokens, seen = len(pair.prompt), 0, 0.0
     spans = [(0, prompt)] + [(prompt, prompt + max(len(y) - 1, 0)) for y in pair.responses]
     for first, end in spans:
         tokens += end - first
-        seen += float(np.minimum(np.arange(first + 1, end + 1), window).sum())
+        keys = np.arange(first + 1, end + 1)
+        seen += sum(share * float(np.minimum(keys, w or math.inf).sum()) for w, share in model.window_shares.items())
     targets = sum(map(len, pair.responses))
     return tokens * flops_per_token(model, seen / tokens) + targets * unembed_flops(model)
 

@@ -36,12 +36,12 @@ class DecodeSpec:
 
     def prompt_columns(self, width: int) -> int:
         """P for prompts of up to `width` tokens: what is further back than a sliding window is not kept."""
-        return min(width, self.model.sliding_window or width)
+        return min(width, self.model.furthest or width)
 
     @property
     def ring(self) -> int:
         """R, likewise."""
-        return min(self.max_new_tokens, self.model.sliding_window or self.max_new_tokens)
+        return min(self.max_new_tokens, self.model.furthest or self.max_new_tokens)
 
     @property
     def by_layer(self) -> bool:

@@ -1,5 +1,7 @@
 """What a model is: one frozen, hashable description, read from and written to Hugging Face `config.json`."""
 
+import collections
+import copy
 import dataclasses
 import sys
 from typing import Any
@@ -33,15 +35,22 @@ RopeScaling = LinearRopeScaling | Llama3RopeScaling | None
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of a Llama, Mistral, Qwen2 or Qwen3 decoder. Hashable, hence static under `jax.jit`.
+    """The architecture of a Llama, Mistral, Qwen2, Qwen3 or Gemma 3 decoder. Hashable, hence static under `jax.jit`.
 
     Attributes:
-        model_type: "llama", "mistral", "qwen2" or "qwen3": names the Hugging Face class, and changes nothing by itself.
+        model_type: Hugging Face's name of the family; changes nothing by itself.
         rope_scaling: None for plain rotary embeddings.
-        sliding_window: every layer lets a token see itself and the `sliding_window - 1` tokens before it; None: all.
-        qkv_bias: query, key and value projections have a bias (Qwen2).
-        qk_norm: queries and keys are RMS-normed per head before the rotation (Qwen3).
         max_position_embeddings: the longest row, in tokens, that the model was made for. Nothing here enforces it.
+        sliding_window: a layer lets a token see itself and the `sliding_window - 1` tokens before it; None: all.
+        full_attention_every: n: the n-th, 2n-th, ... layers see all tokens despite the window, and only these turn by
+            rope_theta and rope_scaling; the others by local_rope_theta. None: all layers are alike.
+        qkv_bias: query, key and value projections have a bias (Qwen2).
+        qk_norm: queries and keys are RMS-normed per head before the rotation (Qwen3, Gemma 3).
+        query_pre_attn_scalar: scores are divided by its square root; None: by that of head_dim.
+        activation: of the MLP's gate: "silu", or "gelu_pytorch_tanh", GELU by its approximation with tanh.
+        scale_embeddings: embeddings are multiplied by the square root of hidden_size (Gemma 3).
+        post_norms: what attention and MLP add is RMS-normed first (Gemma 3).
+        norm_offset: RMS norms multiply by norm_offset + scale; 1 in Gemma 3, whose scales start at 0.
     """
 
     model_type: str
@@ -57,14 +66,37 @@ class ModelConfig:
     max_position_embeddings: int
     rope_scaling: RopeScaling = None
     sliding_window: int | None = None
+    full_attention_every: int | None = None
+    local_rope_theta: float | None = None
     tie_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    query_pre_attn_scalar: int | None = None
+    activation: str = "silu"
+    scale_embeddings: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
 
     @property
     def tensor_axes(self) -> tuple[int, ...]:
         """Sizes of the axes that a mesh's tensor axis splits, and so must divide."""
         return self.num_heads, self.num_kv_heads, self.intermediate_size, self.vocab_size
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer; None: it sees all tokens before."""
+        every = self.full_attention_every or self.num_layers + 1
+        return tuple(None if (i + 1) % every == 0 else self.sliding_window for i in range(self.num_layers))
+
+    @property
+    def window_shares(self) -> dict[int | None, float]:
+        """Each window that a layer has, and the share of layers that have it."""
+        return {window: count / self.num_layers for window, count in collections.Counter(self.windows).items()}
+
+    @property
+    def furthest(self) -> int | None:
+        """Tokens that some layer sees, its own and those before it: the cache need not hold more. None: all."""
+        return None if self.full_attention_every else self.sliding_window
 
     @staticmethod
     def from_huggingface(config: dict[str, Any], where: str) -> "ModelConfig":
@@ -81,48 +113,49 @@ class ModelConfig:
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in _FAMILIES:
             raise UserError(f"{where}: model_type={model_type!r} is not supported; supported: {', '.join(_FAMILIES)}")
-        family = _FAMILIES[model_type]
-        _refuse_unsupported(config, family["architecture"], where)
+        architecture, traits = _FAMILIES[model_type]
+        _refuse_unsupported(config, architecture, traits.get("activation", "silu"), where)
+        read = _read_by_transformers(config, where)
 
         def positive(key: str, kind: type = int) -> Any:
-            return _positive(config.get(key, family.get(key)), key, kind, where)
+            return _positive(getattr(read, key), key, kind, where)
 
-        hidden_size, num_heads = positive("hidden_size"), positive("num_attention_heads")
-        # Absent means the class's default; null means "derive it", as transformers does.
-        head_dim = config.get("head_dim", family.get("head_dim"))
-        kv_heads = config.get("num_key_value_heads", family.get("num_key_value_heads"))
-        if head_dim is None and hidden_size % num_heads:
-            raise UserError(
-                f"{where}: hidden_size={hidden_size} is no multiple of num_attention_heads={num_heads}; set head_dim"
-            )
-        head_dim = _positive(hidden_size // num_heads if head_dim is None else head_dim, "head_dim", int, where)
-        kv_heads = _positive(num_heads if kv_heads is None else kv_heads, "num_key_value_heads", int, where)
+        num_heads, num_kv_heads = positive("num_attention_heads"), positive("num_key_value_heads")
+        head_dim = getattr(read, "head_dim", None) or positive("hidden_size") // num_heads
+        head_dim = _positive(head_dim, "head_dim", int, where)
         if head_dim % 2:
             raise UserError(f"{where}: head_dim={head_dim} is odd; rotary embeddings need an even one")
-        if num_heads % kv_heads:
+        if num_heads % num_kv_heads:
             raise UserError(
-                f"{where}: num_attention_heads={num_heads} is no multiple of num_key_value_heads={kv_heads}"
+                f"{where}: num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}"
             )
-
-        max_positions = positive("max_position_embeddings")
-        rope_theta, rope_scaling = _rope(config, max_positions, where)
+        rope = read.rope_parameters
+        local = rope.get("sliding_attention") if model_type == "gemma3_text" else None
+        rope_theta, rope_scaling = _rope(rope["full_attention"] if local else rope, where)
+        local_rope_theta = _local_rope_theta(local, where) if local else None
+        sliding_window, full_attention_every = _windows(read, local_rope_theta is not None, where)
+        if (theta := config.get("rope_theta")) not in (None, rope_theta):
+            # Where both are given transformers 4 obeys the first and transformers 5 the second.
+            raise UserError(f"{where}: rope_theta={theta!r} contradicts that of rope_parameters; remove the wrong one")
         return ModelConfig(
             model_type=model_type,
             vocab_size=positive("vocab_size"),
-            hidden_size=hidden_size,
+            hidden_size=positive("hidden_size"),
             intermediate_size=positive("intermediate_size"),
             num_layers=positive("num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=kv_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             rms_norm_eps=positive("rms_norm_eps", float),
             rope_theta=rope_theta,
-            max_position_embeddings=max_positions,
+            max_position_embeddings=positive("max_position_embeddings"),
             rope_scaling=rope_scaling,
-            sliding_window=_sliding_window(config, model_type, positive("num_hidden_layers"), where),
-            tie_embeddings=_flag(config, "tie_word_embeddings", where),
-            qkv_bias=family["qkv_bias"],
-            qk_norm=family["qk_norm"],
+            sliding_window=sliding_window,
+            full_attention_every=full_attention_every,
+            local_rope_theta=local_rope_theta,
+            tie_embeddings=read.tie_word_embeddings,
+            query_pre_attn_scalar=positive("query_pre_attn_scalar") if model_type == "gemma3_text" else None,
+            **traits,
         )
 
     def to_huggingface(self, dtype: str, source: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -144,6 +177,10 @@ class ModelConfig:
         out["rope_theta"] = self.rope_theta
         out["rope_scaling"] = None if self.rope_scaling is None else rope
         out["rope_parameters"] = rope | {"rope_theta": self.rope_theta}
+        if self.local_rope_theta is not None:
+            local = {"rope_type": "default", "rope_theta": self.local_rope_theta}
+            out["rope_parameters"] = {"full_attention": out["rope_parameters"], "sliding_attention": local}
+            out["rope_local_base_freq"] = self.local_rope_theta
         out.pop("dtype", None)
         return out | {"torch_dtype": dtype}  # the name that every version reads
 
@@ -151,7 +188,7 @@ class ModelConfig:
         """Everything but rope and dtype under Hugging Face's names."""
         fields = {
             "model_type": self.model_type,
-            "architectures": [_FAMILIES[self.model_type]["architecture"]],
+            "architectures": [_FAMILIES[self.model_type][0]],
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -159,7 +196,6 @@ class ModelConfig:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
             "rms_norm_eps": self.rms_norm_eps,
             "max_position_embeddings": self.max_position_embeddings,
             "tie_word_embeddings": self.tie_embeddings,
@@ -170,63 +206,48 @@ class ModelConfig:
             fields |= {"sliding_window": self.sliding_window}
         if self.model_type in ("qwen2", "qwen3"):
             windowed = self.sliding_window is not None
-            kind = "sliding_attention" if windowed else "full_attention"
             fields |= {"use_sliding_window": windowed, "max_window_layers": 0 if windowed else self.num_layers}
-            fields |= {"layer_types": [kind] * self.num_layers}
+        if self.model_type in ("qwen2", "qwen3", "gemma3_text"):
+            kinds = ["full_attention" if window is None else "sliding_attention" for window in self.windows]
+            fields |= {"layer_types": kinds}
+        if self.model_type == "gemma3_text":
+            fields |= {"hidden_activation": self.activation, "query_pre_attn_scalar": self.query_pre_attn_scalar}
+            fields |= {"sliding_window_pattern": self.full_attention_every}
+        else:
+            fields |= {"hidden_act": self.activation}
         return fields
 
 
-# What transformers 5.23 assumes where config.json is silent (its configuration_*.py), and what sets a family apart.
-_SHARED: dict[str, Any] = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "sliding_window": 4096,
-    "qkv_bias": False,
-    "qk_norm": False,
-}
-_QWEN = _SHARED | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-}
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": _SHARED
-    | {
-        "architecture": "LlamaForCausalLM",
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 2048,
-    },
-    "mistral": _SHARED
-    | {
-        "architecture": "MistralForCausalLM",
-        "vocab_size": 32000,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    },
-    "qwen2": _QWEN | {"architecture": "Qwen2ForCausalLM", "qkv_bias": True},
-    "qwen3": _QWEN | {"architecture": "Qwen3ForCausalLM", "qk_norm": True, "head_dim": 128},
+# model_type -> (the Hugging Face class, what sets the family apart).
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}),
+    "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True}),
+    "gemma3_text": (
+        "Gemma3ForCausalLM",
+        {"qk_norm": True, "post_norms": True, "norm_offset": 1.0}
+        | {"scale_embeddings": True, "activation": "gelu_pytorch_tanh"},
+    ),
 }
 
 _ROPE_SCALINGS = {"default": None, "linear": LinearRopeScaling, "llama3": Llama3RopeScaling}
 
 # Options that change the computation, with the only value that is computed here.
 _ONLY_SUPPORTED: dict[str, Any] = {
-    "hidden_act": "silu",
     "attention_bias": False,  # Qwen2's bias is not an option of its config
     "mlp_bias": False,
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "is_causal": True,
     "use_mrope": False,
+    "use_bidirectional_attention": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
 }
 
 
-def _refuse_unsupported(config: dict[str, Any], architecture: str, where: str) -> None:
+def _refuse_unsupported(config: dict[str, Any], architecture: str, activation: str, where: str) -> None:
     quantised = config.get("quantization_config")
     if quantised is not None:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
@@ -234,10 +255,13 @@ def _refuse_unsupported(config: dict[str, Any], architecture: str, where: str) -
             f"{where}: has a quantization_config ({method!r}), and quantised weights are not supported; name the model "
             "that they were made from"
         )
-    for key, only in _ONLY_SUPPORTED.items():
+    for key, only in (_ONLY_SUPPORTED | {"hidden_act": activation, "hidden_activation": activation}).items():
         value = config.get(key)
         if value is not None and value != only:
             raise UserError(f"{where}: {key}={value!r} is not supported, only {only!r} is")
+    kinds = config.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise UserError(f"{where}: layer_types={kinds!r} must be a list with the kind of each layer")
     architectures = config.get("architectures")
     if architectures and architectures != [architecture]:
         raise UserError(f"{where}: architectures={architectures!r} is not supported, only [{architecture!r}] is")
@@ -255,68 +279,64 @@ def _positive(value: Any, key: str, kind: type, where: str) -> Any:
     return kind(value)
 
 
-def _flag(config: dict[str, Any], key: str, where: str) -> bool:
-    """An option that is off where it is absent or null. Text is refused: "false" would be true."""
-    value = config.get(key)
-    if value not in (None, True, False):
-        raise UserError(f"{where}: {key}={value!r} must be true or false")
-    return bool(value)
+def _read_by_transformers(config: dict[str, Any], where: str) -> Any:
+    """What transformers makes of a config.json: missing keys filled in, and the spellings of version 5 throughout."""
+    _positive(config.get("num_hidden_layers", 1), "num_hidden_layers", int, where)
+    from transformers import AutoConfig
+
+    try:
+        # Reading changes what it is given. The weights have a dtype each, whatever config.json says of them.
+        return AutoConfig.for_model(**copy.deepcopy(config | {"dtype": None, "torch_dtype": None}))
+    except Exception as error:  # transformers raises what it likes
+        what = " ".join(str(error).split()).rpartition("Error: ")[2][:200]
+        raise UserError(f"{where}: transformers does not take it ({what}); mend that value") from error
 
 
-def _rope(config: dict[str, Any], max_positions: int, where: str) -> tuple[float, RopeScaling]:
-    """(theta, scaling) from transformers 4's `rope_theta` and `rope_scaling` or transformers 5's `rope_parameters`."""
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    given = config.get(key) or {}
-    if not isinstance(given, dict):
-        raise UserError(f"{where}: {key}={given!r} must be null or an object with a rope_type")
-    rope = {name: value for name, value in given.items() if value is not None}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"{where}: {key} differs between kinds of layer ({', '.join(rope)}), which is not supported")
-
-    # Where both are given transformers 4 obeys the first and transformers 5 the second.
-    theta, theta_5 = config.get("rope_theta"), rope.pop("rope_theta", None)
-    if theta is not None and theta_5 is not None and theta != theta_5:
-        raise UserError(f"{where}: rope_theta={theta!r} contradicts {key}.rope_theta={theta_5!r}; remove the wrong one")
-    theta = next((value for value in (theta, theta_5) if value is not None), 10000.0)
-    theta = _positive(theta, "rope_theta", float, where)
-
+def _rope(given: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
+    """(theta, scaling) of transformers' `rope_parameters`."""
+    rope = {name: value for name, value in given.items() if value is not None and name != "type"}
+    theta = _positive(rope.pop("rope_theta", None), "rope_theta", float, where)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: {key}.partial_rotary_factor is not supported")
-    old_name = rope.pop("type", "default")
-    name = rope.pop("rope_type", old_name)
+        raise UserError(f"{where}: partial_rotary_factor in rope_parameters is not supported")
+    name = rope.pop("rope_type", "default")
     if not isinstance(name, str) or name not in _ROPE_SCALINGS:
-        raise UserError(f"{where}: {key} of type {name!r} is not supported; supported: {', '.join(_ROPE_SCALINGS)}")
+        raise UserError(f"{where}: rope_type={name!r} is not supported; supported: {', '.join(_ROPE_SCALINGS)}")
     scaling = _ROPE_SCALINGS[name]
-    if scaling is Llama3RopeScaling:
-        rope.setdefault("original_max_position_embeddings", max_positions)
     fields = {field.name: field.type for field in dataclasses.fields(scaling)} if scaling else {}
     if set(rope) != set(fields):
-        raise UserError(f"{where}: {key} of type {name!r} has the fields {sorted(rope)}; expected {sorted(fields)}")
-    values = {name: _positive(rope[name], f"{key}.{name}", kind, where) for name, kind in fields.items()}
+        raise UserError(f"{where}: rope_type={name!r} is given with {sorted(rope)}; expected {sorted(fields)}")
+    values = {name: _positive(rope[name], f"rope_parameters.{name}", kind, where) for name, kind in fields.items()}
     if scaling is Llama3RopeScaling and values["high_freq_factor"] <= values["low_freq_factor"]:
-        raise UserError(f"{where}: {key}.high_freq_factor must be greater than low_freq_factor")
+        raise UserError(f"{where}: rope_parameters.high_freq_factor must be greater than low_freq_factor")
     return theta, scaling(**values) if scaling else None
 
 
-def _sliding_window(config: dict[str, Any], model_type: str, num_layers: int, where: str) -> int | None:
-    """The window of every layer. Mistral has one unless it is null, Qwen only if `use_sliding_window`, Llama never."""
-    window = config.get("sliding_window", _FAMILIES[model_type]["sliding_window"])
-    is_qwen = model_type in ("qwen2", "qwen3")
-    if model_type == "llama" or (is_qwen and not _flag(config, "use_sliding_window", where)):
-        window = None
-    first_layer = config.get("max_window_layers", 28) if is_qwen else 0
-    if not isinstance(first_layer, int):
-        raise UserError(f"{where}: max_window_layers={first_layer!r} must be an integer")
-    sliding = [window is not None and layer >= first_layer for layer in range(num_layers)]
-    layer_types = config.get("layer_types") or ["sliding_attention" if each else "full_attention" for each in sliding]
-    if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
-        raise UserError(f"{where}: layer_types={layer_types!r} must be a list with the kind of each layer")
-    kinds = set(layer_types)
-    if len(kinds) > 1:
-        source = "layer_types" if config.get("layer_types") else f"max_window_layers={first_layer}"
-        raise UserError(f"{where}: {source} mixes {' and '.join(sorted(kinds))}; only one for all layers is supported")
-    if kinds == {"full_attention"} and (window is None or is_qwen):
-        return None
-    if kinds == {"sliding_attention"} and window is not None:
-        return _positive(window, "sliding_window", int, where)
-    raise UserError(f"{where}: layer_types of {kinds.pop()} with sliding_window={window!r} is not supported")
+def _local_rope_theta(given: dict[str, Any], where: str) -> float:
+    theta, scaling = _rope(given, where)
+    if scaling is not None:
+        raise UserError(
+            f"{where}: rope_parameters scales the rotations of layers with a window, which is not supported"
+        )
+    return theta
+
+
+def _windows(read: Any, differ: bool, where: str) -> tuple[int | None, int | None]:
+    """(sliding_window, full_attention_every). `differ`: layers with a window and those without rotate differently."""
+    window = None if read.model_type == "llama" else read.sliding_window
+    if window is not None:
+        window = _positive(window, "sliding_window", int, where)
+    alike = ["full_attention" if window is None else "sliding_attention"] * read.num_hidden_layers
+    kinds = getattr(read, "layer_types", None) or alike
+    full = [kind == "full_attention" for kind in kinds]
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    # Mistral's layers go by the window alone.
+    if unknown or (window is None and not all(full)) or (read.model_type == "mistral" and kinds != alike):
+        named = " and ".join(sorted(set(kinds)))
+        raise UserError(f"{where}: layer_types of {named} with sliding_window={window!r} is not supported")
+    if not differ and len(set(full)) == 1:
+        return (None if full[0] else window), None
+    every = (full + [True]).index(True) + 1
+    if full != [(layer + 1) % every == 0 for layer in range(len(full))]:
+        layers = [layer for layer, each in enumerate(full) if each]
+        raise UserError(f"{where}: full attention in layers {layers} is not supported, only in every n-th, n - 1 first")
+    return window, every

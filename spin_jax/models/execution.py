@@ -21,7 +21,7 @@ from spin_jax.kernels.interface import choose
 from spin_jax.models.config import ModelConfig
 
 # Arrays of a layer that a remat policy may keep, by name.
-INPUT, QKV, ATTENDED, GATE, UP = "input", "qkv", "attended", "gate", "up"
+INPUT, QKV, ATTENDED, GATE, UP, DOWN = "input", "qkv", "attended", "gate", "up", "down"
 
 _save = functools.partial(jax.checkpoint_policies.save_only_these_names, INPUT)
 # What the backward pass finds in memory; the rest of a layer is computed again. In brackets: numbers a token and layer.
@@ -32,14 +32,15 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "full": _save(),
     # Rotated queries and keys, and values [+ (N + 2K) H]: spares their projections.
     "qkv": _save(QKV),
-    # And the attention kernel's result, and the residual stream after it [+ N H + D]: spares the kernel's second
-    # forward run and the output projection.
+    # And the attention kernel's result, and the residual stream after it, or what is normed before it is added to that
+    # [+ N H + D]: spares the kernel's second forward run and the output projection.
     "attention": _save(QKV, RESIDUALS, ATTENDED),
-    # And the MLP's gate [+ F], and both its halves [+ 2F]: each spares one of the three large matmuls.
+    # And the MLP's gate [+ F], and both its halves [+ 2F]: each spares one of the three large matmuls. With both goes
+    # what the MLP gives where that is normed [+ D].
     "gate": _save(QKV, RESIDUALS, ATTENDED, GATE),
-    "mlp": _save(QKV, RESIDUALS, ATTENDED, GATE, UP),
+    "mlp": _save(QKV, RESIDUALS, ATTENDED, GATE, UP, DOWN),
     # All of that but the kernel's result: every matmul is spared [(N + 2K) H + 2D + 2F].
-    "projections": _save(QKV, ATTENDED, GATE, UP),
+    "projections": _save(QKV, ATTENDED, GATE, UP, DOWN),
 }
 
 
@@ -52,9 +53,9 @@ def kept_numbers(config: ModelConfig, remat: str, lanes: int = 1) -> int:
     head_dim, mlp, hidden = -(-config.head_dim // lanes) * lanes, config.intermediate_size, config.hidden_size
     heads = config.num_heads * head_dim
     qkv = heads + 2 * config.num_kv_heads * head_dim
-    attended = qkv + heads + hidden
-    beside = {"full": 0, "qkv": qkv, "attention": attended, "gate": attended + mlp, "mlp": attended + 2 * mlp}
-    beside |= {"projections": qkv + hidden + 2 * mlp, "none": attended + 5 * mlp + 10 * hidden}
+    attended, whole_mlp = qkv + heads + hidden, 2 * mlp + (hidden if config.post_norms else 0)
+    beside = {"full": 0, "qkv": qkv, "attention": attended, "gate": attended + mlp, "mlp": attended + whole_mlp}
+    beside |= {"projections": qkv + hidden + whole_mlp, "none": attended + 5 * mlp + 10 * hidden}
     return hidden + beside[remat]
 
 

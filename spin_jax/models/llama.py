@@ -1,4 +1,4 @@
-"""Llama and its kin (Mistral, Qwen2, Qwen3): Flax NNX modules behind pure functions on one nested dict of arrays.
+"""Llama and its kin (Mistral, Qwen, Gemma): Flax NNX modules behind pure functions on one nested dict of arrays.
 
 Modules live inside a call only: `forward` merges them with the params it is given and returns arrays. Everybody else
 sees params as data, so that policy, opponent, gradients and optimizer moments are all the same kind of tree.
@@ -20,9 +20,9 @@ from spin_jax.kernels.block_mask import attention_mask
 from spin_jax.models import kv_cache as cache_lib
 from spin_jax.models.attention import attend_cached, causal_attention
 from spin_jax.models.config import ModelConfig
-from spin_jax.models.execution import ATTENDED, GATE, INPUT, QKV, REMAT_POLICIES, UP, Compute, kept, written
+from spin_jax.models.execution import ATTENDED, DOWN, GATE, INPUT, QKV, REMAT_POLICIES, UP, Compute, kept, written
 from spin_jax.models.kv_cache import Columns
-from spin_jax.models.projections import Adapted, project, project_adapted, swiglu
+from spin_jax.models.projections import Adapted, gated, project, project_adapted
 from spin_jax.models.rope import apply_rope, rope_tables
 from spin_jax.models.weights import Weight, weights
 
@@ -42,6 +42,12 @@ class Block(nnx.Module):
             else:
                 setattr(self, name, self.parts[name](config, entry, rngs=rngs, dtype=dtype))
 
+    def norm(self, x: jax.Array, name: str, compute: Compute) -> jax.Array:
+        """x RMS-normed by the scale of this name."""
+        scale, offset = getattr(self, name)[...], self.config.norm_offset
+        scale = offset + scale.astype(jnp.float32) if offset else scale
+        return rms_norm(x, scale, self.config.rms_norm_eps, compute)
+
 
 def _project(expression: str, x: jax.Array, param: nnx.Param, compute: Compute) -> jax.Array:
     weight, axes = param.get_value(), param.get_metadata("logical_axes")
@@ -53,7 +59,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         rope: the (cos, sin) of `rope_tables`.
-        positions_BT: int32, their places in their sequences.
+        positions_BT: int32, the places that the window is measured by.
         visible_until_BT: int32, without a cache: the slots of their row from which on they are not seen, or None.
         columns: with a cache: those of its columns that are written and read.
         mask_BTS: with a cache: which of its columns each sees.
@@ -74,6 +80,8 @@ class Embedding(Block):
         # rows: neither the table nor its gradient, which is summed in the table's f32, ever travels.
         tokens_BT = constrain(tokens_BT, compute.mesh, None, None)
         x_BTD = constrain(self.embedding[...][tokens_BT], compute.mesh, None, None, "embed").astype(compute.dtype)
+        if self.config.scale_embeddings:  # by a number rounded to their dtype, as the published models were trained
+            x_BTD *= jnp.asarray(self.config.hidden_size**0.5, compute.dtype)
         return constrain(x_BTD, compute.mesh, "rows", "sequence", None)
 
 
@@ -93,9 +101,10 @@ class Attention(Block):
             k_BTKH += self.k_bias[...].astype(dtype)[None, None]
             v_BTKH += self.v_bias[...].astype(dtype)[None, None]
         if config.qk_norm:
-            q_BTNH = rms_norm(q_BTNH, self.q_norm[...], config.rms_norm_eps, compute)
-            k_BTKH = rms_norm(k_BTKH, self.k_norm[...], config.rms_norm_eps, compute)
-        q_BTNH, k_BTKH = apply_rope(q_BTNH, *tokens.rope), apply_rope(k_BTKH, *tokens.rope)
+            q_BTNH, k_BTKH = self.norm(q_BTNH, "q_norm", compute), self.norm(k_BTKH, "k_norm", compute)
+        # Scores are divided by the square root of head_dim in all kernels.
+        scale = (config.head_dim / (config.query_pre_attn_scalar or config.head_dim)) ** 0.5
+        q_BTNH, k_BTKH = apply_rope(q_BTNH, *tokens.rope, scale), apply_rope(k_BTKH, *tokens.rope)
         if cache is None:
             q_BTNH, k_BTKH, v_BTKH = (kept(x, QKV, compute) for x in (q_BTNH, k_BTKH, v_BTKH))
             attended_BTNH = causal_attention(
@@ -115,16 +124,19 @@ class Attention(Block):
 
 
 class MLP(Block):
-    """SwiGLU: down(silu(x gate) * (x up))."""
+    """Gated: down(activation(x gate) * (x up)), SwiGLU where the activation is silu (arXiv 2002.05202)."""
 
     def __call__(self, x_BTD: jax.Array, compute: Compute) -> jax.Array:
         gate_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.gate, compute), GATE, compute)
         up_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.up, compute), UP, compute)
-        return _project("BTF,FD->BTD", written(swiglu(gate_BTF, up_BTF, compute)), self.down, compute)
+        return _project(
+            "BTF,FD->BTD", written(gated(gate_BTF, up_BTF, self.config.activation, compute)), self.down, compute
+        )
 
 
 class DecoderLayer(Block):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)); with post-norms, what is added is normed
+    as well."""
 
     parts = {"attention": Attention, "mlp": MLP}
 
@@ -133,18 +145,25 @@ class DecoderLayer(Block):
     ) -> tuple[jax.Array, dict | None]:
         with jax.named_scope("attention"):
             attended_BTD, cache = self.attention(
-                self._normed(x_BTD, self.attention_norm, compute), tokens, cache, index, compute
+                self._normed(x_BTD, "attention_norm", compute), tokens, cache, index, compute
             )
-            x_BTD = constrain(x_BTD + attended_BTD, compute.mesh, "rows", "sequence", None)
-            x_BTD = kept(x_BTD, ATTENDED, compute)
+            x_BTD = self._plus(x_BTD, attended_BTD, "attention_post_norm", ATTENDED, compute)
+            if not self.config.post_norms:
+                x_BTD = kept(x_BTD, ATTENDED, compute)
         with jax.named_scope("mlp"):
-            x_BTD += self.mlp(self._normed(x_BTD, self.mlp_norm, compute), compute)
-            return constrain(x_BTD, compute.mesh, "rows", "sequence", None), cache
+            down_BTD = self.mlp(self._normed(x_BTD, "mlp_norm", compute), compute)
+            return self._plus(x_BTD, down_BTD, "mlp_post_norm", DOWN, compute), cache
 
-    def _normed(self, x_BTD: jax.Array, scale: nnx.Param, compute: Compute) -> jax.Array:
+    def _normed(self, x_BTD: jax.Array, name: str, compute: Compute) -> jax.Array:
         # Whole along the sequence again, once for all the matmuls that read it.
-        normed_BTD = rms_norm(x_BTD, scale[...], self.config.rms_norm_eps, compute)
-        return written(constrain(normed_BTD, compute.mesh, "rows", None, None))
+        return written(constrain(self.norm(x_BTD, name, compute), compute.mesh, "rows", None, None))
+
+    def _plus(self, x_BTD: jax.Array, y_BTD: jax.Array, norm: str, name: str, compute: Compute) -> jax.Array:
+        if self.config.post_norms:
+            # The backward pass needs what is normed: to keep it under `name` spares the matmul that it came from.
+            y_BTD = kept(constrain(y_BTD, compute.mesh, "rows", "sequence", None), name, compute)
+            y_BTD = self.norm(y_BTD, norm, compute)
+        return constrain(x_BTD + y_BTD, compute.mesh, "rows", "sequence", None)
 
 
 def _stack(config: ModelConfig, table: dict, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> DecoderLayer:
@@ -170,33 +189,35 @@ class Llama(Block):
         compute: Compute,
     ) -> tuple[jax.Array, dict | None]:
         config = self.config
-        rope, positions_BT = rope_tables(config, positions_BT), jnp.broadcast_to(positions_BT, tokens_BT.shape)
-        tokens, seen = Tokens(rope, positions_BT, visible_until_BT), {}
+        ropes = {window: rope_tables(config, positions_BT, window is not None) for window in config.window_shares}
+        positions_BT = jnp.broadcast_to(positions_BT, tokens_BT.shape)
+        seen, masks = {}, dict.fromkeys(ropes)
         if cache is not None:
             positions_BS = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, (0, columns.written))
-            mask_BTS = attention_mask(positions_BT, positions_BS, config.sliding_window)
-            tokens = tokens._replace(columns=columns, mask_BTS=mask_BTS)
+            masks = {window: attention_mask(positions_BT, positions_BS, window) for window in ropes}
             seen = {"positions": positions_BS}
             cache = {name: x for name, x in cache.items() if name != "positions"}
+        # All layers share a kernel, and it has one window. Where all tokens stand at 0, that window cuts nothing off.
+        places = {w: positions_BT if w == config.sliding_window else jnp.zeros_like(positions_BT) for w in ropes}
+        tokens = {w: Tokens(ropes[w], places[w], visible_until_BT, columns, masks[w]) for w in ropes}
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT, compute)
         run_layers = self._one_by_one if isinstance(layers, tuple) else self._scanned
         x_BTD, cache = run_layers(layers, x_BTD, tokens, cache, compute)
         with jax.named_scope("final_norm"):
-            normed_BTD = rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps, compute)
-            return normed_BTD, cache and cache | seen
+            return self.norm(x_BTD, "final_norm", compute), cache and cache | seen
 
     def _scanned(
-        self, layers: dict, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, compute: Compute
+        self, layers: dict, x_BTD: jax.Array, tokens: dict[int | None, Tokens], cache: dict | None, compute: Compute
     ) -> tuple[jax.Array, dict | None]:
-        layer_def = nnx.graphdef(self.layers)
+        layer_def, tokens_of = nnx.graphdef(self.layers), _by_index(self.config.windows, tokens)
 
         def apply_layer(carry: tuple, indexed_layer: tuple) -> tuple[tuple, None]:
             x_BTD, cache = carry
             index, layer = indexed_layer
             if compute.on_one_cpu:  # elsewhere the input is kept as it is
                 x_BTD = kept(x_BTD, INPUT, compute)
-            return nnx.merge(layer_def, layer)(x_BTD, tokens, cache, index, compute), None
+            return nnx.merge(layer_def, layer)(x_BTD, tokens_of(index), cache, index, compute), None
 
         if compute.remat != "none":
             # Inside a scan there is nothing to eliminate a recomputation against, so no barrier is needed.
@@ -207,15 +228,40 @@ class Llama(Block):
         return x_BTD, cache
 
     def _one_by_one(
-        self, layers: tuple[dict, ...], x_BTD: jax.Array, tokens: Tokens, cache: dict, compute: Compute
+        self,
+        layers: tuple[dict, ...],
+        x_BTD: jax.Array,
+        tokens: dict[int | None, Tokens],
+        cache: dict,
+        compute: Compute,
     ) -> tuple[jax.Array, dict]:
         """For sampling, with a cache by layer."""
         layer_def, caches = nnx.graphdef(self.layers), []
-        for layer, *of_layer in zip(layers, *cache.values(), strict=True):
+        for layer, window, *of_layer in zip(layers, self.config.windows, *cache.values(), strict=True):
             of_layer = dict(zip(cache, of_layer, strict=True))
-            x_BTD, of_layer = nnx.merge(layer_def, layer)(x_BTD, tokens, of_layer, None, compute)
+            x_BTD, of_layer = nnx.merge(layer_def, layer)(x_BTD, tokens[window], of_layer, None, compute)
             caches.append(of_layer)
         return x_BTD, {name: tuple(of_layer[name] for of_layer in caches) for name in cache}
+
+
+def _by_index(windows: tuple[int | None, ...], tokens: dict[int | None, Tokens]) -> Callable[[jax.Array], Tokens]:
+    """A layer's index -> the tokens of its window. The tables of both kinds are looked up in, and nothing branches: one
+    scan, with one attention kernel in it, serves layers of both."""
+    kinds = list(tokens)
+    if len(kinds) == 1:
+        return lambda index: tokens[kinds[0]]
+    some = tokens[kinds[0]]
+    tables = jax.tree.map(lambda *x: jnp.stack(x), *((of.rope, of.positions_BT, of.mask_BTS) for of in tokens.values()))
+    kinds_L = jnp.asarray([kinds.index(window) for window in windows])
+
+    def choose(index: jax.Array) -> Tokens:
+        kind = kinds_L[index]
+        rope, positions_BT, mask_BTS = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, kind, keepdims=False), tables
+        )
+        return some._replace(rope=rope, positions_BT=positions_BT, mask_BTS=mask_BTS)
+
+    return choose
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, compute: Compute = Compute()) -> jax.Array:  # noqa: B008

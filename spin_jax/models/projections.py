@@ -128,23 +128,27 @@ def project_adapted(
     return project(expression, x, jax.lax.stop_gradient(weight.w), axes, compute, out_dtype) + update
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def swiglu(gate: jax.Array, up: jax.Array, compute: Compute) -> jax.Array:
-    """silu(gate) * up. Its derivative is computed once and written down: left alone, the TPU compiler computes it
+# By Hugging Face's names.
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def gated(gate: jax.Array, up: jax.Array, activation: str, compute: Compute) -> jax.Array:
+    """activation(gate) * up. Its derivative is computed once and written down: left alone, the TPU compiler computes it
     anew inside each of the five matmuls that read it, and these matmuls take half as long again."""
-    return _swiglu(gate, up, compute)
+    return _gated(gate, up, activation, compute)
 
 
-def _swiglu(gate: jax.Array, up: jax.Array, compute: Compute) -> jax.Array:
+def _gated(gate: jax.Array, up: jax.Array, activation: str, compute: Compute) -> jax.Array:
     # XLA for CPUs would round to bfloat16 after each of its operations, which takes longer than the operations do.
     gate, up = (x.astype(jnp.float32) if compute.on_one_cpu else x for x in (gate, up))
-    return (jax.nn.silu(gate) * up).astype(compute.dtype)
+    return (ACTIVATIONS[activation](gate) * up).astype(compute.dtype)
 
 
-def _swiglu_backward(compute, residuals, dy):
+def _gated_backward(activation, compute, residuals, dy):
     gate, up, dy = jax.lax.optimization_barrier((*residuals, dy))
-    _, vjp = jax.vjp(lambda gate, up: _swiglu(gate, up, compute), gate, up)
+    _, vjp = jax.vjp(lambda gate, up: _gated(gate, up, activation, compute), gate, up)
     return jax.lax.optimization_barrier(vjp(dy))
 
 
-swiglu.defvjp(lambda gate, up, compute: (_swiglu(gate, up, compute), (gate, up)), _swiglu_backward)
+gated.defvjp(lambda gate, up, activation, compute: (_gated(gate, up, activation, compute), (gate, up)), _gated_backward)

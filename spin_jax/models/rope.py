@@ -12,12 +12,18 @@ import numpy as np
 from spin_jax.models.config import Llama3RopeScaling, ModelConfig
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each of the H/2 rotations, f32: theta^(-2i/H), scaled as config.py's classes say."""
+def rope_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
+    """Radians per position of each of the H/2 rotations, f32: theta^(-2i/H), scaled as config.py's classes say.
+
+    Args:
+        local: of the layers with a window, where those rotate differently.
+    """
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if local and config.local_rope_theta is not None:
+        theta, scaling = config.local_rope_theta, None
     # In f32, as transformers computes them: thousands of positions on, a rounding of a frequency is a visible angle.
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
-    scaling = config.rope_scaling
+    frequencies = np.float32(1.0) / np.float32(theta) ** exponents
     if scaling is None:
         return frequencies
     if not isinstance(scaling, Llama3RopeScaling):
@@ -28,15 +34,15 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     return ((1 - short) * frequencies / np.float32(scaling.factor) + short * frequencies).astype(np.float32)
 
 
-def rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_tables(config: ModelConfig, positions_BT: jax.Array, local: bool = False) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) of the angle that each of the H numbers of a head is turned by, each f32 [B, T, 1, H]."""
-    frequencies_H = np.tile(rope_frequencies(config), 2)
+    frequencies_H = np.tile(rope_frequencies(config, local), 2)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies_H[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + H/2}), Hugging Face's pairing, in f32.
+def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:
+    """Rotates the pairs (x_i, x_{i + H/2}), Hugging Face's pairing, and multiplies by `scale`, in f32.
 
     That is x cos + x' sin with x' = (-second half, first half). x' comes from a product with a signed permutation,
     which is exact: half a vector is half a register on a TPU, and to cut there and concatenate takes four times as
@@ -47,4 +53,5 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     turn_HH[np.arange(half) + half, np.arange(half)] = -1
     turn_HH[np.arange(half), np.arange(half) + half] = 1
     turned_BTNH = jnp.einsum("BTNH,HI->BTNI", x_BTNH, jnp.asarray(turn_HH, x_BTNH.dtype), precision="highest")
-    return (x_BTNH.astype(jnp.float32) * cos + turned_BTNH.astype(jnp.float32) * sin).astype(x_BTNH.dtype)
+    rotated_BTNH = x_BTNH.astype(jnp.float32) * cos + turned_BTNH.astype(jnp.float32) * sin
+    return (rotated_BTNH if scale == 1 else rotated_BTNH * scale).astype(x_BTNH.dtype)

@@ -54,6 +54,7 @@ def weights(config: ModelConfig) -> dict:
     D, F, V = ("embed", config.hidden_size), ("mlp", config.intermediate_size), ("vocab", config.vocab_size)
     N, K, H = ("heads", config.num_heads), ("kv_heads", config.num_kv_heads), ("head_dim", config.head_dim)
     scale = (None, config.hidden_size)
+    norm = functools.partial(_norm, offset=config.norm_offset)
     attention = {
         "q": _linear("self_attn.q_proj", D, N, H),
         "k": _linear("self_attn.k_proj", D, K, H),
@@ -65,20 +66,23 @@ def weights(config: ModelConfig) -> dict:
         attention["k_bias"] = _bias("self_attn.k_proj", K, H)
         attention["v_bias"] = _bias("self_attn.v_proj", K, H)
     if config.qk_norm:
-        attention["q_norm"] = _norm("self_attn.q_norm", H)
-        attention["k_norm"] = _norm("self_attn.k_norm", H)
+        attention["q_norm"] = norm("self_attn.q_norm", H)
+        attention["k_norm"] = norm("self_attn.k_norm", H)
     layer = {
-        "attention_norm": _norm("input_layernorm", scale),
+        "attention_norm": norm("input_layernorm", scale),
         "attention": attention,
-        "mlp_norm": _norm("post_attention_layernorm", scale),
+        "mlp_norm": norm("pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm", scale),
         "mlp": {
             "gate": _linear("mlp.gate_proj", D, F),
             "up": _linear("mlp.up_proj", D, F),
             "down": _linear("mlp.down_proj", F, D),
         },
     }
+    if config.post_norms:
+        layer["attention_post_norm"] = norm("post_attention_layernorm", scale)
+        layer["mlp_post_norm"] = norm("post_feedforward_layernorm", scale)
     embedding = Weight("model.embed_tokens.weight", (V, D), initializers.normal(0.02))
-    table = {"embed": {"embedding": embedding}, "layers": layer, "final_norm": _norm("model.norm", scale)}
+    table = {"embed": {"embedding": embedding}, "layers": layer, "final_norm": norm("model.norm", scale)}
     return table if config.tie_embeddings else table | {"lm_head": _linear("lm_head", D, V)}
 
 
@@ -101,5 +105,6 @@ def _bias(name: str, *axes: Axis) -> Weight:
     return Weight(f"{name}.bias", axes, initializers.zeros, inputs=0)
 
 
-def _norm(name: str, *axes: Axis) -> Weight:
-    return Weight(f"{name}.weight", axes, initializers.ones, float32=True)
+def _norm(name: str, *axes: Axis, offset: float) -> Weight:
+    """Of an RMS norm that multiplies by offset + scale, by 1 at first."""
+    return Weight(f"{name}.weight", axes, initializers.constant(1 - offset), float32=True)

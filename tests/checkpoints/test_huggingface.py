@@ -19,7 +19,7 @@ from spin_jax import checkpoints, models
 from spin_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-FAMILIES = ["llama2", "llama3", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama2", "llama3", "mistral", "qwen2", "qwen3", "gemma3"]
 
 
 @pytest.fixture

@@ -40,6 +40,16 @@ FAMILIES = {
     "mistral": transformers.MistralConfig(**TINY, sliding_window=4),
     "qwen2": transformers.Qwen2Config(**TINY, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**TINY, head_dim=16),
+    # Five layers, of which the third sees beyond its window of four tokens and turns by other, stretched angles.
+    "gemma3": transformers.Gemma3TextConfig(
+        **TINY | {"num_hidden_layers": 5, "head_dim": 16, "query_pre_attn_scalar": 24},
+        sliding_window=4,
+        sliding_window_pattern=3,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }
 PROMPT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -50,9 +60,10 @@ PROMPT = (
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Weights large enough, and norms and biases far enough from 1 and 0, that leaving any of them out shows."""
     generator = torch.Generator().manual_seed(seed)
+    norm = 0 if model.config.model_type == "gemma3_text" else 1
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
-        weight.data = 1 + 0.3 * noise if "norm" in name else 0.3 * noise
+        weight.data = norm + 0.3 * noise if "norm" in name else 0.3 * noise
 
 
 def logits_of(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:

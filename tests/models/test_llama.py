@@ -20,7 +20,7 @@ from spin_jax.models.weights import weights
 
 BFLOAT16 = Compute(jnp.dtype(jnp.bfloat16))
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-FAMILIES = ["llama2", "llama3", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama2", "llama3", "mistral", "qwen2", "qwen3", "gemma3"]
 
 
 def golden(family: str) -> tuple[ModelConfig, dict, np.ndarray, np.ndarray]:
@@ -69,14 +69,26 @@ def test_logits_match_transformers(family):
         ("mistral", {"sliding_window": 5}),
         ("qwen2", {"qkv_bias": False}),
         ("qwen3", {"qk_norm": False}),
+        ("gemma3", {"full_attention_every": None}),
+        ("gemma3", {"full_attention_every": 2}),
+        ("gemma3", {"sliding_window": 5}),
+        ("gemma3", {"local_rope_theta": 1e6}),
+        ("gemma3", {"rope_scaling": None}),
+        ("gemma3", {"query_pre_attn_scalar": None}),
+        ("gemma3", {"activation": "silu"}),
+        ("gemma3", {"scale_embeddings": False}),
+        ("gemma3", {"post_norms": False}),
+        ("gemma3", {"norm_offset": 0.0}),
     ],
 )
 def test_golden_logits_would_show_a_feature_left_out(family, change):
     config, params, tokens_BT, expected_BTV = golden(family)
-    for key in ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"):
-        if not (change.get("qkv_bias", True) and change.get("qk_norm", True)):
-            params["layers"]["attention"].pop(key, None)
-    assert error_of(logits_of(dataclasses.replace(config, **change), params, tokens_BT), expected_BTV) > 1e-3
+    config = dataclasses.replace(config, **change)
+
+    def without(params: dict, table: dict) -> dict:
+        return {k: without(params[k], table[k]) if isinstance(table[k], dict) else params[k] for k in table}
+
+    assert error_of(logits_of(config, without(params, weights(config)), tokens_BT), expected_BTV) > 1e-3
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral", "window"])
@@ -104,7 +116,7 @@ def test_smollm2_matches_transformers(smollm2, variant, tmp_path):
 
 
 @pytest.mark.parametrize("keys", ["k", "kT", "kT by layer"])  # of TPUs and GPUs, of CPUs, and of one CPU
-@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_cache_gives_the_uncached_hidden_states(family, keys):
     """Rows with prompts of different lengths: one right-padded prefill, then each row goes on from its own position."""
     config, params, tokens_BT, _ = golden(family)
@@ -172,8 +184,9 @@ def test_remat_changes_no_gradient():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(remat), expected)
 
 
-def test_remat_policies_save_what_they_say():
-    config, params, tokens_BT, _ = golden("llama2")
+@pytest.mark.parametrize("family", ["llama2", "gemma3"])
+def test_remat_policies_save_what_they_say(family):
+    config, params, tokens_BT, _ = golden(family)
 
     def residual_bytes(remat):
         hidden = lambda params: models.forward(config, params, tokens_BT, compute=Compute(remat=remat))[0]  # noqa: E731
@@ -181,20 +194,19 @@ def test_remat_policies_save_what_they_say():
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(backward))
 
     layers, tokens = config.num_layers, tokens_BT.size
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    attention, mlp = qkv + config.hidden_size, config.intermediate_size
-    more = {"full": 0, "qkv": qkv, "attention": attention, "gate": attention + mlp, "mlp": attention + 2 * mlp}
-    # As the comments beside REMAT_POLICIES say, but for the kernel's result: the plain path has none.
-    for policy, numbers in more.items():
+    # The plain path has no result of a kernel.
+    kernel = {"attention": 1, "gate": 1, "mlp": 1}
+    for policy in REMAT_POLICIES.keys() - {"none"}:
+        numbers = models.kept_numbers(config, policy) - models.kept_numbers(config, "full")
+        numbers -= kernel.get(policy, 0) * config.num_heads * config.head_dim
         assert residual_bytes(policy) - residual_bytes("full") == 4 * layers * tokens * numbers, policy
     assert residual_bytes("mlp") < residual_bytes("none")
 
 
 def test_scan_over_stacked_layers_is_a_loop_over_layers():
     config, params, tokens_BT, _ = golden("qwen3")
-    abstract_layer = nnx.eval_shape(
-        lambda: llama.DecoderLayer(config, weights(config)["layers"], rngs=nnx.Rngs(0), dtype=jnp.float32)
-    )
+    table = weights(config)["layers"]
+    abstract_layer = nnx.eval_shape(lambda: llama.DecoderLayer(config, table, rngs=nnx.Rngs(0), dtype=jnp.float32))
     layer_def = nnx.split(abstract_layer)[0]
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     tokens = llama.Tokens(rope_tables(config, positions_BT), jnp.broadcast_to(positions_BT, tokens_BT.shape))

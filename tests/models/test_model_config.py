@@ -11,7 +11,7 @@ from spin_jax.models import ModelConfig
 from spin_jax.models.config import LinearRopeScaling
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-FAMILIES = ["llama2", "llama3", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama2", "llama3", "mistral", "qwen2", "qwen3", "gemma3"]
 
 
 def source_config(family: str) -> dict:
@@ -42,6 +42,10 @@ def test_transformers_4_config_reads_the_same(family, scaling_key):
     source = source_config(family)
     config = ModelConfig.from_huggingface(source, "x")
     rope = source.pop("rope_parameters")
+    if family == "gemma3":
+        scaling_key = "rope_type"  # Gemma 3 came after the older key
+        source["rope_local_base_freq"], rope = rope["sliding_attention"]["rope_theta"], rope["full_attention"]
+        del source["layer_types"]  # sliding_window_pattern says the same
     source["rope_theta"] = rope.pop("rope_theta")
     name = rope.pop("rope_type")
     source["rope_scaling"] = None if name == "default" else {scaling_key: name, **rope}
@@ -66,6 +70,57 @@ def test_missing_keys_mean_what_they_mean_to_transformers():
     assert (qwen2.qkv_bias, qwen2.sliding_window, qwen2.num_kv_heads) == (True, None, 32)
     qwen3 = ModelConfig.from_huggingface({"model_type": "qwen3", "hidden_size": 1024}, "x")
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.head_dim) == (True, False, 128)
+
+
+def gemma(**changes) -> ModelConfig:
+    return ModelConfig.from_huggingface({"model_type": "gemma3_text", "num_hidden_layers": 8} | changes, "x")
+
+
+def test_gemmas_layers_of_two_kinds():
+    """Every sixth sees all tokens where the config says nothing else."""
+    config = gemma()
+    assert config.windows == (4096,) * 5 + (None,) + (4096,) * 2
+    assert (config.rope_theta, config.local_rope_theta, config.head_dim) == (1e6, 1e4, 256)
+    assert (config.tie_embeddings, config.query_pre_attn_scalar) == (True, 256)
+    assert gemma(sliding_window_pattern=2, sliding_window=512).windows == (512, None) * 4
+    assert gemma(layer_types=["sliding_attention", "full_attention"] * 4).windows == (4096, None) * 4
+    assert gemma(num_hidden_layers=5).windows == (4096,) * 5
+    assert set(gemma(layer_types=["full_attention"] * 8).windows) == {None}
+    scaled = {"rope_type": "linear", "factor": 8.0}
+    assert gemma(rope_scaling=scaled).rope_scaling == LinearRopeScaling(8.0)
+    assert gemma(rope_theta=5e5, rope_local_base_freq=2e4).local_rope_theta == 2e4
+    assert gemma(rope_parameters={"full_attention": scaled, "sliding_attention": {"rope_type": "default"}}) == gemma(
+        rope_scaling=scaled
+    )
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"model_type": "gemma3", "vision_config": {}}, "gemma3_text"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ({"hidden_activation": "silu"}, "hidden_activation='silu' is not supported, only 'gelu_pytorch_tanh' is"),
+        ({"layer_types": ["full_attention"] + ["sliding_attention"] * 7}, "full attention in layers [0]"),
+        ({"layer_types": ["sliding_attention", "chunked_attention"] * 4}, "chunked_attention"),
+        ({"sliding_window": None}, "sliding_window=None"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default"},
+                    "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+                }
+            },
+            "scales the rotations of layers with a window",
+        ),
+    ],
+)
+def test_gemmas_that_are_not_computed_are_refused_by_name(change, named):
+    with pytest.raises(UserError) as error:
+        gemma(**change)
+    assert named in str(error.value) and "\n" not in str(error.value)
 
 
 def test_qwen_windows_of_all_layers():
@@ -97,37 +152,37 @@ def test_qwen_windows_of_all_layers():
         ({"quantization_config": "awq"}, "quantization_config ('awq')"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ({"rope_scaling": {"type": "linear"}}, "expected ['factor']"),
-        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "of type ['linear']"),
-        ({"rope_scaling": "linear"}, "rope_scaling='linear'"),
-        ({"rope_scaling": [2.0]}, "rope_scaling=[2.0]"),
-        ({"rope_parameters": 2.0}, "rope_parameters=2.0"),
-        ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "rope_scaling.factor=inf"),
+        ({"rope_scaling": {"type": "linear"}}, "'factor'"),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope_type=['linear']"),
+        ({"rope_scaling": "linear"}, "'linear'"),
+        ({"rope_scaling": [2.0]}, "[2.0]"),
+        ({"rope_parameters": 2.0}, "'rope_parameters' with value 2.0"),
+        ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "rope_parameters.factor=inf"),
         ({"rope_theta": "10000"}, "rope_theta='10000'"),
         ({"rope_parameters": None, "rope_theta": [1e4]}, "rope_theta=[10000.0]"),
-        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor='2'"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_parameters.factor='2'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
         ({"rope_theta": 5e5}, "contradicts"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types mixes"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "full_attention and sliding_attention"),
         ({"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
         ({"layer_types": 2}, "layer_types=2"),
         ({"layer_types": [["full_attention"]] * 2}, "layer_types=[["),
-        ({"hidden_size": "32"}, "hidden_size='32'"),
-        ({"hidden_size": 32.0}, "hidden_size=32.0"),
-        ({"hidden_size": [32]}, "hidden_size=[32]"),
-        ({"hidden_size": True}, "hidden_size=True"),
-        ({"vocab_size": None}, "vocab_size=None"),
+        ({"hidden_size": "32"}, "'hidden_size' expected int, got str (value: '32')"),
+        ({"hidden_size": 32.0}, "'hidden_size' expected int, got float"),
+        ({"hidden_size": [32]}, "'hidden_size' expected int, got list"),
+        ({"hidden_size": True}, "'hidden_size' expected int, got bool"),
+        ({"vocab_size": None}, "'vocab_size' expected int, got NoneType"),
         ({"vocab_size": 10**30}, "must be a positive integer below"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
-        ({"rms_norm_eps": 10**400}, "rms_norm_eps=1000"),
-        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'"),
-        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
+        ({"rms_norm_eps": 10**400}, "'rms_norm_eps' expected float, got int"),
+        ({"rms_norm_eps": "1e-5"}, "'rms_norm_eps' expected float, got str"),
+        ({"tie_word_embeddings": "false"}, "'tie_word_embeddings' expected bool, got str"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
-        ({"head_dim": 7}, "head_dim=7"),
-        ({"head_dim": None, "hidden_size": 30}, "hidden_size=30"),
+        ({"head_dim": 7}, "`head_dim`=7"),
+        ({"head_dim": None, "hidden_size": 30}, "hidden size (30)"),
     ],
 )
 def test_unsupported_configs_are_refused_by_name(change, named):
@@ -140,16 +195,19 @@ def test_unsupported_configs_are_refused_by_name(change, named):
 def test_qwen_windows_of_some_layers_are_refused_by_name():
     config = source_config("qwen2") | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     del config["layer_types"]
-    with pytest.raises(UserError, match="max_window_layers=1 mixes"):
+    with pytest.raises(UserError, match=r"full attention in layers \[0\]"):
         ModelConfig.from_huggingface(config, "x")
 
 
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"use_sliding_window": "false"}, "use_sliding_window='false'"),
-        ({"max_window_layers": "1"}, "max_window_layers='1'"),
-        ({"use_sliding_window": True, "sliding_window": "8", "max_window_layers": 0}, "sliding_window='8'"),
+        ({"use_sliding_window": "false"}, "'use_sliding_window' expected bool, got str"),
+        ({"max_window_layers": "1"}, "'max_window_layers' expected int, got str"),
+        (
+            {"use_sliding_window": True, "sliding_window": "8", "max_window_layers": 0},
+            "'sliding_window' with value '8'",
+        ),
     ],
 )
 def test_window_options_of_another_type_are_refused_by_name(change, named):

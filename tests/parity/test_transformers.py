@@ -27,6 +27,9 @@ TINY = {
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+# Without a padding id, whose embedding torch gives no gradient.
+GEMMA = TINY | {"head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 24, "pad_token_id": None}
+GEMMA_ROPE = {"full_attention": LINEAR | {"rope_theta": 1e6}, "sliding_attention": {"rope_type": "default"}}
 CONFIGS = {
     "llama2": transformers.LlamaConfig(**TINY | {"num_key_value_heads": 6}),
     "llama3": transformers.LlamaConfig(**TINY, rope_parameters=LLAMA3, tie_word_embeddings=True),
@@ -36,6 +39,10 @@ CONFIGS = {
     "qwen2": transformers.Qwen2Config(**TINY, tie_word_embeddings=True),
     "qwen2-window": transformers.Qwen2Config(**TINY, use_sliding_window=True, sliding_window=7, max_window_layers=0),
     "qwen3": transformers.Qwen3Config(**TINY, head_dim=32),
+    "gemma3": transformers.Gemma3TextConfig(**GEMMA, sliding_window_pattern=2, rope_parameters=GEMMA_ROPE),
+    # As the smallest published one has it: no layer but the sixth looks beyond its window.
+    "gemma3-defaults": transformers.Gemma3TextConfig(**GEMMA | {"num_hidden_layers": 7, "query_pre_attn_scalar": 16}),
+    "gemma3-window": transformers.Gemma3TextConfig(**GEMMA | {"num_hidden_layers": 2}),
 }
 
 
@@ -44,8 +51,9 @@ def pair(request, tmp_path_factory):
     """A random model of theirs, its directory, and what `checkpoints.load` makes of it."""
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
+    norm = 0 if theirs.config.model_type == "gemma3_text" else 1  # what norms start from
     for name, weight in theirs.named_parameters():
-        weight.data = (1 if "norm" in name else 0) + 0.3 * torch.randn(weight.shape)
+        weight.data = (norm if "norm" in name else 0) + 0.3 * torch.randn(weight.shape)
     directory = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(directory)
     return theirs, directory, *checkpoints.load(directory)
@@ -138,10 +146,18 @@ def test_smollm2_logits(smollm2, as_mistral, tmp_path):
 
 def test_greedy_decoding_with_our_cache_is_theirs_with_theirs(assets):
     directory = assets / "models" / "stories260k-hf"
-    config, params = checkpoints.load(directory)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    prompt_BT = np.asarray([[1, 403, 407, 261, 378]], np.int32)
-    expected = theirs.generate(torch.from_numpy(prompt_BT).long(), max_new_tokens=60, do_sample=False)[0].tolist()
+    assert_decodes_alike(theirs, *checkpoints.load(directory), np.asarray([[1, 403, 407, 261, 378]], np.int32))
+
+
+def test_greedy_decoding_across_windows_is_theirs(pair):
+    theirs, _, config, params = pair
+    assert_decodes_alike(theirs, config, params, rows(config.vocab_size, 12)[:1])
+
+
+def assert_decodes_alike(theirs, config, params, prompt_BT: np.ndarray) -> None:
+    asked = torch.from_numpy(prompt_BT).long()
+    expected = theirs.generate(asked, max_new_tokens=60, do_sample=False, eos_token_id=None)[0].tolist()
 
     @jax.jit
     def step(tokens_BT: jax.Array, place: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
