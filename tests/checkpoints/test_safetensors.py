@@ -1,12 +1,12 @@
-"""The safetensors reader against files that are damaged, and against what the safetensors package takes."""
+"""The safetensors reader against files that are damaged, and against what the safetensors package writes."""
 
 import json
 import pathlib
+import re
 
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors
 import safetensors.numpy
 from etils import epath
 
@@ -29,11 +29,14 @@ def write(file: pathlib.Path, header: object, data: bytes = bytes(32)) -> pathli
 def refusal(file: pathlib.Path) -> str:
     with pytest.raises(UserError) as error:
         read_header(file)
-    assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_tensors_are_mapped_where_they_lie(tmp_path):
+@pytest.mark.parametrize("remote", [False, True])
+def test_tensors_are_mapped_where_they_lie(tmp_path, monkeypatch, remote):
+    """An object store's files are read without the package, which opens local ones."""
+    monkeypatch.setattr("spin_jax.checkpoints.safetensors.is_remote", lambda path: remote)
     safetensors.numpy.save_file(TENSORS, tmp_path / "x", {"format": "pt", "a": "b"})
     for path in (tmp_path / "x", epath.Path(tmp_path / "x"), str(tmp_path / "x")):
         stored = read_header(path)
@@ -49,46 +52,43 @@ def test_tensors_are_mapped_where_they_lie(tmp_path):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"a": []}, "does not say where a lies"),
-        ({"a": None}, "does not say where a lies"),
-        ({"a": {}}, "does not say where a lies"),
-        ({"a": "F32"}, "does not say where a lies"),
-        ({"b": {"shape": [4], "data_offsets": [24, 32]}}, "does not say where b lies"),
-        ({"b": {"dtype": "BF16", "data_offsets": [24, 32]}}, "does not say where b lies"),
-        ({"b": {"dtype": "BF16", "shape": [4]}}, "does not say where b lies"),
-        ({"b": {"dtype": ["BF16"], "shape": [4], "data_offsets": [24, 32]}}, "does not say where b lies"),
-        ({"b": {"dtype": "BF16", "shape": 4, "data_offsets": [24, 32]}}, "does not say where b lies"),
-        ({"b": {"dtype": "BF16", "shape": [-4], "data_offsets": [24, 32]}}, "does not say where b lies"),
-        ({"b": {"dtype": "BF16", "shape": ["4"], "data_offsets": [24, 32]}}, "does not say where b lies"),
-        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [24]}}, "does not say where b lies"),
-        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32, 40]}}, "does not say where b lies"),
-        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": ["24", "32"]}}, "does not say where b lies"),
-        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": {"24": 32}}}, "does not say where b lies"),
-        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 30]}}, "puts b at bytes 24 to 30"),
-        ({"b": {"dtype": "BF16", "shape": [3], "data_offsets": [24, 32]}}, "puts b at bytes 24 to 32"),
-        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [20, 28]}}, "puts b at bytes 20 to 28"),
-        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [26, 34]}}, "puts b at bytes 26 to 34"),
-        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [32, 24]}}, "puts b at bytes 32 to 24"),
-        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [-8, 0]}}, "puts b at bytes -8 to 0"),
-        ({"b": {"dtype": "BF16", "shape": [10**30], "data_offsets": [24, 32]}}, "puts b at bytes 24 to 32"),
+        ({"a": []}, "invalid JSON in header"),
+        ({"a": None}, "invalid JSON in header"),
+        ({"a": {}}, "invalid JSON in header"),
+        ({"a": "F32"}, "invalid JSON in header"),
+        ({"b": {"shape": [4], "data_offsets": [24, 32]}}, "invalid JSON in header"),
+        ({"b": {"dtype": "BF16", "data_offsets": [24, 32]}}, "invalid JSON in header"),
+        ({"b": {"dtype": "BF16", "shape": [4]}}, "invalid JSON in header"),
+        ({"b": {"dtype": ["BF16"], "shape": [4], "data_offsets": [24, 32]}}, "invalid JSON in header"),
+        ({"b": {"dtype": "BF16", "shape": 4, "data_offsets": [24, 32]}}, "invalid JSON in header"),
+        ({"b": {"dtype": "BF16", "shape": [-4], "data_offsets": [24, 32]}}, "invalid JSON in header"),
+        ({"b": {"dtype": "BF16", "shape": ["4"], "data_offsets": [24, 32]}}, "invalid JSON in header"),
+        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [24]}}, "invalid JSON in header"),
+        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32, 40]}}, "invalid JSON in header"),
+        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": ["24", "32"]}}, "invalid JSON in header"),
+        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": {"24": 32}}}, "invalid JSON in header"),
+        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 30]}}, "invalid shape, data type, or offset"),
+        ({"b": {"dtype": "BF16", "shape": [3], "data_offsets": [24, 32]}}, "invalid shape, data type, or offset"),
+        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [20, 28]}}, "invalid offset for tensor `b`"),
+        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [26, 34]}}, "invalid offset for tensor `b`"),
+        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [32, 24]}}, "invalid offset for tensor `b`"),
+        ({"b": {"dtype": "BF16", "shape": [4], "data_offsets": [-8, 0]}}, "invalid JSON in header"),
+        ({"b": {"dtype": "BF16", "shape": [10**30], "data_offsets": [24, 32]}}, "invalid JSON in header"),
         ({"b": {"dtype": "I64", "shape": [1], "data_offsets": [24, 32]}}, "b is stored as I64"),
-        ({"b": {"dtype": "F99", "shape": [1], "data_offsets": [24, 32]}}, "b is stored as F99"),
-        ({"c": HEADER["b"]}, "puts c at bytes 24 to 32"),
-        ({"c": {"dtype": "F32", "shape": [1], "data_offsets": [32, 36]}}, "truncated, "),
+        ({"b": {"dtype": "F99", "shape": [1], "data_offsets": [24, 32]}}, "unknown variant `F99`"),
+        ({"c": HEADER["b"]}, "invalid offset for tensor"),
+        ({"c": {"dtype": "F32", "shape": [1], "data_offsets": [32, 36]}}, "file not fully covered"),
     ],
 )
 def test_headers_that_do_not_describe_the_file(tmp_path, change, expected):
     file = write(tmp_path / "x", HEADER)
     assert read_header(file).keys() == {"a", "b"}
     assert expected in refusal(write(file, HEADER | change))
-    if "I64" not in expected:  # which the package reads, and no model of ours has
-        with pytest.raises((safetensors.SafetensorError, ValueError)):
-            safetensors.safe_open(file, "numpy").__enter__()
 
 
 @pytest.mark.parametrize("header", [b"not json", b"[]", b"null", b'"a"', b"[" * 100_000, b"\xff\xfe\x00", b"{"])
 def test_headers_that_are_no_object(tmp_path, header):
-    assert "(its header is not JSON, or no object); download it again" in refusal(write(tmp_path / "x", header))
+    assert re.search(r"invalid (JSON|UTF-8) in header.*\): download it again", refusal(write(tmp_path / "x", header)))
 
 
 def test_files_that_are_too_short_or_too_long(tmp_path):
@@ -96,11 +96,11 @@ def test_files_that_are_too_short_or_too_long(tmp_path):
     whole = file.read_bytes()
     for length in (0, 5, 8, 20, len(whole) - 1):
         file.write_bytes(whole[:length])
-        assert "truncated" in refusal(file)
+        assert "download it again" in refusal(file)
     file.write_bytes(whole + b"1")
-    assert f"damaged, {len(whole) + 1} bytes where its tensors end at {len(whole)}" in refusal(file)
+    assert "file not fully covered" in refusal(file)
     file.write_bytes((2**63).to_bytes(8, "little") + whole[8:])
-    assert "not a safetensors file" in refusal(file)
+    assert "header too large" in refusal(file)
 
 
 def test_a_header_of_gigabytes_is_not_read(tmp_path):
@@ -108,11 +108,11 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path):
     with (tmp_path / "x").open("wb") as stream:
         stream.write((4 * 10**9).to_bytes(8, "little"))
         stream.truncate(5 * 10**9)  # without blocks on the disk
-    assert "not a safetensors file (5000000000 bytes)" in refusal(tmp_path / "x")
+    assert "header too large" in refusal(tmp_path / "x")
 
 
 def test_what_is_no_file_of_tensors(tmp_path):
     (tmp_path / "x").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 269060552\n")
     assert "a Git LFS pointer, not a safetensors file; run `git lfs pull`" in refusal(tmp_path / "x")
     (tmp_path / "y").mkdir()
-    assert "cannot be read (Is a directory)" in refusal(tmp_path / "y")
+    assert "Is a directory" in refusal(tmp_path / "y")
