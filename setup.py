@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="spin_jax",
     version="0.1.0",
-    description="SPIN (Self-Play Fine-Tuning) of Llama, Mistral, Qwen and Gemma models in JAX, from a laptop to a TPU pod",
+    description="SPIN (Self-Play Fine-Tuning) of Llama, Mistral, Qwen and Gemma models in JAX, from laptop to TPU pod",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
