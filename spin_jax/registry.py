@@ -2,7 +2,7 @@
 
 import pkgutil
 from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from spin_jax.errors import UserError
 
@@ -25,7 +25,7 @@ class Registry(Mapping[str, T], Generic[T]):
     """
 
     def __init__(self, entries: Mapping[str, T | str]):
-        self._entries = dict(entries)
+        self._entries: dict[str, Any] = dict(entries)
 
     def register(self, name: str, entry: T | str) -> None:
         """Add a thing or its place, or replace the one of that name."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from spin_jax.devices.accelerators import Device
 from spin_jax.devices.compiler_options import gpu_capability
@@ -49,7 +50,7 @@ def cudnn_attention(
     return fused._dot_product_attention(q_BTNH, k_BTKH, v_BTKH, bias_B1TT, *lengths_offsets_pages, *options)
 
 
-def _refusal(device: Device, head_dim: int, dtype: jnp.dtype) -> str | None:
+def _refusal(device: Device, head_dim: int, dtype: DTypeLike) -> str | None:
     if device.platform != "gpu":
         return f"is a GPU kernel and these devices are of platform {device.platform!r}"
     if gpu_capability(device) < (8, 0):

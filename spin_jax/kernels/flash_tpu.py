@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from spin_jax.devices.accelerators import Device
 from spin_jax.kernels.block_mask import (
@@ -346,7 +347,7 @@ def _backward(tiling: Tiling, residuals: tuple[jax.Array, ...], do_BNTH: jax.Arr
 _attention.defvjp(_forward, _backward)
 
 
-def _refusal(device: Device, head_dim: int, dtype: jnp.dtype) -> str | None:
+def _refusal(device: Device, head_dim: int, dtype: DTypeLike) -> str | None:
     if device.platform == "gpu":
         return "is a TPU kernel and these devices are of platform 'gpu'"
     if device.device_kind in ("TPU v2", "TPU v3"):

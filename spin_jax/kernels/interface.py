@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from spin_jax.devices.accelerators import Device
 from spin_jax.errors import UserError
@@ -29,12 +29,12 @@ class Kernel:
     """
 
     attention: Callable[..., jax.Array]
-    refusal: Callable[[Device, int, jnp.dtype], str | None] = no_refusal
+    refusal: Callable[[Device, int, DTypeLike], str | None] = no_refusal
     platforms: tuple[str, ...] = ()
     row_length: int = 1024
 
 
-def choose(asked: str, device: Device, head_dim: int, dtype: jnp.dtype) -> str | None:
+def choose(asked: str, device: Device, head_dim: int, dtype: DTypeLike) -> str | None:
     """The name of the kernel that `config.model.attention` means on a device; None is plain jax.numpy.
 
     The device is one that a program is for, not one of the process: programs for TPUs are compiled where none is.

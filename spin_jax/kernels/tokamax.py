@@ -7,6 +7,7 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from spin_jax.devices.accelerators import Device
 from spin_jax.devices.compiler_options import gpu_capability
@@ -15,7 +16,7 @@ from spin_jax.kernels.interface import Kernel
 TOKAMAX = "tokamax==0.0.17"  # the extra of setup.py: its masks by ranges have no public name, so the version is fixed
 
 
-def refusal(device: Device, head_dim: int, dtype: jnp.dtype) -> str | None:
+def refusal(device: Device, head_dim: int, dtype: DTypeLike) -> str | None:
     """Why tokamax cannot compute attention on such a device, if so. On CPUs it is plain XLA, for tests."""
     if device.platform == "tpu":
         return "is a GPU kernel and these devices are of platform 'tpu'"
