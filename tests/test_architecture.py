@@ -74,3 +74,24 @@ def test_light_modules_stay_light():
     code += f"import sys; print([name for name in {HEAVY} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.stdout == "[]\n", run.stdout + run.stderr
+
+
+def shape_letters() -> set[str]:
+    """The letters of the document's table."""
+    table = (ROOT / "docs/architecture.md").read_text().partition("## Shape letters")[2].partition("\n## ")[0]
+    letters = re.findall(r"^\| ([A-Z]) \|", table, re.M)
+    assert len(letters) == len(set(letters)), "a letter has two meanings"
+    return set(letters)
+
+
+def test_every_shape_suffix_is_in_the_table():
+    unknown = {}
+    for path in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {node.id for node in nodes if isinstance(node, ast.Name)}
+        names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        for name in names:
+            suffix = re.fullmatch(r"_?[a-z]\w*_([A-Z0-9]*[A-Z][A-Z0-9]*)", name)
+            if suffix and (letters := {letter for letter in suffix[1] if letter.isalpha()} - shape_letters()):
+                unknown[f"{path.name}: {name}"] = letters
+    assert not unknown
