@@ -10,12 +10,13 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax.checkpoints import safetensors
@@ -38,21 +39,13 @@ class _Tensor(NamedTuple):
 
 def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
     """Every tensor of a checkpoint, those of a layer together, in the table's order."""
-    table = dict(weights(config))
-    layer = table.pop("layers")
-    for path, weight in _leaves(table):
+    table = flatten_dict(weights(config))
+    of_layers = {path: table.pop(path) for path in list(table) if path[0] == "layers"}
+    for path, weight in table.items():
         yield _Tensor(weight.name, path, None, weight)
-    for number in range(config.num_layers):
-        for path, weight in _leaves(layer, "layers"):
-            yield _Tensor(_name(weight, number), path, number, weight)
-
-
-def _leaves(table: dict, *path: str) -> Iterator[tuple[tuple[str, ...], Weight]]:
-    for name, entry in table.items():
-        if isinstance(entry, Weight):
-            yield (*path, name), entry
-        else:
-            yield from _leaves(entry, *path, name)
+    for layer in range(config.num_layers):
+        for path, weight in of_layers.items():
+            yield _Tensor(_name(weight, layer), path, layer, weight)
 
 
 def _name(weight: Weight, layer: int) -> str:
@@ -83,7 +76,7 @@ def load(
     dtype: jnp.dtype = jnp.float32,
     shardings: dict | None = None,
 ) -> tuple[ModelConfig, dict]:
-    """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint; `models.init_params` describes the tree.
+    """Reads a checkpoint of a supported family; `models.weights.weights` describes the tree.
 
     Args:
         path_or_id: a directory with config.json and safetensors, or a Hub repository.
@@ -106,52 +99,37 @@ def load(
         shardings = jax.tree.map(lambda _: device, abstract)
 
     def place(path: tuple, weight: Weight, param: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-        layers = config.num_layers if path[0].key == "layers" else None
-        read = _Reader(weight, layers, stored, param)
+        stacked = path[0].key == "layers"
+        names = [_name(weight, layer) for layer in range(config.num_layers)] if stacked else [weight.name]
+        read = _reader(weight, {name: stored[name] for name in names}, param, stacked)
         # Waiting lets go of this param's host copy before the next is read.
         return jax.block_until_ready(jax.make_array_from_callback(param.shape, sharding, read))
 
     return config, jax.tree.map_with_path(place, weights(config), abstract, shardings)
 
 
-class _Reader:
-    """Reads slices of one param. Devices that hold the same slice share one copy of it."""
+def _reader(
+    weight: Weight, stored: dict[str, safetensors.StoredTensor], param: jax.ShapeDtypeStruct, stacked: bool
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """A function that reads slices of a param. Devices that hold the same slice share one copy of it."""
+    slices: dict[tuple, np.ndarray] = {}
 
-    def __init__(
-        self,
-        weight: Weight,
-        layers: int | None,
-        stored: dict[str, safetensors.StoredTensor],
-        param: jax.ShapeDtypeStruct,
-    ):
-        names = [weight.name] if layers is None else [_name(weight, layer) for layer in range(layers)]
-        self._weight, self._stored, self._param = weight, [(name, stored[name]) for name in names], param
-        self._in_layers = layers is not None
-        self._slices: dict[tuple, np.ndarray] = {}
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(each.indices(size)[:2] for each, size in zip(index, param.shape, strict=True))
+        if bounds not in slices:
+            out = slices[bounds] = np.empty([stop - start for start, stop in bounds], param.dtype)
+            layers, parts, index = (index[0], out, index[1:]) if stacked else (slice(None), out[None], index)
+            for part, (name, tensor) in zip(parts, list(stored.items())[layers], strict=True):
+                with np.errstate(over="ignore"):  # it is refused below
+                    part[...] = _to_ours(weight, tensor.map())[index]
+                if not _all_finite(part):
+                    raise UserError(
+                        f"{tensor.file}: {name} holds values that are not finite in {part.dtype}; download it again, "
+                        "or name a checkpoint from before its training failed"
+                    )
+        return slices[bounds]
 
-    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(each.indices(size)[:2] for each, size in zip(index, self._param.shape, strict=True))
-        if bounds not in self._slices:
-            self._slices[bounds] = self._read(index, tuple(stop - start for start, stop in bounds))
-        return self._slices[bounds]
-
-    def _read(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-        out = np.empty(shape, self._param.dtype)
-        if not self._in_layers:
-            self._copy(*self._stored[0], index, out)
-        else:
-            for out_of_layer, stored in zip(out, self._stored[index[0]], strict=True):
-                self._copy(*stored, index[1:], out_of_layer)
-        return out
-
-    def _copy(self, name: str, stored: safetensors.StoredTensor, index: tuple[slice, ...], out: np.ndarray) -> None:
-        with np.errstate(over="ignore"):  # it is refused below
-            out[...] = _to_ours(self._weight, stored.map())[index]
-        if not _all_finite(out):
-            raise UserError(
-                f"{stored.file}: {name} holds values that are not finite in {out.dtype}; download it again, or "
-                "name a checkpoint from before its training failed"
-            )
+    return read
 
 
 def _all_finite(x: np.ndarray) -> bool:

@@ -112,7 +112,9 @@ class ModelConfig:
         """
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in _FAMILIES:
-            raise UserError(f"{where}: model_type={model_type!r} is not supported; supported: {', '.join(_FAMILIES)}")
+            hint = "; name a model of text alone" if "vision_config" in config else ""
+            known = ", ".join(_FAMILIES)
+            raise UserError(f"{where}: model_type={model_type!r} is not supported; supported: {known}{hint}")
         architecture, traits = _FAMILIES[model_type]
         _refuse_unsupported(config, architecture, traits.get("activation", "silu"), where)
         read = _read_by_transformers(config, where)
@@ -120,41 +122,36 @@ class ModelConfig:
         def positive(key: str, kind: type = int) -> Any:
             return _positive(getattr(read, key), key, kind, where)
 
-        num_heads, num_kv_heads = positive("num_attention_heads"), positive("num_key_value_heads")
-        head_dim = getattr(read, "head_dim", None) or positive("hidden_size") // num_heads
-        head_dim = _positive(head_dim, "head_dim", int, where)
+        sizes = {ours: positive(theirs) for ours, theirs in _SIZES.items()}
+        heads, kv_heads = sizes["num_heads"], sizes["num_kv_heads"]
+        head_dim = _positive(getattr(read, "head_dim", None) or sizes["hidden_size"] // heads, "head_dim", int, where)
         if head_dim % 2:
             raise UserError(f"{where}: head_dim={head_dim} is odd; rotary embeddings need an even one")
-        if num_heads % num_kv_heads:
-            raise UserError(
-                f"{where}: num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}"
-            )
-        rope = read.rope_parameters
-        local = rope.get("sliding_attention") if model_type == "gemma3_text" else None
-        rope_theta, rope_scaling = _rope(rope["full_attention"] if local else rope, where)
-        local_rope_theta = _local_rope_theta(local, where) if local else None
-        sliding_window, full_attention_every = _windows(read, local_rope_theta is not None, where)
+        if heads % kv_heads:
+            raise UserError(f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+        rope, local_rope_theta, is_gemma = read.rope_parameters, None, model_type == "gemma3_text"
+        if is_gemma:
+            local_rope_theta, scaling = _rope(rope["sliding_attention"], where)
+            if scaling is not None:
+                raise UserError(f"{where}: scaled rotations in layers with a sliding window are not supported")
+            rope = rope["full_attention"]
+        rope_theta, rope_scaling = _rope(rope, where)
         if (theta := config.get("rope_theta")) not in (None, rope_theta):
             # Where both are given transformers 4 obeys the first and transformers 5 the second.
             raise UserError(f"{where}: rope_theta={theta!r} contradicts that of rope_parameters; remove the wrong one")
+        sliding_window, full_attention_every = _windows(read, is_gemma, where)
         return ModelConfig(
             model_type=model_type,
-            vocab_size=positive("vocab_size"),
-            hidden_size=positive("hidden_size"),
-            intermediate_size=positive("intermediate_size"),
-            num_layers=positive("num_hidden_layers"),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
+            **sizes,
             head_dim=head_dim,
             rms_norm_eps=positive("rms_norm_eps", float),
             rope_theta=rope_theta,
-            max_position_embeddings=positive("max_position_embeddings"),
             rope_scaling=rope_scaling,
             sliding_window=sliding_window,
             full_attention_every=full_attention_every,
             local_rope_theta=local_rope_theta,
             tie_embeddings=read.tie_word_embeddings,
-            query_pre_attn_scalar=positive("query_pre_attn_scalar") if model_type == "gemma3_text" else None,
+            query_pre_attn_scalar=positive("query_pre_attn_scalar") if is_gemma else None,
             **traits,
         )
 
@@ -186,20 +183,10 @@ class ModelConfig:
 
     def _fields(self) -> dict[str, Any]:
         """Everything but rope and dtype under Hugging Face's names."""
-        fields = {
-            "model_type": self.model_type,
-            "architectures": [_FAMILIES[self.model_type][0]],
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "rms_norm_eps": self.rms_norm_eps,
-            "max_position_embeddings": self.max_position_embeddings,
-            "tie_word_embeddings": self.tie_embeddings,
-        }
+        fields = {theirs: getattr(self, ours) for ours, theirs in _SIZES.items()}
+        fields |= {"model_type": self.model_type, "architectures": [_FAMILIES[self.model_type][0]]}
+        fields |= {"head_dim": self.head_dim, "rms_norm_eps": self.rms_norm_eps}
+        fields |= {"tie_word_embeddings": self.tie_embeddings}
         if self.model_type == "llama":
             fields |= {"attention_bias": False, "mlp_bias": False}
         else:
@@ -217,6 +204,17 @@ class ModelConfig:
             fields |= {"hidden_act": self.activation}
         return fields
 
+
+# Our names of sizes -> Hugging Face's.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_position_embeddings": "max_position_embeddings",
+}
 
 # model_type -> (the Hugging Face class, what sets the family apart).
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -309,15 +307,6 @@ def _rope(given: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
     if scaling is Llama3RopeScaling and values["high_freq_factor"] <= values["low_freq_factor"]:
         raise UserError(f"{where}: rope_parameters.high_freq_factor must be greater than low_freq_factor")
     return theta, scaling(**values) if scaling else None
-
-
-def _local_rope_theta(given: dict[str, Any], where: str) -> float:
-    theta, scaling = _rope(given, where)
-    if scaling is not None:
-        raise UserError(
-            f"{where}: rope_parameters scales the rotations of layers with a window, which is not supported"
-        )
-    return theta
 
 
 def _windows(read: Any, differ: bool, where: str) -> tuple[int | None, int | None]:

@@ -250,18 +250,10 @@ def _by_index(windows: tuple[int | None, ...], tokens: dict[int | None, Tokens])
     kinds = list(tokens)
     if len(kinds) == 1:
         return lambda index: tokens[kinds[0]]
-    some = tokens[kinds[0]]
-    tables = jax.tree.map(lambda *x: jnp.stack(x), *((of.rope, of.positions_BT, of.mask_BTS) for of in tokens.values()))
+    tables = jax.tree.map(lambda *of_kinds: jnp.stack(of_kinds), *tokens.values())
     kinds_L = jnp.asarray([kinds.index(window) for window in windows])
-
-    def choose(index: jax.Array) -> Tokens:
-        kind = kinds_L[index]
-        rope, positions_BT, mask_BTS = jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, kind, keepdims=False), tables
-        )
-        return some._replace(rope=rope, positions_BT=positions_BT, mask_BTS=mask_BTS)
-
-    return choose
+    choose = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    return lambda index: jax.tree.map(lambda table: choose(table, kinds_L[index]), tables)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, compute: Compute = Compute()) -> jax.Array:  # noqa: B008

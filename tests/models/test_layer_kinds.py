@@ -13,12 +13,10 @@ import padded
 import pytest
 import tiny
 
-from spin_jax.config import base_config
+from spin_jax.config import GenerateConfig
 from spin_jax.data.packing import Packing, forward_flops
 from spin_jax.devices import sharding
-from spin_jax.generation.engine import generate
-from spin_jax.generation.programs import make_sampler
-from spin_jax.generation.response_files import Prompt
+from spin_jax.generation.engine import Engine
 from spin_jax.models import (
     Compute,
     abstract_params,
@@ -31,7 +29,6 @@ from spin_jax.models import (
     unembed,
     unembed_flops,
 )
-from spin_jax.models.attention import Kernel
 from spin_jax.objectives.logprobs import pair_logprobs
 
 CONFIG = dataclasses.replace(
@@ -59,10 +56,6 @@ def params() -> dict:
     """Large enough that whatever goes wrong shows."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.25 * rng.standard_normal(x.shape, np.float32), abstract_params(CONFIG))
-
-
-def kernel(name: str, mesh: jax.sharding.Mesh) -> Kernel | None:
-    return None if name == "plain" else Kernel(name, mesh, sharding.RULES["rows"], sharding.RULES["heads"])
 
 
 def logprobs_and_gradients(logprobs, params: dict) -> tuple[jax.Array, dict]:
@@ -97,20 +90,20 @@ def packed_logprobs(compute: Compute, packing: Packing = IN_TWO_ROWS):
 
 
 @pytest.mark.parametrize(
-    ("attention", "remat"), [("plain", "none"), ("plain", "mlp"), ("tiled", "full"), ("flash", "attention")]
+    ("attention", "remat"), [(None, "none"), (None, "mlp"), ("tiled", "full"), ("flash", "attention")]
 )
 def test_packed_rows_are_a_row_for_each_response(attention, remat):
     """Rows of dozens of tokens with several pairs in each, under a window of five."""
-    compute = Compute(remat=remat, kernel=kernel(attention, sharding.make_mesh(devices=jax.devices()[:1])))
+    compute = Compute(remat=remat, kernel=attention, mesh=sharding.one_device_mesh())
     assert_close(logprobs_and_gradients(packed_logprobs(compute), params()))
 
 
 @pytest.mark.usefixtures("all_passes")
-@pytest.mark.parametrize("attention", ["plain", "tiled"])
+@pytest.mark.parametrize("attention", [None, "tiled"])
 def test_eight_devices_compute_what_one_does(attention):
     mesh = sharding.make_mesh(2, 2, 2)
     placed = jax.device_put(params(), param_shardings(mesh, CONFIG))
-    compute = Compute(mesh=mesh, kernel=kernel(attention, mesh))
+    compute = Compute(mesh=mesh, kernel=attention)
     assert_close(logprobs_and_gradients(packed_logprobs(compute, Packing(4, 8, 32)), placed))
 
 
@@ -126,19 +119,16 @@ def test_low_rank_updates_are_those_of_the_merged_weights():
 @pytest.mark.parametrize("devices", [1, 8])  # a cache by layer, and one array for all layers
 def test_greedy_sampling_takes_the_best_token_of_the_model_without_a_cache(devices):
     """Prompts and responses longer than the window: layers that see all need all of them."""
-    settings = base_config().generate
-    settings.update(max_new_tokens=12, batch_size=8, prefill_batch_size=8, tail_batch_size=8, prompt_bucket=8)
-    settings.temperature = 0.0
+    sizes = {"batch_size": 8, "prefill_batch_size": 8, "tail_batch_size": 8, "prompt_bucket": 8}
     mesh = sharding.decode_mesh(sharding.make_mesh(devices=jax.devices()[:devices]), min(devices, 2))
-    by = make_sampler(CONFIG, settings, (), Compute(mesh=mesh))
+    engine = Engine(CONFIG, GenerateConfig(max_new_tokens=12, temperature=0.0, **sizes), Compute(mesh=mesh), ())
     rng = np.random.default_rng(3)
-    prompts = [Prompt(row, tiny.tokens(rng, length)) for row, length in enumerate((1, 8, 3, 14, 2, 7, 4, 9, 5))]
-    responses = generate(by, params(), prompts, settings, seed=0, iteration=0, mesh=mesh)
-    for prompt, response in zip(prompts, responses, strict=True):
-        row_T = np.concatenate([prompt.tokens, response.tokens])
+    prompts = [tiny.tokens(rng, length) for length in (1, 8, 3, 14, 2, 7, 4, 9, 5)]
+    for prompt, response in zip(prompts, engine.generate(params(), prompts, seed=0), strict=True):
+        row_T = np.concatenate([prompt, response.tokens])
         hidden_1TD, _ = forward(CONFIG, params(), row_T[None])
         best_T = np.argmax(unembed(CONFIG, params(), hidden_1TD[0]), axis=-1)
-        np.testing.assert_array_equal(response.tokens, best_T[len(prompt.tokens) - 1 : -1])
+        np.testing.assert_array_equal(response.tokens, best_T[len(prompt) - 1 : -1])
 
 
 def test_a_layer_counts_the_keys_that_it_sees():

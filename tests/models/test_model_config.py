@@ -97,7 +97,7 @@ def test_gemmas_layers_of_two_kinds():
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"model_type": "gemma3", "vision_config": {}}, "gemma3_text"),
+        ({"model_type": "gemma3", "vision_config": {}}, "gemma3_text; name a model of text alone"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
@@ -113,7 +113,7 @@ def test_gemmas_layers_of_two_kinds():
                     "sliding_attention": {"rope_type": "linear", "factor": 2.0},
                 }
             },
-            "scales the rotations of layers with a window",
+            "scaled rotations in layers with a sliding window",
         ),
     ],
 )
