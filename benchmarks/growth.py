@@ -31,8 +31,8 @@ from spin_jax.data.packing import Packing, pack_batch, plan_training  # noqa: E4
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
 from spin_jax.devices.accelerators import GiB, find_slice  # noqa: E402
-from spin_jax.devices.transfer import put  # noqa: E402
-from spin_jax.models import execution  # noqa: E402
+from spin_jax.devices.transfer import to_devices  # noqa: E402
+from spin_jax.models.execution import make_execution  # noqa: E402
 from spin_jax.objectives import OBJECTIVES  # noqa: E402
 from spin_jax.objectives.interface import Settings, batch_loss  # noqa: E402
 from spin_jax.training import programs  # noqa: E402
@@ -93,14 +93,14 @@ def make_stepper(model: models.ModelConfig, pairs: list[Pair], length: int, atte
     config = replace(Config(), {"model.attention": attention})
     mesh = sharding.one_device_mesh()
     config = sizing.choose(config, model, list(mesh.devices.flat))
-    compute = execution.make_compute(config.model, model, mesh)
+    execution = make_execution(config.model, model, mesh)
     shardings = models.param_shardings(mesh, model)
     params = jax.jit(lambda: models.init_params(model, jax.random.key(0)), out_shardings=shardings)()
-    objective = batch_loss(OBJECTIVES["logistic"], Settings(beta=0.1), model, compute)
+    objective = batch_loss(OBJECTIVES["logistic"], Settings(beta=0.1), model, execution)
     optimizer = make_optimizer("rmsprop", learning_rate_schedule(1e-6, 1000, 0.1), 1.0, 0.0)
     init, step = programs.jit_training(objective, optimizer, 1, params, mesh)
     plan = plan_training(pairs, np.arange(len(pairs))[None], Packing(1, 64, length))
-    batch = put(pack_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays, sharding.batch_sharding(mesh))
+    batch = to_devices(pack_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays, sharding.batch_sharding(mesh))
     state = init(params)
 
     def make_step() -> None:

@@ -21,7 +21,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from contest import busy_seconds, machine  # noqa: E402
 
-from spin_jax.models import Compute  # noqa: E402
+from spin_jax.models import Execution  # noqa: E402
 from spin_jax.models.projections import project  # noqa: E402
 
 SIZES = {"B": 1, "D": 576, "N": 9, "K": 3, "H": 64, "F": 1536}
@@ -58,7 +58,7 @@ def compare(name: str, tokens: int, rounds: int) -> dict:
     x_axes, w_axes = expression.split("->")[0].split(",")
     x, w = (jnp.ones([sizes[axis] for axis in axes], bfloat16) for axes in (x_axes, w_axes))
     runs = {
-        "float32": jax.jit(lambda x, w: project(expression, x, w, (None,) * w.ndim, Compute(bfloat16), bfloat16)),
+        "float32": jax.jit(lambda x, w: project(expression, x, w, (None,) * w.ndim, Execution(bfloat16), bfloat16)),
         "bfloat16": jax.jit(lambda x, w: jnp.einsum(expression, x, w, preferred_element_type=bfloat16)),
     }
     seconds = {kind: [] for kind in runs}

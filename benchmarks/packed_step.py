@@ -46,9 +46,9 @@ def main() -> None:
         config = load_config(f"{name},code")
         print(f"{name}: how full rows are, over {BATCHES} batches of {PAIRS} pairs of at most so many shapes")
         print(f"{'devices':8}" + "".join(f"{shapes or 'any':>8}" for shapes in SHAPES))
-        for ways in WAYS:
-            fills = [fill(config, ways, BATCHES, shapes) for shapes in SHAPES]
-            print(f"{ways:<8}" + "".join(f"{share:8.1%}" for share in fills), flush=True)
+        for num_shards in WAYS:
+            fills = [fill(config, num_shards, BATCHES, shapes) for shapes in SHAPES]
+            print(f"{num_shards:<8}" + "".join(f"{share:8.1%}" for share in fills), flush=True)
         lengths = draw(config, PAIRS)
         packed = report(config, name, lengths)
         config = replace(config, {"spin.opponent": "live"})
@@ -76,12 +76,12 @@ def load_config(argument: str) -> Config:
     return freeze(config)
 
 
-def fill(config: Config, ways: int, batches: int, shapes: int | None = None) -> float:
+def fill(config: Config, num_shards: int, batches: int, shapes: int | None = None) -> float:
     """The share of all slots that is not padding, where so many devices split the rows of each batch."""
     lengths = draw(config, batches * PAIRS)
     parts = ([np.zeros(tokens, np.int32) for tokens in pair] for pair in lengths)
     pairs = [Pair(0, 0, prompt, tuple(responses), (False, False)) for prompt, *responses in parts]
-    packing = Packing(ways, config.train.length_multiple, config.train.row_length, shapes or batches)
+    packing = Packing(num_shards, config.train.length_multiple, config.train.row_length, shapes or batches)
     return plan_training(pairs, np.arange(len(pairs)).reshape(batches, PAIRS), packing).fill
 
 

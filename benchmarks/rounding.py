@@ -35,14 +35,14 @@ from spin_jax.data.chat_format import load_chat  # noqa: E402
 from spin_jax.data.packing import Packing, Plan, of_pairs, pack_batch, plan_scoring, plan_training
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
-from spin_jax.devices.transfer import everywhere, fetch, put
+from spin_jax.devices.transfer import everywhere, to_devices, to_host
 from spin_jax.evaluation.scoring import StepProgram, response_program  # noqa: E402
-from spin_jax.models import execution
+from spin_jax.models.execution import make_execution
 from spin_jax.training import programs
 from spin_jax.training.schedule import batch_order
 
 
-class Player:
+class LanguageModel:
     """The model in one dtype: its log-probs by the step's program and by the scoring program."""
 
     def __init__(self, directory: str, dtype: str, steps: int):
@@ -52,9 +52,9 @@ class Player:
         shardings = models.param_shardings(self.mesh, checkpoints.read_config(pathlib.Path(directory)))
         self.model, params = checkpoints.load(directory, shardings=shardings)
         config = sizing.choose(config, self.model, list(self.mesh.devices.flat))
-        compute = execution.make_compute(config.model, self.model, self.mesh)
-        self.training = programs.make_training(programs.spin_spec(config, self.model, compute, 0, steps))
-        self.compute = compute
+        execution = make_execution(config.model, self.model, self.mesh)
+        self.training = programs.make_training(programs.spin_spec(config, self.model, execution, 0, steps))
+        self.execution = execution
         self.state = self.training.init(params)
 
     def by_step(self, pairs: list[Pair], plan: Plan) -> np.ndarray:
@@ -66,14 +66,14 @@ class Player:
 
     def by_scorer(self, pairs: list[Pair], plan: Plan) -> np.ndarray:
         """[pairs, 2], by the program of held-out pairs."""
-        program = response_program(self.model, self.compute)
-        return self._by(lambda batch: program(self.state.params, put(batch, self.placed)), pairs, plan)
+        program = response_program(self.model, self.execution)
+        return self._by(lambda batch: program(self.state.params, to_devices(batch, self.placed)), pairs, plan)
 
     def _by(self, run: Callable, pairs: list[Pair], plan: Plan) -> np.ndarray:
         found = np.zeros((len(pairs), 2), np.float32)
         for rows, shape in zip(plan.batches, plan.shapes, strict=True):
             logps = run(pack_batch(self.model, pairs, rows, shape).arrays)
-            found[[i for row in rows for i in row]] = of_pairs(fetch(logps), rows)
+            found[[i for row in rows for i in row]] = of_pairs(to_host(logps), rows)
         return found
 
     def update(self, pairs: list[Pair], plan: Plan, logps: np.ndarray) -> None:
@@ -83,7 +83,7 @@ class Player:
             batch = pack_batch(
                 self.model, pairs, rows, shape, reference_logps=logps[[i for row in rows for i in row]]
             ).arrays
-            put_batch = put(batch, self.placed)
+            put_batch = to_devices(batch, self.placed)
             self.state, _, _ = self.training.step(self.state, None, put_batch, everywhere(False, self.mesh))
 
 
@@ -100,20 +100,20 @@ def main() -> None:
     other = plan_scoring(pairs, size, Packing(1, 256, 2048))
     found = {}
     for dtype in ("float32", "bfloat16"):
-        player = Player(args.model, dtype, steps=100)
-        own = player.by_step(pairs, plan)
+        lm = LanguageModel(args.model, dtype, steps=100)
+        own = lm.by_step(pairs, plan)
         found[dtype] = own
-        found[f"{dtype}, other rows"] = player.by_scorer(pairs, other) - own
-        found[f"{dtype}, other program"] = player.by_scorer(pairs, plan) - own
-        found[f"{dtype}, the step's own"] = player.by_step(pairs, plan) - own
+        found[f"{dtype}, other rows"] = lm.by_scorer(pairs, other) - own
+        found[f"{dtype}, other program"] = lm.by_scorer(pairs, plan) - own
+        found[f"{dtype}, the step's own"] = lm.by_step(pairs, plan) - own
         # The same update for both, made in float32.
         if dtype == "float32":
-            player.update(pairs, plan, own)
-            updated = jax.device_get(player.state.params)
+            lm.update(pairs, plan, own)
+            updated = jax.device_get(lm.state.params)
         else:
-            player.state = player.state._replace(params=jax.tree.map(jnp.array, updated))
-        found[f"{dtype}, moved"] = player.by_step(pairs, plan) - own
-        del player
+            lm.state = lm.state._replace(params=jax.tree.map(jnp.array, updated))
+        found[f"{dtype}, moved"] = lm.by_step(pairs, plan) - own
+        del lm
     found["bfloat16 against float32"] = found.pop("bfloat16") - found.pop("float32")
     found["after a step"] = found.pop("bfloat16, moved") - (moved := found.pop("float32, moved"))
     lengths = np.array([sum(map(len, pair.responses)) for pair in pairs])

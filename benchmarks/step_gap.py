@@ -32,8 +32,8 @@ from spin_jax.config import Config, ToyConfig  # noqa: E402
 from spin_jax.data.packing import Packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding
-from spin_jax.devices.transfer import put  # noqa: E402
-from spin_jax.models import execution
+from spin_jax.devices.transfer import to_devices  # noqa: E402
+from spin_jax.models.execution import make_execution
 from spin_jax.objectives import OBJECTIVES  # noqa: E402
 from spin_jax.objectives.interface import Settings, batch_loss  # noqa: E402
 from spin_jax.tasks import toy  # noqa: E402
@@ -53,12 +53,12 @@ class Training:
         config = sizing.choose(Config(), model, jax.devices())
         self.mesh, self.model = sharding.make_mesh(), model
         sharding.check_pairs(self.mesh, pairs, 1)
-        compute = execution.make_compute(config.model, model, self.mesh)
+        execution = make_execution(config.model, model, self.mesh)
         self.schedule = learning_rate_schedule(1e-6, 1000, 0.1)
         shardings = models.param_shardings(self.mesh, model)
         self._new_params = jax.jit(lambda: models.init_params(model, jax.random.key(0)), out_shardings=shardings)
         self.init, self.step = programs.jit_training(
-            batch_loss(OBJECTIVES["logistic"], Settings(beta=0.1), model, compute),
+            batch_loss(OBJECTIVES["logistic"], Settings(beta=0.1), model, execution),
             make_optimizer("rmsprop", self.schedule, 1.0, 0.0),
             1,
             self._new_params(),
@@ -68,7 +68,7 @@ class Training:
         rng = np.random.default_rng(0)
         ids = lambda: rng.integers(1, model.vocab_size, length // 2, dtype=np.int32)  # noqa: E731
         self._pairs = [Pair(i, 0, ids(), (ids(), ids()), (False, False)) for i in range(ROWS)]
-        packing = Packing(sharding.ways(self.mesh, "rows"), 128, config.train.row_length)
+        packing = Packing(sharding.num_shards(self.mesh, "rows"), 128, config.train.row_length)
         self._plan = plan_training(self._pairs, batch_order(ROWS, pairs, 0, steps), packing)
 
     def new_state(self):
@@ -98,7 +98,7 @@ def in_the_loop(training: Training, steps: int) -> tuple[list[float], list[bool]
             steps=steps + WARM_UP,
             make_batch=training.make_batch,
             sharding=training.sharding,
-            passes=3,
+            flops_multiplier=3,
             schedule=training.schedule,
             directory=epath.Path(directory),
             checkpoint_every=steps + WARM_UP,
@@ -109,7 +109,7 @@ def in_the_loop(training: Training, steps: int) -> tuple[list[float], list[bool]
 
 def bare(training: Training, steps: int) -> list[float]:
     """B: seconds between two calls of the step, each on a batch that is there."""
-    batches = [put(training.make_batch(step).arrays, training.sharding) for step in range(2)]
+    batches = [to_devices(training.make_batch(step).arrays, training.sharding) for step in range(2)]
     state, calls, last = training.new_state(), [], None
     jax.block_until_ready((state, batches))
     for step in range(steps + WARM_UP):
@@ -127,7 +127,7 @@ def batch_seconds(training: Training, times: int) -> float:
     seconds = []
     for step in range(times):
         begin = time.perf_counter()
-        put(training.make_batch(step).arrays, training.sharding)
+        to_devices(training.make_batch(step).arrays, training.sharding)
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
 

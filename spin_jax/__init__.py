@@ -5,6 +5,7 @@ The Python surface is `load`, `spin`, the `Model` that both return, and `answer`
 """
 
 import os
+from typing import TYPE_CHECKING
 
 # transformers advises to install torch, which nobody needs here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -13,6 +14,9 @@ _EXPORTS = ("Engine", "Model", "Scorer", "answer", "load", "spin")
 __all__ = ["Engine", "Model", "Scorer", "UserError", "answer", "load", "spin"]
 
 from spin_jax.errors import UserError  # noqa: E402
+
+if TYPE_CHECKING:
+    from spin_jax.api import Engine, Model, Scorer, answer, load, spin
 
 
 def __getattr__(name: str):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from spin_jax import checkpoints, models
 from spin_jax.config import FIELDS, Config, base_config, freeze, override
@@ -150,15 +151,16 @@ class Model:
         """
         changes = {f"model.{name}": value for name, value in ({"logits_chunk": 256} | model).items()}
         changes["train.batch_size"] = 8 * len(self._devices)  # for little memory: of logits, too
-        config, compute, _ = self._computing(changes)
-        return Scorer(self.config, config.train, compute)
+        config, execution, _ = self._computing(changes)
+        return Scorer(self.config, config.train, execution)
 
     @property
     def _devices(self) -> list[Device]:
         placed = getattr(jax.tree.leaves(self.params)[0], "sharding", None)
-        return list(placed.mesh.devices.flat) if isinstance(placed, NamedSharding) else jax.local_devices()[:1]
+        mesh = placed.mesh if isinstance(placed, NamedSharding) else None
+        return list(mesh.devices.flat) if isinstance(mesh, Mesh) else jax.local_devices()[:1]
 
-    def _computing(self, changes: dict[str, object]) -> tuple[Config, models.Compute, models.Compute]:
+    def _computing(self, changes: dict[str, object]) -> tuple[Config, models.Execution, models.Execution]:
         """(config with no size left open, how training computes, how sampling does)."""
         config = _config({"model.path": os.fspath(self.directory), "data.train": "not read", **changes})
         config = choose(config, self.config, self._devices, run=False)
@@ -209,7 +211,7 @@ def load(
         directory = epath.Path(checkpoints.resolve(path_or_id, revision))
         model, shardings = checkpoints.read_config(directory), None
         special = {"parse_special_tokens": parse_special_tokens, "vocab_size": model.vocab_size}
-        chat = load_chat(directory, template, **special)
+        chat = load_chat(pathlib.Path(directory), template, **special)
         if devices:
             config = choose(Config(), model, devices, run=False)
             shardings = models.param_shardings(on_both_meshes(config, model, devices)[0].mesh, model)

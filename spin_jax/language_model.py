@@ -1,6 +1,7 @@
 """A model opened: its description, its tokenizer, and how it computes on both meshes; without its weights."""
 
 import logging
+import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,25 +12,25 @@ from spin_jax.config import Config
 from spin_jax.data.chat_format import ChatFormat, load_chat
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import Device
-from spin_jax.models import execution
+from spin_jax.models.execution import make_decode_execution, make_execution
 from spin_jax.runtime import multihost
 
 _LOG = logging.getLogger(__name__)
 
 
-class Player(NamedTuple):
+class LanguageModel(NamedTuple):
     """A model in the hands of a config, without its weights."""
 
     source: epath.Path  # its directory, with its tokenizer
     model: models.ModelConfig
     chat: ChatFormat
-    compute: models.Compute  # on the training mesh
-    decode: models.Compute  # on the decode mesh
+    execution: models.Execution  # on the training mesh
+    decode: models.Execution  # on the decode mesh
 
 
 def on_both_meshes(
     config: Config, model: models.ModelConfig, devices: Sequence[Device] | None = None
-) -> tuple[models.Compute, models.Compute]:
+) -> tuple[models.Execution, models.Execution]:
     """How a model computes on the training mesh and on the decode mesh of a config of `sizing.choose`.
 
     Args:
@@ -39,26 +40,26 @@ def on_both_meshes(
         UserError: config, model and devices do not go together.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    compute = execution.make_compute(config.model, model, mesh)
-    decode = execution.make_decode_compute(config.mesh, model, compute)
+    execution = make_execution(config.model, model, mesh)
+    decode = make_decode_execution(config.mesh, model, execution)
     sharding.check_batch(decode.mesh, "--config.generate.batch_size", config.generate.batch_size)
     models.param_shardings(decode.mesh, model)
-    return compute, decode
+    return execution, decode
 
 
-def open_player(config: Config, path: str) -> Player:
+def open_language_model(config: Config, path: str) -> LanguageModel:
     """The model at `path`, a directory or Hub id, and how it computes on the devices that there are; the config is one
     of `sizing.choose`.
 
     Raises:
         UserError: it is not there or not supported, has no usable tokenizer, or cannot sample on these devices.
     """
-    source = multihost.on_each(lambda: epath.Path(checkpoints.resolve(path, config.model.revision or None)))
-    model = multihost.on_each(lambda: checkpoints.read_config(source))
-    compute, decode = on_both_meshes(config, model)
-    chat = multihost.on_each(
+    source = multihost.on_each_process(lambda: epath.Path(checkpoints.resolve(path, config.model.revision or None)))
+    model = multihost.on_each_process(lambda: checkpoints.read_config(source))
+    execution, decode = on_both_meshes(config, model)
+    chat = multihost.on_each_process(
         lambda: load_chat(
-            source,
+            pathlib.Path(source),
             config.data.template,
             parse_special_tokens=config.data.parse_special_tokens,
             vocab_size=model.vocab_size,
@@ -71,4 +72,4 @@ def open_player(config: Config, path: str) -> Player:
             "--config.generate.temperature=1.0, or --config.generate.responses=1",
             settings.responses,
         )
-    return Player(source, model, chat, compute, decode)
+    return LanguageModel(source, model, chat, execution, decode)

@@ -107,7 +107,7 @@ def _check_mesh(config: config_lib.Config, devices: int) -> None:
 
         mesh = AbstractMesh(tuple(sizing.mesh_sizes(config, devices)), sharding.AXES)
         sharding.check_pairs(mesh, config.train.batch_size, config.train.micro_batches or 1)
-        sizes = ", ".join(f"{axis} {ways}" for axis, ways in mesh.shape.items())
+        sizes = ", ".join(f"{axis} {num_shards}" for axis, num_shards in mesh.shape.items())
         what = f"checked the flags, and a mesh of {devices} devices ({sizes}); not the memory, which needs the devices"
         print(what, file=sys.stderr)
 

@@ -36,7 +36,7 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             UserError: what is to be there cannot be imported.
         """
-        entry = self._entries[name]
+        entry: Any = self._entries[name]
         if isinstance(entry, str):
             try:
                 entry = self._entries[name] = pkgutil.resolve_name(entry)

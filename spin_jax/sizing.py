@@ -16,12 +16,12 @@ from spin_jax.config import Config, flatten, replace
 from spin_jax.data.bin_packing import round_up
 from spin_jax.data.layouts import LAYOUTS
 from spin_jax.devices import sharding
-from spin_jax.devices.accelerators import CPU, Device, GiB, Slice, found, tensor_ways
+from spin_jax.devices.accelerators import CPU, Device, GiB, Slice, found, tensor_shards
 from spin_jax.devices.compiler_options import compute_dtype
 from spin_jax.errors import UserError, as_flag
 from spin_jax.kernels import KERNELS
 from spin_jax.kernels.interface import choose as choose_kernel
-from spin_jax.models import ModelConfig, cache_dtype, flops_per_token, kept_numbers, num_adapter_params, num_params
+from spin_jax.models import ModelConfig, cache_dtype, flops_per_token, num_adapter_params, num_params, saved_numbers
 
 _LOG = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def mesh_sizes(config: Config, total: int, tensor_axes: Sequence[int] = (), hidd
     """
     data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     if tensor == -1 and -1 in (data, fsdp):
-        tensor = tensor_ways(total, config.train.batch_size, tensor_axes)
+        tensor = tensor_shards(total, config.train.batch_size, tensor_axes)
     if (data, fsdp) == (1, -1) and total % tensor == 0:
         fsdp = math.gcd(total // tensor, hidden_size)
         data = total // (tensor * fsdp)
@@ -99,7 +99,7 @@ def mesh_sizes(config: Config, total: int, tensor_axes: Sequence[int] = (), hidd
 def _choose_slots(config: Config, model: ModelConfig, on: Target) -> Config:
     """As many slots as the cache may fill half of the memory with that weights leave, within SLOTS."""
     batch_size, prefill = config.generate.batch_size, config.generate.prefill_batch_size
-    copies = on.slice.devices // _ways(config, model, on)
+    copies = on.slice.devices // _decode_shards(config, model, on)
     if not batch_size:
         slots = SLOTS_CPU if on.slice.chip.name == CPU.name else SLOTS
         if on.slice.chip.hbm_bytes:
@@ -112,9 +112,9 @@ def _choose_slots(config: Config, model: ModelConfig, on: Target) -> Config:
     return replace(config, {"generate.batch_size": batch_size, "generate.prefill_batch_size": prefill})
 
 
-def _ways(config: Config, model: ModelConfig, on: Target) -> int:
+def _decode_shards(config: Config, model: ModelConfig, on: Target) -> int:
     """Devices that share a copy of the weights while sampling."""
-    return sharding.decode_ways(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
+    return sharding.decode_shards(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
 
 
 def _slots_that_fit(config: Config, model: ModelConfig, on: Target, share: float) -> int:
@@ -133,14 +133,14 @@ def sampling_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, 
         held["params"] = 4 * count / (config.mesh.fsdp * config.mesh.tensor)
     elif on.slice.chip.name == CPU.name and on.slice.devices == 1:
         held["loaded"] = count * on.dtype.itemsize
-    return held | {"copy": count * on.dtype.itemsize / _ways(config, model, on)}
+    return held | {"copy": count * on.dtype.itemsize / _decode_shards(config, model, on)}
 
 
 def cache_bytes(config: Config, model: ModelConfig, on: Target) -> float:
     """Bytes a device of a slot's keys and values."""
     tokens = config.data.max_prompt_length + config.generate.max_new_tokens
     of_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * on.cache_dtype.itemsize
-    return of_token * tokens / _ways(config, model, on)
+    return of_token * tokens / _decode_shards(config, model, on)
 
 
 def _power_of_two(number: float) -> int:
@@ -153,13 +153,13 @@ def _power_of_two(number: float) -> int:
 
 def _choose_memory(config: Config, model: ModelConfig, on: Target) -> Config:
     """Choose remat and micro-batches: the fewest parts, and in those the most kept, that fit; else what needs least."""
-    chip, ways = on.slice.chip, config.mesh.data * config.mesh.fsdp
+    chip, num_shards = on.slice.chip, config.mesh.data * config.mesh.fsdp
     limit = SHARE * chip.hbm_bytes
     asked, parts = config.model.remat, config.train.micro_batches
     policies = POLICIES if asked == "auto" else (asked,)
     if asked == "auto" and chip.flops and chip.flops / chip.hbm_bytes_per_second > FAST_MATMULS:
         policies = POLICIES[POLICIES.index("qkv") :]
-    most = max(1, config.train.batch_size // ways)
+    most = max(1, config.train.batch_size // num_shards)
     for micro_batches in [parts] if parts else [2**i for i in range(most.bit_length())]:
         for remat in policies:
             chosen = replace(config, {"model.remat": remat, "train.micro_batches": micro_batches})
@@ -190,7 +190,7 @@ def training_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, 
     rows = math.ceil(pairs / max(1, train.row_length // of_pair))  # as short as they can be, and as full
     tokens = rows * round_up(math.ceil(pairs / rows) * of_pair, train.length_multiple)
     lanes = 128 if on.slice.chip.name.startswith("TPU") else 1
-    kept = model.num_layers * kept_numbers(model, config.model.remat, lanes)
+    kept = model.num_layers * saved_numbers(model, config.model.remat, lanes)
     needed["activations"] = tokens * (kept + 2 * model.intermediate_size) * on.dtype.itemsize / mesh.tensor
     logits = pairs * min(real + generated, config.model.logits_chunk or math.inf) * model.vocab_size
     needed["program"] = PROGRAM
@@ -240,7 +240,7 @@ def check_memory(
         return
     tries = []
     if stage == "sampling" and (slots := _slots_that_fit(config, model, on, 0.8)):
-        tries.append(f"--config.generate.batch_size={slots * on.slice.devices // _ways(config, model, on)}")
+        tries.append(f"--config.generate.batch_size={slots * on.slice.devices // _decode_shards(config, model, on)}")
     if trains and not config.lora.rank:
         low_rank = replace(config, {"lora.rank": 16})
         size = sum(_largest_stage(low_rank, model, on, trains)[1].values())
@@ -254,7 +254,7 @@ def check_memory(
 
 def _largest_stage(config: Config, model: ModelConfig, on: Target, trains: bool) -> tuple[str, dict[str, float]]:
     """The stage that needs most, and its bytes a device by kind."""
-    slots = config.generate.batch_size * _ways(config, model, on) / on.slice.devices
+    slots = config.generate.batch_size * _decode_shards(config, model, on) / on.slice.devices
     sampling = sampling_bytes(config, model, on) | {"cache": slots * cache_bytes(config, model, on)}
     stages = {"sampling": sampling} | ({"training": training_bytes(config, model, on)} if trains else {})
     return max(stages.items(), key=lambda stage: sum(stage[1].values()))

@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from spin_jax.data.pairs import Pair
-from spin_jax.models import Compute, ModelConfig, forward, unembed
+from spin_jax.models import Execution, ModelConfig, forward, unembed
 
 
-def pair_logprobs(config: ModelConfig, params: dict, pairs: list[Pair], compute: Compute) -> jax.Array:
+def pair_logprobs(config: ModelConfig, params: dict, pairs: list[Pair], execution: Execution) -> jax.Array:
     """log p(y|x) of the responses of each pair, f32 [pairs, Y]."""
     rows = [(len(pair.prompt), np.concatenate([pair.prompt, y])) for pair in pairs for y in pair.responses]
     length = -(-max(len(row) for _, row in rows) // 16) * 16
     tokens_NT = np.array([np.pad(row, (0, length - len(row))) for _, row in rows])
     logps_NTV = jax.nn.log_softmax(
-        unembed(config, params, forward(config, params, tokens_NT, compute=compute)[0], compute)
+        unembed(config, params, forward(config, params, tokens_NT, execution=execution)[0], execution)
     )
     chosen_NT = jnp.take_along_axis(logps_NTV[:, :-1], tokens_NT[:, 1:, None], axis=2)[..., 0]
     of_response_NT = np.array([[prompt - 1 <= t < len(row) - 1 for t in range(length - 1)] for prompt, row in rows])

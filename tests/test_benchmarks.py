@@ -73,7 +73,7 @@ def test_rows_that_more_devices_split_are_less_full():
     packed_step = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(packed_step)
     config = packed_step.load_config("v5e-16,code")
-    fills = [packed_step.fill(config, ways, batches=20) for ways in packed_step.WAYS]
+    fills = [packed_step.fill(config, num_shards, batches=20) for num_shards in packed_step.WAYS]
     assert 1 > fills[0] and fills == sorted(fills, reverse=True) and fills[-1] > 0.4
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from spin_jax.data.batch import PackedRows
 from spin_jax.data.bin_packing import round_up
 from spin_jax.data.pairs import Pair
-from spin_jax.models import Compute, ModelConfig
+from spin_jax.models import Execution, ModelConfig
 from spin_jax.objectives.logprobs import response_logprobs
 from spin_jax.objectives.margin_losses import logistic, rewards
 from spin_jax.objectives.spin import Objective
@@ -46,11 +46,11 @@ def padded_batch(pairs: Sequence[Pair], logps: np.ndarray, multiple: int) -> Pad
     )
 
 
-def padded_objective(model: ModelConfig, compute: Compute, beta: float) -> Objective:
+def padded_objective(model: ModelConfig, execution: Execution, beta: float) -> Objective:
     """The logistic objective, of padded batches."""
 
     def logprobs(params: dict, batch: PaddedBatch) -> jax.Array:
-        return response_logprobs(model, params, batch.rows, 1, compute).reshape(2, -1).T
+        return response_logprobs(model, params, batch.rows, 1, execution).reshape(2, -1).T
 
     def objective(params: dict, opponent: dict | None, batch: PaddedBatch) -> tuple[jax.Array, tuple]:
         logps_B2 = logprobs(params, batch)

@@ -20,7 +20,7 @@ from spin_jax import checkpoints
 from spin_jax.config import GenerateConfig  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
 from spin_jax.generation.engine import Engine, Progress  # noqa: E402
-from spin_jax.models import Compute  # noqa: E402
+from spin_jax.models import Execution  # noqa: E402
 
 
 def main() -> None:
@@ -33,10 +33,10 @@ def main() -> None:
     if s["static"]:
         settings = dataclasses.replace(settings, tail_batch_size=s["batch_size"])
     mesh = sharding.one_device_mesh()
-    compute = Compute(jnp.dtype(s.get("compute_dtype", "float32")), mesh=mesh)
+    execution = Execution(jnp.dtype(s.get("compute_dtype", "float32")), mesh=mesh)
     model = checkpoints.read_config(s["model"])
-    params, _ = load(pathlib.Path(s["model"]), model, compute, cast=compute.dtype != jnp.float32)
-    engine = Engine(model, settings, compute, tuple(s["stop_ids"]))
+    params, _ = load(pathlib.Path(s["model"]), model, execution, cast=execution.dtype != jnp.float32)
+    engine = Engine(model, settings, execution, tuple(s["stop_ids"]))
     params = engine.lay_out(params)
     prompts = sorted(enumerate(s["prompts"]), key=lambda prompt: -len(prompt[1]))
     size = s["batch_size"] if s["static"] else len(prompts)

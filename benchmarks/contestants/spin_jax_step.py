@@ -25,9 +25,10 @@ from spin_jax.config import Config, TrainConfig, replace  # noqa: E402
 from spin_jax.data.packing import Packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices import sharding  # noqa: E402
-from spin_jax.devices.transfer import put  # noqa: E402
+from spin_jax.devices.transfer import to_devices  # noqa: E402
 from spin_jax.evaluation.scoring import Scorer  # noqa: E402
-from spin_jax.models import execution
+from spin_jax.models.execution import make_execution
+from spin_jax.models.params import make_resharding
 from spin_jax.objectives import OBJECTIVES  # noqa: E402
 from spin_jax.objectives.interface import Settings, batch_loss  # noqa: E402
 from spin_jax.training import programs
@@ -44,27 +45,27 @@ def main() -> None:
     placed = sharding.batch_sharding(mesh)
     parts, rank = s.get("micro_batches", 1), s.get("lora_rank", 0)
     model = checkpoints.read_config(s["model"])
-    compute = execution.make_compute(config.model, model, mesh)
-    params, is_random = load(pathlib.Path(s["model"]), model, compute, cast=bool(rank))
+    execution = make_execution(config.model, model, mesh)
+    params, is_random = load(pathlib.Path(s["model"]), model, execution, cast=bool(rank))
     packing = Packing(parts, s["length_multiple"], s["row_length"])
     size, pairs = len(s["batches"][0]), [as_pair(ids) for batch in s["batches"] for ids in batch]
     opponent, logps = None, np.zeros((len(pairs), 2), np.float32)
     if s["opponent"] == "live":
-        opponent = jax.tree.map(jnp.copy, models.cast_params(model, params, compute.dtype))
+        opponent = jax.tree.map(jnp.copy, models.cast_params(model, params, execution.dtype))
     elif not is_random:
         sizes = {"row_length": s["row_length"], "length_multiple": s["length_multiple"]}
-        logps = Scorer(model, TrainConfig(batch_size=size, micro_batches=1, **sizes), compute).score(params, pairs)
+        logps = Scorer(model, TrainConfig(batch_size=size, micro_batches=1, **sizes), execution).score(params, pairs)
     if s["padded"]:
         firsts, multiple = range(0, len(pairs), size), s["length_multiple"]
         batches = [padded_batch(pairs[i : i + size], logps[i : i + size], multiple) for i in firsts]
-        objective = padded_objective(model, compute, s["beta"])
+        objective = padded_objective(model, execution, s["beta"])
     else:
         plan = plan_training(pairs, np.arange(len(pairs)).reshape(-1, size), packing)
         batches = [
             pack_batch(model, pairs, rows, shape, reference_logps=logps[list(itertools.chain(*rows))]).arrays
             for rows, shape in zip(plan.batches, plan.shapes, strict=True)
         ]
-        objective = batch_loss(OBJECTIVES["logistic"], Settings(beta=s["beta"]), model, compute)
+        objective = batch_loss(OBJECTIVES["logistic"], Settings(beta=s["beta"]), model, execution)
     if rank:
         opponent = params
         params = programs.make_adapters(model, rank, mesh)(jax.random.key(0))
@@ -76,27 +77,29 @@ def main() -> None:
     device = jax.devices()[0]
     rows = [] if s["padded"] else sorted({batch.rows.tokens_BT.shape for batch in batches})
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    parent.ready(**versions, device=device.device_kind, attention=compute.kernel or "plain", rows=rows)
+    parent.ready(**versions, device=device.device_kind, attention=execution.kernel or "plain", rows=rows)
     step = 0
     while True:
         parent.wait()
-        batch = put(batches[step % len(batches)], placed)
+        batch = to_devices(batches[step % len(batches)], placed)
         state, metrics, _ = jax.block_until_ready(train_step(state, opponent, batch))
         peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
         parent.done(loss=float(metrics["loss"]), real_logp=float(metrics["logps/real"]), peak_on_device=peak)
         step += 1
 
 
-def load(directory: pathlib.Path, model: models.ModelConfig, compute: models.Compute, cast: bool) -> tuple[dict, bool]:
+def load(
+    directory: pathlib.Path, model: models.ModelConfig, execution: models.Execution, cast: bool
+) -> tuple[dict, bool]:
     """(params, whether they are random). `cast`: in the compute dtype, without a float32 copy where they are random."""
-    shardings = models.param_shardings(compute.mesh, model)
+    shardings = models.param_shardings(execution.mesh, model)
     if any(directory.glob("*.safetensors")):
         _, params = checkpoints.load(directory, shardings=shardings)
-        return execution.make_resharding(model, compute)(params) if cast else params, False
+        return make_resharding(model, execution)(params) if cast else params, False
 
     def draw() -> dict:
         params = models.init_params(model, jax.random.key(0))
-        return models.cast_params(model, params, compute.dtype) if cast else params
+        return models.cast_params(model, params, execution.dtype) if cast else params
 
     return jax.jit(draw, out_shardings=shardings)(), True
 

@@ -95,11 +95,14 @@ def resolve(
 def _download(repository: str, revision: str | None, fetched: Sequence[str]) -> pathlib.Path:
     import huggingface_hub
 
-    which = {"allow_patterns": list(fetched), "ignore_patterns": VARIANTS}
     if fetched == FETCHED:
         _LOG.info("%s: from the Hugging Face Hub, or what this machine has of it", repository)
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(repository, revision=revision, **which))
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=list(fetched), ignore_patterns=VARIANTS
+            )
+        )
     except (OSError, ValueError) as error:  # every error of the Hub's client is one of the two
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(

@@ -11,7 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class _Tensor(NamedTuple):
 
 def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
     """Every tensor of a checkpoint, those of a layer together, in the table's order."""
-    table = flatten_dict(weights(config))
+    table: dict[tuple, Any] = dict(flatten_dict(weights(config)))
     of_layers = {path: table.pop(path) for path in list(table) if path[0] == "layers"}
     for path, weight in table.items():
         yield _Tensor(weight.name, path, None, weight)
@@ -103,7 +103,7 @@ def load(
         names = [_name(weight, layer) for layer in range(config.num_layers)] if stacked else [weight.name]
         read = _reader(weight, {name: stored[name] for name in names}, param, stacked)
         # Waiting lets go of this param's host copy before the next is read.
-        return jax.block_until_ready(jax.make_array_from_callback(param.shape, sharding, read))
+        return jax.block_until_ready(jax.make_array_from_callback(param.shape, sharding, cast(Any, read)))
 
     return config, jax.tree.map_with_path(place, weights(config), abstract, shardings)
 
@@ -180,7 +180,7 @@ def save(
 
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    configs = multihost.on_first(lambda: _configs(config, source, token_ids or {}, dtype))
+    configs = multihost.on_process_zero(lambda: _configs(config, source, token_ids or {}, dtype))
     writes = multihost.is_first()
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
@@ -258,15 +258,16 @@ def _count(names: list[str]) -> str:
 
 def _fetch(tensor: _Tensor, params: dict, dtype: np.dtype) -> np.ndarray | jax.Array:
     """One tensor in our layout, on the devices of all hosts, from wherever its shards are."""
-    param = functools.reduce(dict.__getitem__, tensor.path, params)
+    param: Any = functools.reduce(dict.__getitem__, tensor.path, params)
     ours = (param if tensor.layer is None else param[tensor.layer]).astype(dtype)
     if isinstance(ours, jax.Array) and not ours.is_fully_addressable:
-        ours = jax.device_put(ours, NamedSharding(ours.sharding.mesh, PartitionSpec()))
+        mesh = cast(NamedSharding, ours.sharding).mesh
+        ours = jax.device_put(ours, NamedSharding(mesh, PartitionSpec()))
     return ours
 
 
 def _configs(
-    config: ModelConfig, source: pathlib.Path | None, token_ids: dict, dtype: np.dtype
+    config: ModelConfig, source: pathlib.Path | None, token_ids: Mapping[str, Any], dtype: np.dtype
 ) -> dict[str, dict[str, Any]]:
     """generation_config.json and, last, config.json."""
     model = read_json(source / "config.json") if source else None

@@ -39,7 +39,7 @@ class Checkpoints:
             logging.getLogger(name).addFilter(_is_news)
         warnings.filterwarnings("ignore", "coroutine 'Store", RuntimeWarning)  # what a damaged checkpoint leaves behind
         with self._writing():
-            multihost.on_first(lambda: self._directory.mkdir(parents=True, exist_ok=True))
+            multihost.on_process_zero(lambda: self._directory.mkdir(parents=True, exist_ok=True))
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
                 preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),  # pyright: ignore[reportArgumentType]
@@ -49,7 +49,7 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """The newest finished checkpoint's step, or None; as the first process sees it."""
         latest = self._checkpointer.latest
-        return multihost.on_first(lambda: None if latest is None else latest.step)
+        return multihost.on_process_zero(lambda: None if latest is None else latest.step)
 
     def restore_newest(self, state):
         """(state, step) of the newest checkpoint that can be read, or (`state`, 0). Those that cannot are set aside.
@@ -85,7 +85,7 @@ class Checkpoints:
                 aside.rmtree(missing_ok=True)
                 damaged.rename(aside)
 
-        multihost.on_first(move)
+        multihost.on_process_zero(move)
         self._checkpointer.reload()
         before = self.latest_step()
         _LOG.warning(

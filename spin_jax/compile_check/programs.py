@@ -24,7 +24,7 @@ from spin_jax.generation.engine import Engine
 from spin_jax.kernels.block_mask import share_of_causal
 from spin_jax.kernels.flash_tpu import heads_and_tile
 from spin_jax.language_model import on_both_meshes
-from spin_jax.models import Compute, ModelConfig, abstract_params, flops_per_token, param_shardings, unembed_flops
+from spin_jax.models import Execution, ModelConfig, abstract_params, flops_per_token, param_shardings, unembed_flops
 from spin_jax.training import programs
 from spin_jax.training.train_step import TrainState
 
@@ -71,17 +71,19 @@ def make_programs(
         UserError: config, model and devices do not go together.
     """
     config = sizing.choose(config, model, devices)
-    compute, decode = on_both_meshes(config, model, devices)
-    sharding.check_pairs(compute.mesh, config.train.batch_size, config.train.micro_batches)
-    params = sharding.located(abstract_params(model), param_shardings(compute.mesh, model))
+    execution, decode = on_both_meshes(config, model, devices)
+    sharding.check_pairs(execution.mesh, config.train.batch_size, config.train.micro_batches)
+    params = sharding.located(abstract_params(model), param_shardings(execution.mesh, model))
     engine = Engine(model, config.generate, decode, stop_ids=(model.vocab_size - 1,))
-    scorer = Scorer(model, config.train, compute)
+    scorer = Scorer(model, config.train, execution)
     pairs = [_blank_pair(*of_pair) for of_pair in lengths or [sizing.longest_pair(config)] * config.train.batch_size]
-    spec = programs.spin_spec(config, model, compute, t=0, steps=1000)  # the number of steps changes constants alone
+    spec = programs.spin_spec(config, model, execution, t=0, steps=1000)  # the number of steps changes constants alone
     return [
         *_sampling_programs(engine, config.data.max_prompt_length, params),
         _scoring_program(scorer, pairs[: len(pairs) // config.train.micro_batches], params),
-        *_training_programs(spec, make_packing(config.train, compute.mesh, config.train.micro_batches), pairs, params),
+        *_training_programs(
+            spec, make_packing(config.train, execution.mesh, config.train.micro_batches), pairs, params
+        ),
     ]
 
 
@@ -93,7 +95,7 @@ def _blank_pair(*lengths: int) -> Pair:
 def _sampling_programs(engine: Engine, longest_prompt: int, params: dict) -> list[Program]:
     made, calls, model = engine.programs, engine.abstract_calls(longest_prompt), engine.model
     slots, size, cap = calls["decode"][1], engine.settings.batch_size, engine.settings.max_new_tokens
-    places, width = calls["prefill"][2].tokens_QW.shape
+    places, width = calls["prefill"][2].tokens_EW.shape
     # How many steps a call makes is not known; the loop counts as one, in which slots are half way through on average.
     prefill = places * width * flops_per_token(model, (width + 1) / 2)
     drawn = size * (flops_per_token(model, width + (cap + 1) / 2) + unembed_flops(model))
@@ -107,23 +109,23 @@ def _sampling_programs(engine: Engine, longest_prompt: int, params: dict) -> lis
 
 
 def _scoring_program(scorer: Scorer, pairs: Sequence[Pair], params: dict) -> Program:
-    model, compute, plan = scorer.model, scorer.compute, scorer.plan(pairs)
-    batch, share = _abstract_batch(compute.mesh, plan), kernel_share(model, compute, pairs, plan)
+    model, execution, plan = scorer.model, scorer.execution, scorer.plan(pairs)
+    batch, share = _abstract_batch(execution.mesh, plan), kernel_share(model, execution, pairs, plan)
     flops = sum(forward_flops(model, pair) for pair in pairs)
-    program = response_program(model, compute)
+    program = response_program(model, execution)
     return Program("scoring", program, (params, batch), ("params", "batch"), {}, flops, kernel_share=share)
 
 
 def _training_programs(
     spec: programs.TrainingSpec, packing: Packing, pairs: Sequence[Pair], params: dict
 ) -> list[Program]:
-    model, compute, training = spec.model, spec.compute, programs.make_training(spec)
+    model, execution, training = spec.model, spec.execution, programs.make_training(spec)
     plan = plan_training(pairs, np.arange(len(pairs))[None], packing)
-    batch, share = _abstract_batch(compute.mesh, plan), kernel_share(model, compute, pairs, plan)
+    batch, share = _abstract_batch(execution.mesh, plan), kernel_share(model, execution, pairs, plan)
     kind = "adapters" if spec.lora.rank else "params"
     state_kinds: Any = ("optimizer", kind, "optimizer", "optimizer")
     kinds = (TrainState(*state_kinds), "opponent", "batch", "batch")
-    flops = spec.passes * sum(forward_flops(model, pair) for pair in pairs)
+    flops = spec.flops_multiplier * sum(forward_flops(model, pair) for pair in pairs)
     step = (training.state, training.frozen, batch, jax.ShapeDtypeStruct((), jnp.bool_))
     found = [
         Program("optimizer init", training.init, (training.state.params,), (kind,), {}, 0.0),
@@ -135,12 +137,14 @@ def _training_programs(
     return found
 
 
-def kernel_share(model: ModelConfig, compute: Compute, pairs: Sequence[Pair], plan: Plan) -> float:
+def kernel_share(model: ModelConfig, execution: Execution, pairs: Sequence[Pair], plan: Plan) -> float:
     """`Program.kernel_share` of a program that is called with a plan's first batch; 1 without a kernel that skips."""
-    if compute.kernel != "flash":
+    if execution.kernel != "flash":
         return 1.0
-    ways = sharding.ways(compute.mesh, "heads")
-    _, tile = heads_and_tile(model.num_heads // ways, model.num_kv_heads // ways, model.head_dim, compute.dtype)
+    num_shards = sharding.num_shards(execution.mesh, "heads")
+    _, tile = heads_and_tile(
+        model.num_heads // num_shards, model.num_kv_heads // num_shards, model.head_dim, execution.dtype
+    )
     rows = pack_batch(model, pairs, plan.batches[0], plan.shapes[0]).arrays.rows
     tokens = rows.visible_until_BT, rows.positions_BT
     return sum(share * share_of_causal(*tokens, tile, window) for window, share in model.window_shares.items())

@@ -76,7 +76,7 @@ class HostBatch:
 
     arrays: Batch
     rows: np.ndarray
-    facts: dict[str, float]
+    host_metrics: dict[str, float]
     tokens: int
     flops: float
 

@@ -37,10 +37,7 @@ class ChatFormat(Protocol):
     Each method raises UserError where the template does not take the messages or an id is beyond the vocabulary.
     """
 
-    @property
-    def name(self) -> str:
-        """ "chat" or "paper"."""
-        ...
+    name: ClassVar[str]  # "chat" or "paper"
 
     @property
     def codec(self) -> Codec: ...
@@ -79,7 +76,11 @@ class ChatFormat(Protocol):
 
 
 def load_chat(
-    directory: pathlib.Path, template: str, *, parse_special_tokens: bool = False, vocab_size: int | None = None
+    directory: pathlib.Path,
+    template: str,
+    *,
+    parse_special_tokens: bool = False,
+    vocab_size: int | None = None,
 ) -> ChatFormat:
     """The chat format of the tokenizer in a model's directory; `chat_format` has the arguments.
 

@@ -20,7 +20,9 @@ def load_dataset(
     """(examples to train on, held-out ones, their token ids by row). Every process reads all of the text, of which it
     then tokenises a share."""
     data = config.data
-    found = multihost.on_each(lambda: load_examples(train, split=data.split, layout=data.layout, turn=data.turn))
+    found = multihost.on_each_process(
+        lambda: load_examples(train, split=data.split, layout=data.layout, turn=data.turn)
+    )
     found.log(train)
     # Rows are taken in the order in which they are drawn, until there are enough: those after them need no tokens.
     order = drawn(found.examples, config.seed)

@@ -29,7 +29,7 @@ class Packing:
         shapes: that the batches of a stage have at most; each is a program to compile.
     """
 
-    ways: int
+    num_shards: int
     multiple: int
     row_length: int
     shapes: int = 3
@@ -45,11 +45,11 @@ class Packing:
             sizes: slots of each pair, int [batches, pairs].
         """
         longest, pairs = sizes.max(), sizes.shape[1]
-        fewest = max(1, round(sizes.sum(axis=1).mean() / max(self.row_length, longest) / self.ways))
-        most = max(fewest, math.ceil(pairs / self.ways))
-        bound = most * self.ways * round_up(longest, self.multiple)
-        best, best_slots = most * self.ways, math.inf
-        for rows in range(fewest * self.ways, most * self.ways + 1, self.ways):
+        fewest = max(1, round(sizes.sum(axis=1).mean() / max(self.row_length, longest) / self.num_shards))
+        most = max(fewest, math.ceil(pairs / self.num_shards))
+        bound = most * self.num_shards * round_up(longest, self.multiple)
+        best, best_slots = most * self.num_shards, math.inf
+        for rows in range(fewest * self.num_shards, most * self.num_shards + 1, self.num_shards):
             shortest = np.maximum(sizes.max(axis=1), sizes.sum(axis=1) / rows)
             if rows * (np.ceil(shortest / self.multiple) * self.multiple).sum() >= best_slots:
                 continue  # not even perfect packing would help
@@ -107,7 +107,7 @@ def plan_scoring(pairs: Sequence[Pair], at_a_time: int, packing: Packing) -> Pla
     length = round_up(max(packing.row_length, *sizes), packing.multiple)
     in_rows = best_fit(sizes, length)
     batches = math.ceil(len(pairs) / at_a_time)
-    rows = round_up(len(in_rows) / batches, packing.ways)
+    rows = round_up(len(in_rows) / batches, packing.num_shards)
     batches = [in_rows[i : i + rows] for i in range(0, len(in_rows), rows)]
     batches[-1] += [[] for _ in range(rows - len(batches[-1]))]
     return _plan(pairs, [Packed(length, batch) for batch in batches], packing)
@@ -178,15 +178,15 @@ def pack_batch(
     arrays.reference_logps_BPY[:] = np.nan if reference_logps is None else 0
     if reference_logps is not None:
         arrays.reference_logps_BPY[_places(rows)] = reference_logps
-    facts = {}
+    host_metrics = {}
     for y, name in enumerate(responses):
-        facts[f"lengths/{name}"] = float(np.mean([len(pair.responses[y]) for pair in chosen]))
-        facts[f"truncated/{name}"] = float(np.mean([pair.truncated[y] for pair in chosen]))
+        host_metrics[f"lengths/{name}"] = float(np.mean([len(pair.responses[y]) for pair in chosen]))
+        host_metrics[f"truncated/{name}"] = float(np.mean([pair.truncated[y] for pair in chosen]))
     tokens = sum(slots(pair) for pair in chosen)
     return HostBatch(
         arrays,
         np.array([pair.row for pair in chosen]),
-        facts | {"fill": tokens / arrays.rows.tokens_BT.size},
+        host_metrics | {"fill": tokens / arrays.rows.tokens_BT.size},
         tokens,
         sum(forward_flops(model, pair) for pair in chosen),
     )
@@ -239,5 +239,5 @@ def forward_flops(model: ModelConfig, pair: Pair) -> float:
 def make_packing(settings: TrainConfig, mesh: Mesh, micro_batches: int = 1) -> Packing:
     """How `config.train` says that pairs are packed into rows on a mesh. For training `micro_batches` are those of the
     config; scoring keeps nothing for a backward pass, and takes a micro-batch's pairs at a time."""
-    ways = sharding.ways(mesh, "rows") * micro_batches
-    return Packing(ways, settings.length_multiple, settings.row_length, settings.row_shapes)
+    num_shards = sharding.num_shards(mesh, "rows") * micro_batches
+    return Packing(num_shards, settings.length_multiple, settings.row_length, settings.row_shapes)

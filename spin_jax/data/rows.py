@@ -247,7 +247,7 @@ def _hub_advice(error: Exception) -> str:
 
 def _read_tfds(name: str, split: str) -> Iterator[tuple[Place, object]]:
     try:
-        import tensorflow_datasets
+        import tensorflow_datasets  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError:
         raise UserError("reading tfds:... needs TensorFlow Datasets: pip install 'spin_jax[tfds]'") from None
     try:

@@ -105,9 +105,9 @@ def tokenise_once(
     made: list[Tokenised | Skip] = []
     wanted = missing = len(examples) if enough is None else enough
     while missing and (next_ones := examples[len(made) :][:missing]):
-        made += multihost.shared(lambda example: _tokenise(chat, example), next_ones)
+        made += multihost.parallel_map(lambda example: _tokenise(chat, example), next_ones)
         missing = wanted - sum(isinstance(tokens, Tokenised) for tokens in made)
-    multihost.on_first(lambda: _write(path, key, made))
+    multihost.on_process_zero(lambda: _write(path, key, made))
     return made
 
 

@@ -253,7 +253,7 @@ def use_slice(config: ConfigDict, name: str) -> None:
     """
     if name:
         devices = find_slice(name).devices
-        tensor = tensor_ways(devices, config.to_dict()["train"]["batch_size"])
+        tensor = tensor_shards(devices, config.to_dict()["train"]["batch_size"])
         sizes = {"mesh.data": 1, "mesh.fsdp": devices // tensor, "mesh.tensor": tensor, "mesh.slice": name}
         config.update_from_flattened_dict(sizes)
 
@@ -274,12 +274,12 @@ def check_slice(name: str, devices: Sequence[Device]) -> None:
         )
 
 
-def tensor_ways(devices: int, batch_size: int, tensor_axes: Sequence[int] = ()) -> int:
+def tensor_shards(devices: int, batch_size: int, tensor_axes: Sequence[int] = ()) -> int:
     """Over how many devices heads and MLP are split: none, as everything over fsdp has the least exposed traffic for 7B
     models, as far as each device has two pairs of a batch to fill a row with. (On v5e-64 rows of one pair each are 55%
     full, and a step of zephyr_7b takes twice as long.) Up to eight devices are left to fsdp, with a pair for each."""
-    ways = 1
+    num_shards = 1
     most = min(batch_size, max(8, batch_size // 2))
-    while devices // ways > most and math.gcd(devices, *tensor_axes) % (2 * ways) == 0:
-        ways *= 2
-    return ways
+    while devices // num_shards > most and math.gcd(devices, *tensor_axes) % (2 * num_shards) == 0:
+        num_shards *= 2
+    return num_shards

@@ -44,8 +44,7 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """Tells the partitioner how x lies, inside of jit; an axis that the mesh does not divide stays whole. None: says
-    nothing."""
+    """Tells the partitioner how x lies, inside of jit; an axis that the mesh does not divide stays whole."""
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, fitting(mesh, x.shape, axes))
@@ -54,7 +53,8 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
 def fitting(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
     """Where an array with these logical axes lies; an axis that the mesh does not divide stays whole."""
     return NamedSharding(
-        mesh, spec(*(axis if size % ways(mesh, axis) == 0 else None for axis, size in zip(axes, shape, strict=True)))
+        mesh,
+        spec(*(axis if size % num_shards(mesh, axis) == 0 else None for axis, size in zip(axes, shape, strict=True))),
     )
 
 
@@ -63,7 +63,7 @@ def gathered(axes: Sequence[str | None]) -> tuple[str | None, ...]:
     return tuple(None if RULES[axis] == "fsdp" else axis for axis in axes)
 
 
-def ways(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
+def num_shards(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
     """Over how many devices a logical axis is split."""
     names = RULES[axis] or ()
     return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
@@ -113,7 +113,7 @@ def _mesh(devices: np.ndarray) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def decode_ways(devices: int, asked: int, sizes: Sequence[int]) -> int:
+def decode_shards(devices: int, asked: int, sizes: Sequence[int]) -> int:
     """How many devices share a copy of the weights while sampling.
 
     Args:
@@ -125,19 +125,19 @@ def decode_ways(devices: int, asked: int, sizes: Sequence[int]) -> int:
         UserError: it does not divide the devices and all sizes; the message names ways that do.
     """
     common = math.gcd(devices, *sizes)
-    possible = [ways for ways in range(1, common + 1) if common % ways == 0]
-    ways = max(size for size in possible if size <= 8) if asked == -1 else asked
-    if ways not in possible:
+    possible = [num_shards for num_shards in range(1, common + 1) if common % num_shards == 0]
+    num_shards = max(size for size in possible if size <= 8) if asked == -1 else asked
+    if num_shards not in possible:
         raise UserError(
             f"--config.mesh.decode_tensor={asked} must divide {devices} devices and the model's heads, MLP and "
             f"vocabulary: possible are {', '.join(map(str, possible))}"
         )
-    return ways
+    return num_shards
 
 
-def decode_mesh(train: Mesh, ways: int) -> Mesh:
+def decode_mesh(train: Mesh, num_shards: int) -> Mesh:
     """The same devices in the same order, for sampling: weights and cache split `ways` ways, rows the rest."""
-    return _mesh(train.devices.reshape(train.size // ways, 1, ways))
+    return _mesh(train.devices.reshape(train.size // num_shards, 1, num_shards))
 
 
 def sum_line(mesh: Mesh) -> int:
@@ -172,9 +172,9 @@ def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
 
     def one(leaf: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> NamedSharding:
         for size, axis in zip(leaf.shape, names, strict=True):
-            if size % ways(mesh, axis):
+            if size % num_shards(mesh, axis):
                 raise UserError(
-                    f"--config.mesh.{RULES[axis]}={ways(mesh, axis)} does not divide the model's {axis} axis of "
+                    f"--config.mesh.{RULES[axis]}={num_shards(mesh, axis)} does not divide the model's {axis} axis of "
                     f"{size}: choose a divisor"
                 )
         return NamedSharding(mesh, spec(*names))
@@ -193,7 +193,7 @@ def check_pairs(mesh: Mesh | AbstractMesh, pairs: int, micro_batches: int) -> No
     Raises:
         UserError: naming what to change.
     """
-    rows = ways(mesh, "rows") * micro_batches
+    rows = num_shards(mesh, "rows") * micro_batches
     if rows > pairs:
         raise UserError(
             f"--config.train.batch_size={pairs} pairs do not fill a row on each of {rows // micro_batches} devices "
@@ -208,7 +208,7 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
     Raises:
         UserError: naming `field` and a size that works.
     """
-    devices = ways(mesh, "rows")
+    devices = num_shards(mesh, "rows")
     if size % devices:
         raise UserError(
             f"{field}={size} does not split over {devices} devices (data x fsdp): write a multiple, as "

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 
-def put(arrays, sharding: jax.sharding.Sharding):
+def to_devices(arrays, sharding: jax.sharding.Sharding):
     """A tree of host arrays that all processes have, on the devices: a process sends its own devices their rows."""
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)
 
@@ -18,17 +18,17 @@ def place(tree, shardings):
     def one(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array) and (sharding.is_fully_addressable or not x.is_fully_addressable):
             return jax.device_put(x, sharding)
-        return put(np.asarray(x), sharding)
+        return to_devices(np.asarray(x), sharding)
 
     return jax.tree.map(one, tree, shardings)
 
 
 def everywhere(value: object, mesh: Mesh | AbstractMesh) -> jax.Array:
     """A scalar on all devices of a mesh."""
-    return put(np.asarray(value), NamedSharding(mesh, PartitionSpec()))
+    return to_devices(np.asarray(value), NamedSharding(mesh, PartitionSpec()))
 
 
-def fetch(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
     """The whole of a small array that is split over a mesh, on every process."""
     if not array.is_fully_addressable:
         mesh = typing.cast(NamedSharding, array.sharding).mesh

@@ -44,7 +44,7 @@ class Parts:
 
     def read(self) -> list[np.ndarray]:
         """What is there, [pairs of a batch, Y] a batch, without a gap."""
-        done = multihost.on_first(self._read)
+        done = multihost.on_process_zero(self._read)
         self._kept = len(done)
         return done
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from spin_jax.config import TrainConfig
@@ -23,10 +23,10 @@ from spin_jax.data.packing import Plan, make_packing, of_pairs, pack_batch, plan
 from spin_jax.data.pairs import Pair, TokenIds, token_ids
 from spin_jax.devices.compiler_options import jit
 from spin_jax.devices.sharding import batch_sharding
-from spin_jax.devices.transfer import everywhere, fetch, place, put
+from spin_jax.devices.transfer import everywhere, place, to_devices, to_host
 from spin_jax.errors import UserError
 from spin_jax.evaluation.score_files import Parts
-from spin_jax.models import Compute, ModelConfig, param_shardings
+from spin_jax.models import Execution, ModelConfig, param_shardings
 from spin_jax.objectives.logprobs import pair_logprobs, target_logprobs
 from spin_jax.runtime import preemption
 from spin_jax.runtime.progress import Loop
@@ -36,15 +36,15 @@ VERSION = 2
 
 
 @functools.cache
-def response_program(model: ModelConfig, compute: Compute) -> Callable:
+def response_program(model: ModelConfig, execution: Execution) -> Callable:
     """Jitted (params, batch) -> log-probs of responses [B, P, Y]; the very function that training differentiates."""
-    return jit(compute.mesh, lambda params, batch: pair_logprobs(model, params, batch, compute))
+    return jit(execution.mesh, lambda params, batch: pair_logprobs(model, params, batch, execution))
 
 
 @functools.cache
-def token_program(model: ModelConfig, compute: Compute) -> Callable:
+def token_program(model: ModelConfig, execution: Execution) -> Callable:
     """Jitted (params, batch) -> log-probs of the responses' tokens [B, R]."""
-    return jit(compute.mesh, lambda params, batch: target_logprobs(model, params, batch.rows, compute))
+    return jit(execution.mesh, lambda params, batch: target_logprobs(model, params, batch.rows, execution))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,12 +55,12 @@ class Scorer:
     Attributes:
         model: its config.
         settings: `config.train`: how long rows are, and how many prompts are scored at a time (a micro-batch's).
-        compute: on any mesh; data and fsdp axes split rows.
+        execution: on any mesh; data and fsdp axes split rows.
     """
 
     model: ModelConfig
     settings: TrainConfig
-    compute: Compute
+    execution: Execution
 
     def logprobs(
         self, params: dict, prompts: Sequence[TokenIds], responses: Sequence[Sequence[TokenIds]]
@@ -95,7 +95,7 @@ class Scorer:
         plan, run = self.plan(answered), self._with_params(token_program, params)
         for number, rows in enumerate(plan.batches):
             preemption.between_batches()
-            logps_BR = fetch(run(self._make_batch(answered, plan, number).arrays))
+            logps_BR = to_host(run(self._make_batch(answered, plan, number).arrays))
             for row, logps_R in zip(rows, logps_BR, strict=True):
                 targets = iter(logps_R)  # in the order in which they were packed
                 for pair in (answered[i] for i in row):
@@ -122,11 +122,11 @@ class Scorer:
     def plan(self, pairs: Sequence[Pair]) -> Plan:
         """Which pairs share a row, and which rows a batch."""
         at_a_time = self.settings.batch_size // max(1, self.settings.micro_batches)
-        return plan_scoring(pairs, at_a_time, make_packing(self.settings, self.compute.mesh))
+        return plan_scoring(pairs, at_a_time, make_packing(self.settings, self.execution.mesh))
 
     def key(self, pairs: Sequence[Pair], model: Mapping[str, str]) -> str:
         """`scores_key` of what `score` gives under the params of a model."""
-        return scores_key(pairs, self.plan(pairs), self.compute, model=model)
+        return scores_key(pairs, self.plan(pairs), self.execution, model=model)
 
     def _pairs(self, prompts: Sequence[TokenIds], responses: Sequence[Sequence[TokenIds]]) -> list[Pair]:
         if len(prompts) != len(responses):
@@ -141,9 +141,9 @@ class Scorer:
         return pack_batch(self.model, pairs, plan.batches[number], plan.shapes[number])
 
     def _with_params(self, make_program: Callable, params: dict) -> Callable[[Batch], jax.Array]:
-        mesh, program = self.compute.mesh, make_program(self.model, self.compute)
+        mesh, program = self.execution.mesh, make_program(self.model, self.execution)
         placed = place(params, param_shardings(mesh, self.model))
-        return lambda batch: program(placed, put(batch, batch_sharding(mesh)))
+        return lambda batch: program(placed, to_devices(batch, batch_sharding(mesh)))
 
 
 @dataclasses.dataclass
@@ -162,7 +162,7 @@ class StepProgram:
 
     def __call__(self, batch: Batch) -> jax.Array:
         mesh = self.state.step.sharding.mesh
-        arrays, scoring = put(batch, batch_sharding(mesh)), everywhere(True, mesh)
+        arrays, scoring = to_devices(batch, batch_sharding(mesh)), everywhere(True, mesh)
         self.state, _, logps = self.step(self.state, self.opponent, arrays, scoring)
         return logps
 
@@ -195,7 +195,7 @@ def score_batches(
                 logps = run(batch.arrays)
             if pending:
                 packed, of_rows, scored = pending
-                done.append(of_pairs(fetch(scored), packed))
+                done.append(of_pairs(to_host(scored), packed))
                 check_finite(done[-1], of_rows)
                 if parts:
                     parts.keep(done)
@@ -218,7 +218,7 @@ def check_finite(logps: np.ndarray, rows: np.ndarray) -> None:
 def scores_key(
     pairs: Sequence[Pair],
     plan: Plan,
-    compute: Compute,
+    execution: Execution,
     micro_batches: int = 1,
     model: Mapping[str, str] | None = None,
 ) -> str:
@@ -228,9 +228,9 @@ def scores_key(
     for pair in pairs:
         for tokens in (pair.prompt, *pair.responses):
             digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
-    devices = compute.mesh.devices
-    how = [compute.remat, compute.logits_chunk, compute.kernel, compute.line]
-    program = [str(np.dtype(compute.dtype)), *how, micro_batches]
-    machine = [devices.shape, devices.flat[0].device_kind, jax.__version__, jaxlib.__version__]
+    devices = execution.mesh.devices
+    how = [execution.remat, execution.logits_chunk, execution.kernel, execution.line]
+    program = [str(np.dtype(execution.dtype)), *how, micro_batches]
+    machine = [devices.shape, devices.flat[0].device_kind, jax.__version__, jaxlib.version.__version__]
     digest.update(json.dumps([program, machine, plan.batches, plan.shapes]).encode())
     return digest.hexdigest()

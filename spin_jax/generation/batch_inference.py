@@ -31,7 +31,7 @@ from spin_jax.devices.accelerators import check_slice
 from spin_jax.errors import UserError
 from spin_jax.generation.engine import Engine, warn_if_endless
 from spin_jax.generation.response_files import Response, note_settings
-from spin_jax.language_model import Player, open_player
+from spin_jax.language_model import LanguageModel, open_language_model
 from spin_jax.runtime import compilation_cache, multihost, out_of_memory
 from spin_jax.runtime.files import expand, is_remote, write_whole
 from spin_jax.runtime.lease import held
@@ -52,34 +52,40 @@ def answer(config: ConfigDict | Config, out: epath.PathLike) -> None:
     """
     config = freeze(config)
     check_alike(config)
-    multihost.on_first(lambda: check_slice(config.mesh.slice, jax.devices()))
+    multihost.on_process_zero(lambda: check_slice(config.mesh.slice, jax.devices()))
     data, out = config.data, expand(out)
     out = out if is_remote(out) else out.absolute()
     parts = out.with_name(f"{out.name}.parts")
     compilation_cache.keep(out)
-    multihost.on_first(lambda: _check_free(out))
-    prompts = multihost.on_first(lambda: load_prompts(data.train, split=data.split, layout=data.layout, turn=data.turn))
-    described = multihost.on_each(lambda: checkpoints.describe(config.model.path, config.model.revision or None))
-    chosen = multihost.on_first(lambda: sizing.choose(config, described, jax.devices(), run=False))
-    multihost.on_first(lambda: sizing.check_memory(chosen, described, jax.devices(), trains=False, run=False))
+    multihost.on_process_zero(lambda: _check_free(out))
+    prompts = multihost.on_process_zero(
+        lambda: load_prompts(data.train, split=data.split, layout=data.layout, turn=data.turn)
+    )
+    described = multihost.on_each_process(
+        lambda: checkpoints.describe(config.model.path, config.model.revision or None)
+    )
+    chosen = multihost.on_process_zero(lambda: sizing.choose(config, described, jax.devices(), run=False))
+    multihost.on_process_zero(lambda: sizing.check_memory(chosen, described, jax.devices(), trains=False, run=False))
     _answer(chosen, out, parts, prompts)
 
 
 @out_of_memory.tells("generate", out_of_memory.for_sampling)
-def _answer(config: Config, out: epath.Path, parts: epath.Path, prompts: Sequence[str | list[Message]] | None) -> None:
-    player, data = open_player(config, config.model.path), config.data
-    there, dtype = sizing.describe(jax.devices()), np.dtype(player.decode.dtype).name
-    _LOG.info("%s: %s; computes in %s, %d slots", there, player.source, dtype, config.generate.batch_size)
-    tokens = multihost.on_first(lambda: _tokenise(player.chat, prompts, data))
+def _answer(config: Config, out: epath.Path, parts: epath.Path, prompts: Sequence[str | list[Message]]) -> None:
+    lm, data = open_language_model(config, config.model.path), config.data
+    there, dtype = sizing.describe(jax.devices()), np.dtype(lm.decode.dtype).name
+    _LOG.info("%s: %s; computes in %s, %d slots", there, lm.source, dtype, config.generate.batch_size)
+    tokens = multihost.on_process_zero(lambda: _tokenise(lm.chat, prompts, data))
     with held(parts, f"--out={out}"):
         check_shared(parts)
-        multihost.on_first(lambda: _check_free(out))  # another call may have ended in the meantime
-        multihost.on_first(lambda: note_settings(parts, _settings(config, player, tokens)))
-        engine = Engine.for_chat(player.model, config.generate, player.decode, player.chat)
+        multihost.on_process_zero(lambda: _check_free(out))  # another call may have ended in the meantime
+        multihost.on_process_zero(lambda: note_settings(parts, _settings(config, lm, tokens)))
+        engine = Engine.for_chat(lm.model, config.generate, lm.decode, lm.chat)
         # Laid out here already, so that what was loaded is let go where that is another copy.
-        params = multihost.on_each(lambda: engine.lay_out(_load_params(player)))
+        params = multihost.on_each_process(lambda: engine.lay_out(_load_params(lm)))
         responses = engine.generate(params, tokens, seed=config.seed, directory=parts)
-        multihost.on_first(lambda: _finish(out, parts, player.chat, config.generate.stop_strings, prompts, responses))
+        multihost.on_process_zero(
+            lambda: _finish(out, parts, lm.chat, config.generate.stop_strings, prompts, responses)
+        )
         warn_if_endless(responses, config.generate.max_new_tokens)
 
 
@@ -103,16 +109,16 @@ def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: Da
     return [tokens[-longest:] for tokens in asked]
 
 
-def _settings(config: Config, player: Player, tokens: Sequence[np.ndarray]) -> dict[str, object]:
+def _settings(config: Config, lm: LanguageModel, tokens: Sequence[np.ndarray]) -> dict[str, object]:
     """What decides a response, by the name that a refusal gives it."""
     fields = flatten(config)
     decoding = {f"--config.{name}": fields[name] for name, field in FIELDS.items() if field.decodes}
     decoding["--config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
-    model = checkpoints.fingerprint(player.source) | {"stop ids": list(player.chat.stop_ids)}
+    model = checkpoints.fingerprint(lm.source) | {"stop ids": list(lm.chat.stop_ids)}
     decoding |= {f"model ({part})": content for part, content in model.items()}
     return decoding | {
         "--config.seed": config.seed,
-        "--config.model.compute_dtype": str(np.dtype(player.decode.dtype)),
+        "--config.model.compute_dtype": str(np.dtype(lm.decode.dtype)),
         "list of prompts": _digest([ids.tolist() for ids in tokens]),
     }
 
@@ -121,10 +127,10 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _load_params(player: Player) -> dict:
+def _load_params(lm: LanguageModel) -> dict:
     """In the compute dtype, laid out for sampling: there is no f32 copy, as training has one."""
-    shardings = models.param_shardings(player.decode.mesh, player.model)
-    return checkpoints.load(player.source, dtype=player.decode.dtype, shardings=shardings)[1]
+    shardings = models.param_shardings(lm.decode.mesh, lm.model)
+    return checkpoints.load(lm.source, dtype=lm.decode.dtype, shardings=shardings)[1]
 
 
 def _finish(

@@ -1,11 +1,11 @@
 """The jitted decode loop: a slot whose response ends takes the next prompt of a queue while the others go on.
 
 Every decode step writes one column of the ring, the next, for all slots, so that nothing is scattered. A slot that
-takes a new prompt forgets the old one by its positions alone. A response is at most R tokens long, and is gone from its
-slot before the ring comes round. Rows never see each other, and token j of a response is drawn with a key of its own:
-slot, neighbours and time change nothing but the order in which sums are rounded.
+takes a new prompt forgets the old one by its positions alone. A response is no longer than the ring, and is gone from
+its slot before the ring comes round. Rows never see each other, and token j of a response is drawn with a key of its
+own: slot, neighbours and time change nothing but the order in which sums are rounded.
 
-`programs.decode_programs` jits these functions; `engine.Engine` calls them. Axes: see `decode_state`.
+`programs.decode_programs` jits these functions; `engine.Engine` calls them.
 """
 
 import functools
@@ -21,12 +21,12 @@ from spin_jax.models import EMPTY_POSITION, Columns, columns_axis, forward, rows
 
 def prefill(spec: DecodeSpec, params: dict, queue: Queue, prompts: Prompts) -> Queue:
     """The queue with new prompts in the places that are given one."""
-    batch, width = prompts.tokens_QW.shape
-    positions_QW = jnp.arange(width, dtype=jnp.int32)[None] - (width - prompts.lengths_Q)[:, None]
-    positions_QW = jnp.where(positions_QW < 0, EMPTY_POSITION, positions_QW)
+    batch, width = prompts.tokens_EW.shape
+    positions_EW = jnp.arange(width, dtype=jnp.int32)[None] - (width - prompts.lengths_E)[:, None]
+    positions_EW = jnp.where(positions_EW < 0, EMPTY_POSITION, positions_EW)
     cache = spec.cache(batch, width)
-    hidden_QWD, cache = forward(spec.model, params, prompts.tokens_QW, positions_QW, cache, compute=spec.compute)
-    new_Q = prompts.lengths_Q > 0
+    hidden_EWD, cache = forward(spec.model, params, prompts.tokens_EW, positions_EW, cache, execution=spec.execution)
+    new_E = prompts.lengths_E > 0
 
     def replaced(path: tuple, old: jax.Array, new: jax.Array) -> jax.Array:
         name = path[0].key
@@ -36,17 +36,17 @@ def prefill(spec: DecodeSpec, params: dict, queue: Queue, prompts: Prompts) -> Q
         new = jnp.concatenate([jax.lax.slice_in_dim(old, 0, old.shape[axis] - kept, axis=axis), new], axis)
         if name == "positions":  # what an earlier, longer prompt left in the columns before
             new = jnp.where((jnp.arange(new.shape[1]) < new.shape[1] - kept)[None], EMPTY_POSITION, new)
-        return jnp.where(jnp.expand_dims(new_Q, [i for i in range(old.ndim) if i != rows]), new, old)
+        return jnp.where(jnp.expand_dims(new_E, [i for i in range(old.ndim) if i != rows]), new, old)
 
     def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(new_Q.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+        return jnp.where(new_E.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
     row = queue.row
     row = Row(
         jax.tree_util.tree_map_with_path(replaced, row.cache, cache),
-        *map(chosen, (hidden_QWD[:, -1], prompts.keys_Q2, prompts.lengths_Q), row[1:]),
+        *map(chosen, (hidden_EWD[:, -1], prompts.keys_E2, prompts.lengths_E), row[1:]),
     )
-    return Queue(row, chosen(prompts.prompt_index_Q, queue.prompt_index_Q), queue.pending_Q | new_Q)
+    return Queue(row, chosen(prompts.prompt_index_E, queue.prompt_index_E), queue.pending_E | new_E)
 
 
 def decode(
@@ -55,20 +55,20 @@ def decode(
     """Decode until some device's places of the queue are empty; or, if there are no `more` prompts, all devices'.
 
     Returns:
-        Slots and queue, and the responses that ended in a slot which a prompt then took: [Q], at the prompt's place.
+        Slots and queue, and the responses that ended in a slot which a prompt then took: [E], at the prompt's place.
     """
-    places = queue.pending_Q.shape[0]
+    places = queue.pending_E.shape[0]
 
     def goes_on(carry: tuple) -> jax.Array:
-        left_S = jnp.any(carry[1].pending_Q.reshape(spec.shards, places // spec.shards), axis=1)
-        return jnp.where(more, jnp.all(left_S), jnp.any(left_S))
+        left_B = jnp.any(carry[1].pending_E.reshape(spec.shards, places // spec.shards), axis=1)
+        return jnp.where(more, jnp.all(left_B), jnp.any(left_B))
 
     def step(carry: tuple) -> tuple:
         slots, queue, ended = on_each_device(spec, admit, *carry)
         return _step(spec, params, slots, sampling), queue, ended
 
     slots, queue, ended = jax.lax.while_loop(goes_on, step, (slots, queue, no_responses(spec, places)))
-    return slots, queue, ended, _report(slots, queue.pending_Q, ended)
+    return slots, queue, ended, _report(slots, queue.pending_E, ended)
 
 
 def drain(spec: DecodeSpec, params: dict, slots: Slots, sampling: SamplingParams, kept: jax.Array) -> Slots:
@@ -86,34 +86,34 @@ def shrink(spec: DecodeSpec, slots: Slots, kept: int) -> tuple[Slots, Responses,
     return slots, ended, _report(slots, jnp.zeros(0, bool), ended)
 
 
-def _report(slots: Slots, pending_Q: jax.Array, ended: Responses) -> Report:
+def _report(slots: Slots, pending_E: jax.Array, ended: Responses) -> Report:
     responses = jnp.sum(ended.prompt_index_B >= 0)
-    return Report(pending_Q, slots.steps, slots.busy, responses, jnp.sum(ended.lengths_B))
+    return Report(pending_E, slots.steps, slots.busy, responses, jnp.sum(ended.lengths_B))
 
 
 def _step(spec: DecodeSpec, params: dict, slots: Slots, sampling: SamplingParams) -> Slots:
     """Draw a token in every slot, and run it through the model."""
     row, done, running_B = slots.row, slots.responses, slots.running_B
-    model, compute, cap = spec.model, spec.compute, spec.max_new_tokens
-    logits_BV = unembed(model, params, row.hidden_BD, compute)
+    model, execution, cap = spec.model, spec.execution, spec.max_new_tokens
+    logits_BV = unembed(model, params, row.hidden_BD, execution)
     too_short_B1 = (done.lengths_B < sampling.min_new_tokens)[:, None]
     allowed_BV = logits_BV.at[:, sampling.stop_ids].add(jnp.where(too_short_B1, -jnp.inf, 0.0), mode="drop")
     tokens_B = next_tokens(allowed_BV, token_keys(row.keys_B2, done.lengths_B), sampling, spec.filtered)
-    here_BC = running_B[:, None] & (jnp.arange(cap)[None] == done.lengths_B[:, None])
+    here_BO = running_B[:, None] & (jnp.arange(cap)[None] == done.lengths_B[:, None])
     stopped_B = running_B & jnp.isin(tokens_B, sampling.stop_ids)
     done = done._replace(
-        tokens_BC=jnp.where(here_BC, tokens_B[:, None], done.tokens_BC),
-        logprobs_BC=jnp.where(here_BC, token_logprobs(logits_BV, tokens_B)[:, None], done.logprobs_BC),
+        tokens_BO=jnp.where(here_BO, tokens_B[:, None], done.tokens_BO),
+        logprobs_BO=jnp.where(here_BO, token_logprobs(logits_BV, tokens_B)[:, None], done.logprobs_BO),
         lengths_B=done.lengths_B + running_B,
         stopped_B=done.stopped_B | stopped_B,
     )
     still_B, state_B = running_B & ~stopped_B & (done.lengths_B < cap), slots.state_B
-    if sampling.stops_SV is not None:
-        state_B = sampling.stops_SV[state_B, tokens_B]
-        still_B &= state_B < sampling.stops_SV.shape[0] - 1
+    if sampling.stops_AV is not None:
+        state_B = sampling.stops_AV[state_B, tokens_B]
+        still_B &= state_B < sampling.stops_AV.shape[0] - 1
     positions_B1 = jnp.where(still_B, row.prompt_lengths_B + done.lengths_B - 1, EMPTY_POSITION)[:, None]
     columns = _columns(spec, row, still_B, slots.steps)
-    hidden_B1D, cache = forward(model, params, tokens_B[:, None], positions_B1, row.cache, columns, compute=compute)
+    hidden_B1D, cache = forward(model, params, tokens_B[:, None], positions_B1, row.cache, columns, execution=execution)
     row = row._replace(cache=cache, hidden_BD=hidden_B1D[:, 0])
     return Slots(row, done, still_B, state_B, slots.steps + 1, slots.busy + jnp.sum(running_B))
 

@@ -1,10 +1,9 @@
 """What the decode loop carries from step to step: decode slots, a queue of prefilled prompts, unfinished responses.
 
-A slot is a row of the cache. Its first P columns hold a prompt, right-aligned; the other R are a ring: a decode step
+A slot is a row of the cache. Its first columns hold a prompt, right-aligned; the others are a ring: a decode step
 writes the same column of it for all slots.
 
-Axes: B slots, Q places of the queue, P prompt columns, W width of the prompts that are prefilled (at most P, but for a
-sliding window), R ring, C cap of a response in tokens, L layers, D hidden, V vocab.
+Shape letters: docs/architecture.md.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from spin_jax.devices import sharding
-from spin_jax.models import Compute, ModelConfig, cache_dtype, init_cache
+from spin_jax.models import Execution, ModelConfig, cache_dtype, init_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,39 +23,39 @@ class DecodeSpec:
 
     Attributes:
         model: its config.
-        max_new_tokens: C.
+        max_new_tokens: O, of a response.
         filtered: whether top-p and top-k are applied; they cost some passes over the logits every step.
-        compute: its mesh that of `sharding.decode_mesh`.
+        execution: its mesh that of `sharding.decode_mesh`.
     """
 
     model: ModelConfig
     max_new_tokens: int
     filtered: bool
-    compute: Compute
+    execution: Execution
 
     def prompt_columns(self, width: int) -> int:
-        """P for prompts of up to `width` tokens: what is further back than a sliding window is not kept."""
+        """Columns for prompts of up to `width` tokens: what is further back than a sliding window is not kept."""
         return min(width, self.model.furthest or width)
 
     @property
     def ring(self) -> int:
-        """R, likewise."""
+        """Columns of the ring, likewise."""
         return min(self.max_new_tokens, self.model.furthest or self.max_new_tokens)
 
     @property
     def by_layer(self) -> bool:
         """Whether params and cache have arrays of their own for each layer."""
-        return self.compute.on_one_cpu
+        return self.execution.on_one_cpu
 
     @property
     def shards(self) -> int:
         """Groups of devices that each decode slots of their own."""
-        return sharding.ways(self.compute.mesh, "rows")
+        return sharding.num_shards(self.execution.mesh, "rows")
 
     def cache(self, rows: int, columns: int) -> dict:
         """An empty cache."""
-        dtype = cache_dtype(self.compute.dtype, self.compute.platform)
-        return init_cache(self.model, rows, columns, dtype, self.compute.mesh, by_layer=self.by_layer)
+        dtype = cache_dtype(self.execution.dtype, self.execution.platform)
+        return init_cache(self.model, rows, columns, dtype, self.execution.mesh, by_layer=self.by_layer)
 
 
 class Responses(NamedTuple):
@@ -64,15 +63,15 @@ class Responses(NamedTuple):
 
     Attributes:
         prompt_index_B: int32, index of the prompt that the slot answers; -1 if empty.
-        tokens_BC: int32; a response, then zeros. A stop id, where one was drawn, is its last token.
-        logprobs_BC: f32, log p of each token as `sampling.token_logprobs` gives it, then zeros.
+        tokens_BO: int32; a response, then zeros. A stop id, where one was drawn, is its last token.
+        logprobs_BO: f32, log p of each token as `sampling.token_logprobs` gives it, then zeros.
         lengths_B: int32, tokens of the response.
         stopped_B: bool, whether its last token is a stop id. A response at the cap, or with a stop string, is not.
     """
 
     prompt_index_B: jax.Array
-    tokens_BC: jax.Array
-    logprobs_BC: jax.Array
+    tokens_BO: jax.Array
+    logprobs_BO: jax.Array
     lengths_B: jax.Array
     stopped_B: jax.Array
 
@@ -81,23 +80,23 @@ class Prompts(NamedTuple):
     """Prompts for the places of a queue.
 
     Attributes:
-        tokens_QW: int32, left-padded.
-        lengths_Q: int32; 0: nothing new for this place.
-        keys_Q2: uint32, from `sampling.response_keys`.
-        prompt_index_Q: int32, returned with the response.
+        tokens_EW: int32, left-padded.
+        lengths_E: int32; 0: nothing new for this place.
+        keys_E2: uint32, from `sampling.response_keys`.
+        prompt_index_E: int32, returned with the response.
     """
 
-    tokens_QW: jax.Array
-    lengths_Q: jax.Array
-    keys_Q2: jax.Array
-    prompt_index_Q: jax.Array
+    tokens_EW: jax.Array
+    lengths_E: jax.Array
+    keys_E2: jax.Array
+    prompt_index_E: jax.Array
 
 
 class Row(NamedTuple):
     """What a place of the queue and a slot both hold of a prompt, for each of B.
 
     Attributes:
-        cache: from `models.init_cache`, of P or P + R columns.
+        cache: from `models.init_cache`, of the columns of a prompt, in a slot with those of the ring.
         hidden_BD: the final hidden state of the last token, from which the next one is drawn.
         keys_B2: uint32.
         prompt_lengths_B: int32, in tokens.
@@ -110,18 +109,18 @@ class Row(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """Prefilled prompts; those where pending_Q wait for a slot."""
+    """Prefilled prompts; those where pending_E wait for a slot."""
 
     row: Row
-    prompt_index_Q: jax.Array
-    pending_Q: jax.Array
+    prompt_index_E: jax.Array
+    pending_E: jax.Array
 
 
 class Slots(NamedTuple):
     """Responses that are being decoded.
 
     Attributes:
-        row: of P + R columns.
+        row: its cache has the columns of a prompt and of the ring.
         responses: as far as they are.
         running_B: bool.
         state_B: int32, of the automaton that finds stop strings.
@@ -141,12 +140,12 @@ class Report(NamedTuple):
     """What the host reads of a call, on every process: small, and not donated.
 
     Attributes:
-        pending_Q: bool, places of the queue that are still taken.
+        pending_E: bool, places of the queue that are still taken.
         steps, busy: of the slots.
         responses, tokens: int32, number and tokens of the responses that the call returned.
     """
 
-    pending_Q: jax.Array
+    pending_E: jax.Array
     steps: jax.Array
     busy: jax.Array
     responses: jax.Array
@@ -163,7 +162,7 @@ def start(spec: DecodeSpec, slots: int, places: int, width: int) -> tuple[Slots,
 
 
 def _empty_row(spec: DecodeSpec, rows: int, columns: int) -> Row:
-    hidden_BD = jnp.zeros((rows, spec.model.hidden_size), spec.compute.dtype)
+    hidden_BD = jnp.zeros((rows, spec.model.hidden_size), spec.execution.dtype)
     keys_B2, prompt_lengths_B = jnp.zeros((rows, 2), jnp.uint32), jnp.zeros(rows, jnp.int32)
     return Row(spec.cache(rows, columns), hidden_BD, keys_B2, prompt_lengths_B)
 
@@ -173,8 +172,8 @@ def no_responses(spec: DecodeSpec, rows: int) -> Responses:
     shape = (rows, spec.max_new_tokens)
     return Responses(
         prompt_index_B=jnp.full(rows, -1, jnp.int32),
-        tokens_BC=jnp.zeros(shape, jnp.int32),
-        logprobs_BC=jnp.zeros(shape, jnp.float32),
+        tokens_BO=jnp.zeros(shape, jnp.int32),
+        logprobs_BO=jnp.zeros(shape, jnp.float32),
         lengths_B=jnp.zeros(rows, jnp.int32),
         stopped_B=jnp.zeros(rows, bool),
     )

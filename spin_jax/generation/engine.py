@@ -20,14 +20,14 @@ from spin_jax.config import GenerateConfig
 from spin_jax.data.chat_format import ChatFormat
 from spin_jax.data.pairs import TokenIds, token_ids
 from spin_jax.devices.sharding import batch_sharding, check_batch, located
-from spin_jax.devices.transfer import place, put
+from spin_jax.devices.transfer import place, to_devices
 from spin_jax.errors import UserError
 from spin_jax.generation.decode_state import DecodeSpec, Prompts, Report, Responses, row_specs
 from spin_jax.generation.programs import DecodePrograms, decode_programs
 from spin_jax.generation.response_files import Parts, Response, read_parts
 from spin_jax.generation.sampling import MAX_RESPONSES, MAX_ROWS, SamplingParams, response_keys
 from spin_jax.generation.stop_strings import stop_table
-from spin_jax.models import Compute, ModelConfig, param_shardings
+from spin_jax.models import Execution, ModelConfig, param_shardings
 from spin_jax.runtime import multihost, preemption
 from spin_jax.runtime.progress import Loop
 
@@ -85,9 +85,9 @@ class Engine:
     Attributes:
         model: its config.
         settings: `config.generate`, with no size left open.
-        compute: on the mesh that it samples on, see `sharding.decode_mesh`; its data and fsdp axes split slots.
+        execution: on the mesh that it samples on, see `sharding.decode_mesh`; its data and fsdp axes split slots.
         stop_ids: a response ends with the first of these.
-        stops_SV: finds `settings.stop_strings`, from `stop_strings.stop_table`.
+        stops_AV: finds `settings.stop_strings`, from `stop_strings.stop_table`.
 
     Raises:
         UserError: a size is left open or does not split over the devices, or nothing finds the stop strings.
@@ -95,30 +95,30 @@ class Engine:
 
     model: ModelConfig
     settings: GenerateConfig
-    compute: Compute
+    execution: Execution
     stop_ids: tuple[int, ...] = ()
-    stops_SV: np.ndarray | None = None
+    stops_AV: np.ndarray | None = None
 
     def __post_init__(self):
         chosen = self.settings
         if not chosen.batch_size or not chosen.prefill_batch_size:
             raise UserError("batch_size and prefill_batch_size must be at least 1: `sizing.choose` finds what fits")
-        if chosen.stop_strings and self.stops_SV is None:
+        if chosen.stop_strings and self.stops_AV is None:
             raise UserError("stop_strings need a table of the tokenizer's: make the engine with Engine.for_chat")
-        check_batch(self.compute.mesh, "--config.generate.batch_size", chosen.batch_size)
+        check_batch(self.execution.mesh, "--config.generate.batch_size", chosen.batch_size)
 
     @classmethod
-    def for_chat(cls, model: ModelConfig, settings: GenerateConfig, compute: Compute, chat: ChatFormat) -> "Engine":
+    def for_chat(cls, model: ModelConfig, settings: GenerateConfig, execution: Execution, chat: ChatFormat) -> "Engine":
         """One whose responses end as the chat format's do, or with one of `settings.stop_strings`."""
         codec = chat.codec
-        stops_SV = stop_table(codec.tokenizer, settings.stop_strings, model.vocab_size, codec.silent)
-        return cls(model, settings, compute, chat.stop_ids, stops_SV)
+        stops_AV = stop_table(codec.tokenizer, settings.stop_strings, model.vocab_size, codec.silent)
+        return cls(model, settings, execution, chat.stop_ids, stops_AV)
 
     @functools.cached_property
     def programs(self) -> DecodePrograms:
         """The jitted programs, the same for all engines of one `DecodeSpec`."""
         filtered = self.settings.top_p < 1 or self.settings.top_k > 0
-        return decode_programs(DecodeSpec(self.model, self.settings.max_new_tokens, filtered, self.compute))
+        return decode_programs(DecodeSpec(self.model, self.settings.max_new_tokens, filtered, self.execution))
 
     def generate(
         self,
@@ -150,7 +150,7 @@ class Engine:
         """
         progress, asked = progress or Progress(), self._asked(prompts)
         done = list(read_parts(directory).values()) if multihost.is_first() else []
-        known = multihost.on_first(lambda: {(one.row, one.number) for one in done})
+        known = multihost.on_process_zero(lambda: {(one.row, one.number) for one in done})
         missing = [prompt for prompt in asked if prompt[:2] not in known]
         progress.responses, parts = len(asked) - len(missing), Parts(directory)
         with Loop(progress.name, len(asked), "response", progress.responses) as loop:
@@ -178,7 +178,7 @@ class Engine:
                 and x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
             )
 
-        programs, mesh = self.programs, self.compute.mesh
+        programs, mesh = self.programs, self.execution.mesh
         if jax.tree.structure(params) == jax.tree.structure(programs.params):
             if all(jax.tree.leaves(jax.tree.map(alike, params, programs.params))):
                 return params
@@ -190,7 +190,7 @@ class Engine:
     def abstract_calls(self, longest: int) -> dict[str, tuple]:
         """Program -> its arguments as jax.ShapeDtypeStruct, with all slots in use and prompts of up to `longest`
         tokens: for compiling ahead of time."""
-        programs, mesh, size = self.programs, self.compute.mesh, self.settings.batch_size
+        programs, mesh, size = self.programs, self.execution.mesh, self.settings.batch_size
         places, width = self._places(size), prefill_width(longest, self.settings.prompt_bucket)
         rows = programs.start.eval_shape(size, places, width)
         slots, queue = located(rows, jax.tree.map(functools.partial(NamedSharding, mesh), row_specs(rows)))
@@ -204,7 +204,7 @@ class Engine:
 
     @functools.cached_property
     def _sampling(self) -> SamplingParams:
-        return SamplingParams.of(self.settings, self.stop_ids, self.stops_SV)
+        return SamplingParams.of(self.settings, self.stop_ids, self.stops_AV)
 
     def _asked(self, prompts: Sequence[TokenIds] | Mapping[int, TokenIds]) -> list[Prompt]:
         rows = prompts if isinstance(prompts, Mapping) else dict(enumerate(prompts))
@@ -245,14 +245,17 @@ class Engine:
             if len(taken):
                 prompts = no_prompts(places, widths[taken[0]])
                 _write(prompts, free[: len(taken)], taken, asked, keys)
-                queue = programs.prefill(params, queue, Prompts(*put(prompts, batch_sharding(self.compute.mesh))))
+                queue = programs.prefill(
+                    params, queue, Prompts(*to_devices(prompts, batch_sharding(self.execution.mesh)))
+                )
             slots, queue, now_ended, report = programs.decode(params, slots, queue, self._sampling, given < len(asked))
             if ended:  # while the devices are at work
                 yield _own_responses(ended, asked)
-            ended, free = now_ended, np.flatnonzero(~np.asarray(report.pending_Q))
+            ended, free = now_ended, np.flatnonzero(~np.asarray(report.pending_E))
             progress.add(report, size)
         progress.before_tail = progress.occupancy
-        yield _own_responses(ended, asked)
+        if ended:
+            yield _own_responses(ended, asked)
         for smaller in (*fewer, 0):
             preemption.between_batches()
             slots = programs.drain(params, slots, self._sampling, smaller // shards)
@@ -307,9 +310,9 @@ def _write(prompts: Prompts, free: np.ndarray, taken: np.ndarray, asked: Sequenc
     """Write the prompts `taken` of `asked` to the `free` places of a queue, left-padded."""
     for q, index in zip(free, taken, strict=True):
         tokens = asked[index].tokens
-        prompts.tokens_QW[q, -len(tokens) :] = tokens
-        prompts.lengths_Q[q] = len(tokens)
-    prompts.keys_Q2[free], prompts.prompt_index_Q[free] = keys[taken], taken
+        prompts.tokens_EW[q, -len(tokens) :] = tokens
+        prompts.lengths_E[q] = len(tokens)
+    prompts.keys_E2[free], prompts.prompt_index_E[free] = keys[taken], taken
 
 
 def _own_responses(ended: Responses, asked: Sequence[Prompt]) -> list[Response]:
@@ -318,8 +321,8 @@ def _own_responses(ended: Responses, asked: Sequence[Prompt]) -> list[Response]:
     for shards in zip(*(array.addressable_shards for array in ended), strict=True):
         if shards[0].replica_id == 0:
             rows = (np.asarray(shard.data) for shard in shards)
-            for index, tokens_C, logprobs_C, length, stopped in zip(*rows, strict=True):
+            for index, tokens_O, logprobs_O, length, stopped in zip(*rows, strict=True):
                 if index >= 0:
                     row, number, _ = asked[index]
-                    own.append(Response(row, number, tokens_C[:length], not stopped, logprobs_C[:length]))
+                    own.append(Response(row, number, tokens_O[:length], not stopped, logprobs_O[:length]))
     return own

@@ -42,7 +42,7 @@ class DecodePrograms:
 @functools.cache
 def decode_programs(spec: decode_state.DecodeSpec) -> DecodePrograms:
     """The programs of a spec; compiled when they are first called."""
-    mesh = spec.compute.mesh
+    mesh = spec.execution.mesh
     rows = jax.tree.map(
         functools.partial(NamedSharding, mesh),
         decode_state.row_specs(jax.eval_shape(lambda: decode_state.start(spec, 1, 1, 1))),
@@ -54,10 +54,10 @@ def decode_programs(spec: decode_state.DecodeSpec) -> DecodePrograms:
         return jit(mesh, functools.partial(function, spec), **options)
 
     if spec.by_layer:
-        cast = functools.partial(cast_params, spec.model, dtype=spec.compute.dtype)
+        cast = functools.partial(cast_params, spec.model, dtype=spec.execution.dtype)
         lay_out, shardings = jit(mesh, lambda params: split_layers(cast(params)), out_shardings=whole), whole
     else:
-        lay_out, shardings = make_resharding(spec.model, spec.compute), param_shardings(mesh, spec.model)
+        lay_out, shardings = make_resharding(spec.model, spec.execution), param_shardings(mesh, spec.model)
     return DecodePrograms(
         spec=spec,
         lay_out=lay_out,

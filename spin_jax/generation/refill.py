@@ -15,7 +15,7 @@ from spin_jax.models import EMPTY_POSITION, rows_axis
 
 def on_each_device(spec: DecodeSpec, function: Callable, *trees):
     """Call a function of (slots, ...) with each device's own rows; its results lie as its arguments do."""
-    mesh = spec.compute.mesh
+    mesh = spec.execution.mesh
     if mesh.size == 1:
         return function(*trees)
     result = row_specs(jax.eval_shape(function, *trees))
@@ -29,13 +29,13 @@ def admit(slots: Slots, queue: Queue, ended: Responses) -> tuple[Slots, Queue, R
 
     def waiting(carry: tuple) -> jax.Array:
         slots, queue, _ = carry
-        return jnp.any(queue.pending_Q) & ~jnp.all(slots.running_B)
+        return jnp.any(queue.pending_E) & ~jnp.all(slots.running_B)
 
     def one(carry: tuple) -> tuple:
         slots, queue, ended = carry
-        slot, place = jnp.argmin(slots.running_B), jnp.argmax(queue.pending_Q)
+        slot, place = jnp.argmin(slots.running_B), jnp.argmax(queue.pending_E)
         ended = jax.tree.map(lambda to, of: to.at[place].set(of[slot]), ended, slots.responses)
-        new = Responses(queue.prompt_index_Q[place], *(jnp.zeros(x.shape[1:], x.dtype) for x in slots.responses[1:]))
+        new = Responses(queue.prompt_index_E[place], *(jnp.zeros(x.shape[1:], x.dtype) for x in slots.responses[1:]))
         responses = jax.tree.map(lambda to, of: to.at[slot].set(of), slots.responses, new)
         moved = functools.partial(_moved, slot, place)
         cache = jax.tree_util.tree_map_with_path(moved, slots.row.cache, queue.row.cache)
@@ -46,7 +46,7 @@ def admit(slots: Slots, queue: Queue, ended: Responses) -> tuple[Slots, Queue, R
             running_B=slots.running_B.at[slot].set(True),
             state_B=slots.state_B.at[slot].set(0),
         )
-        return slots, queue._replace(pending_Q=queue.pending_Q.at[place].set(False)), ended
+        return slots, queue._replace(pending_E=queue.pending_E.at[place].set(False)), ended
 
     return jax.lax.while_loop(waiting, one, (slots, queue, ended))
 

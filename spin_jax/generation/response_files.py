@@ -69,7 +69,7 @@ class Parts:
 
     def __init__(self, directory: epath.Path | None):
         self._directory = directory
-        self._next = multihost.on_first(lambda: 1 + max(map(_part_number, _part_files(directory)), default=-1))
+        self._next = multihost.on_process_zero(lambda: 1 + max(map(_part_number, _part_files(directory)), default=-1))
 
     def write(self, responses: Sequence[Response]) -> None:
         """A part with these responses, whole or not at all."""

@@ -27,7 +27,7 @@ class SamplingParams(NamedTuple):
         top_k: int32 scalar; this many most likely tokens; 0 is off.
         min_new_tokens: int32 scalar; no response ends by a stop id before it is this long.
         stop_ids: int32 [n]; a response ends with the first of these. What is no token's id stops nothing.
-        stops_SV: int32 [S, V], from `stop_strings.stop_table`; a response ends with the token that completes a stop
+        stops_AV: int32 [A, V], from `stop_strings.stop_table`; a response ends with the token that completes a stop
             string. None where there are none.
     """
 
@@ -36,18 +36,18 @@ class SamplingParams(NamedTuple):
     top_k: jax.Array
     min_new_tokens: jax.Array
     stop_ids: jax.Array
-    stops_SV: jax.Array | None
+    stops_AV: jax.Array | None
 
     @classmethod
     def of(
-        cls, settings: GenerateConfig, stop_ids: Sequence[int], stops_SV: np.ndarray | None = None
+        cls, settings: GenerateConfig, stop_ids: Sequence[int], stops_AV: np.ndarray | None = None
     ) -> "SamplingParams":
         """As `config.generate` says."""
         # So many that other stop ids seldom are another shape, and with it another program.
         padded = np.full(-(-max(len(stop_ids), 1) // 8) * 8, np.iinfo(np.int32).max, np.int32)
         padded[: len(stop_ids)] = stop_ids
         numbers: list[Any] = [np.float32(settings.temperature), np.float32(settings.top_p)]
-        numbers += [np.int32(settings.top_k), np.int32(settings.min_new_tokens), padded, stops_SV]
+        numbers += [np.int32(settings.top_k), np.int32(settings.min_new_tokens), padded, stops_AV]
         return cls(*numbers)
 
 

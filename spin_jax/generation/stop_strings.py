@@ -34,14 +34,14 @@ def stop_table(
 
 def table_of(strings: Sequence[bytes], pieces: Sequence[bytes]) -> np.ndarray:
     """The table, given what each token adds to a text."""
-    by_byte_SX = _automaton(strings)
+    by_byte_AU = _automaton(strings)
     longest = max(map(len, pieces))
-    bytes_VT = np.array([list(piece.ljust(longest, b"\0")) for piece in pieces], np.int32)
+    bytes_VU = np.array([list(piece.ljust(longest, b"\0")) for piece in pieces], np.int32)
     lengths_V = np.array(list(map(len, pieces)))
-    states_SV = np.repeat(np.arange(len(by_byte_SX), dtype=np.int32)[:, None], len(pieces), axis=1)
+    states_AV = np.repeat(np.arange(len(by_byte_AU), dtype=np.int32)[:, None], len(pieces), axis=1)
     for i in range(longest):
-        states_SV = np.where(i < lengths_V, by_byte_SX[states_SV, bytes_VT[:, i]], states_SV)
-    return states_SV.astype(np.int32)
+        states_AV = np.where(i < lengths_V, by_byte_AU[states_AV, bytes_VU[:, i]], states_AV)
+    return states_AV.astype(np.int32)
 
 
 def _automaton(strings: Sequence[bytes]) -> np.ndarray:

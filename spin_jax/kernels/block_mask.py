@@ -11,7 +11,7 @@ are those of rope, where both responses follow the prompt.
 
 Attention by tiles walks along the list of those needed. The others cost nothing.
 
-Axes: B rows, T slots; I query blocks, J key blocks, S slots a block.
+Shape letters: docs/architecture.md.
 """
 
 from typing import NamedTuple
@@ -69,13 +69,13 @@ def needed_tiles(tokens_B2T: jax.Array, tile: int, sliding_window: int | None) -
     Exact by ends: if a later block sees a key, its first slot does. By a window a superset: a tile is left out if the
     smallest of its queries' positions is out of reach of the largest of its keys'.
     """
-    tokens_B2IS = tokens_B2T.reshape(*tokens_B2T.shape[:2], -1, tile)
-    starts_I = tile * jnp.arange(tokens_B2IS.shape[2], dtype=jnp.int32)
-    ends_BJ = tokens_B2IS[:, ENDS].max(-1)
+    tokens_B2IQ = tokens_B2T.reshape(*tokens_B2T.shape[:2], -1, tile)
+    starts_I = tile * jnp.arange(tokens_B2IQ.shape[2], dtype=jnp.int32)
+    ends_BJ = tokens_B2IQ[:, ENDS].max(-1)
     needed_BIJ = (starts_I[None, :, None] >= starts_I[None, None]) & (starts_I[None, :, None] < ends_BJ[:, None])
     if sliding_window is not None:
-        positions_BIS = tokens_B2IS[:, POSITIONS]
-        needed_BIJ &= positions_BIS.min(-1)[:, :, None] - positions_BIS.max(-1)[:, None] < sliding_window
+        positions_BIQ = tokens_B2IQ[:, POSITIONS]
+        needed_BIJ &= positions_BIQ.min(-1)[:, :, None] - positions_BIQ.max(-1)[:, None] < sliding_window
     return needed_BIJ
 
 

@@ -1,6 +1,6 @@
 """Attention of packed rows on GPUs by cuDNN, which computes all tiles under a mask.
 
-Axes: B rows, T slots, N query heads, K kv heads, H head_dim.
+Shape letters: docs/architecture.md.
 """
 
 from typing import Literal

@@ -8,11 +8,11 @@ the left side of every matmul has its summed axis last, which is how XLA's fast 
 the G heads are never joined into one axis: whatever is indexed by a query's slot is indexed by a remainder then, and
 XLA does not vectorise the exponentials beside it.
 
-Axes: B rows, T slots, N query heads, K kv heads, G = N // K, H head_dim; I blocks, S slots of a block, Q the same where
-they are queries.
+Shape letters: docs/architecture.md.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def tiled_attention(
 
     q_BIKGQH = blocks(q_BTNH, kv_heads, heads // kv_heads)
     k_BIKSH, v_BIKSH = (blocks(x, kv_heads) for x in (k_BTKH, v_BTKH))
-    out_BIKGQH = _attention(q_BIKGQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window)
+    out_BIKGQH: Any = _attention(q_BIKGQH, k_BIKSH, v_BIKSH, tokens_B2T, sliding_window)
     return jnp.moveaxis(out_BIKGQH, -2, 2).reshape(batch, -1, heads, head_dim)[:, :length]
 
 
@@ -150,12 +150,12 @@ def _scores(k_KSH: jax.Array, q_KGQH: jax.Array, bias_SQ: jax.Array) -> jax.Arra
 
 def _bias(tokens_B2T: jax.Array, row: jax.Array, i: jax.Array, j: jax.Array, sliding_window: int | None) -> jax.Array:
     """0 where queries of block i see keys of block j, else MASKED; [keys, queries]."""
-    k_2S, q_2S = (jax.lax.dynamic_slice(tokens_B2T, (row, 0, block * TILE), (1, 2, TILE))[0] for block in (j, i))
+    k_2S, q_2Q = (jax.lax.dynamic_slice(tokens_B2T, (row, 0, block * TILE), (1, 2, TILE))[0] for block in (j, i))
     slots_S = jnp.arange(TILE, dtype=jnp.int32)
-    keys_S1, queries_1S = (j * TILE + slots_S)[:, None], (i * TILE + slots_S)[None]
-    visible = (keys_S1 <= queries_1S) & (queries_1S < k_2S[ENDS][:, None])
+    keys_S1, queries_1Q = (j * TILE + slots_S)[:, None], (i * TILE + slots_S)[None]
+    visible = (keys_S1 <= queries_1Q) & (queries_1Q < k_2S[ENDS][:, None])
     if sliding_window is not None:
-        visible &= q_2S[POSITIONS][None] - k_2S[POSITIONS][:, None] < sliding_window
+        visible &= q_2Q[POSITIONS][None] - k_2S[POSITIONS][:, None] < sliding_window
     return jnp.where(visible, 0.0, MASKED)
 
 

@@ -4,7 +4,7 @@ Scores exist a tile of queries by keys at a time (FlashAttention, arXiv 2205.141
 tiles: it is given the list of those with a visible entry (`block_mask.py`), and its grid is as long as the list. The
 others are neither fetched nor computed, and cost no step.
 
-Axes: B rows, T slots, N query heads, K kv heads, G = N // K, H head_dim; I query blocks, J key blocks, S slots a block.
+Shape letters: docs/architecture.md.
 """
 
 import dataclasses
@@ -98,7 +98,8 @@ def flash_attention(
     q_BNTH, k_BKTH, v_BKTH = (
         jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
     )
-    return _attention(q_BNTH, k_BKTH, v_BKTH, tokens_B2T, tiling)[:, :, :length].swapaxes(1, 2)
+    out_BNTH: Any = _attention(q_BNTH, k_BKTH, v_BKTH, tokens_B2T, tiling)
+    return out_BNTH[:, :, :length].swapaxes(1, 2)
 
 
 def heads_and_tile(heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
@@ -157,9 +158,9 @@ def _visible(walk: Walk, step: jax.Array, at: Inputs, tiling: Tiling, axis: int)
     return visible
 
 
-def _products(queries_SH: jax.Array, keys_SH: jax.Array, axis: int) -> jax.Array:
+def _products(queries_QH: jax.Array, keys_SH: jax.Array, axis: int) -> jax.Array:
     """Inner products over H, f32."""
-    left, right = (queries_SH, keys_SH) if axis == 0 else (keys_SH, queries_SH)
+    left, right = (queries_QH, keys_SH) if axis == 0 else (keys_SH, queries_QH)
     return jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -168,9 +169,9 @@ def _sums(weights: jax.Array, values_SH: jax.Array) -> jax.Array:
     return jnp.dot(weights.astype(values_SH.dtype), values_SH, preferred_element_type=jnp.float32)
 
 
-def _scores(q_SH: jax.Array, k_SH: jax.Array, visible: jax.Array, axis: int) -> jax.Array:
+def _scores(q_QH: jax.Array, k_SH: jax.Array, visible: jax.Array, axis: int) -> jax.Array:
     """q k / sqrt(H), MASKED where the query does not see the key."""
-    return jnp.where(visible, _products(q_SH, k_SH, axis) * q_SH.shape[1] ** -0.5, MASKED)
+    return jnp.where(visible, _products(q_QH, k_SH, axis) * q_QH.shape[1] ** -0.5, MASKED)
 
 
 def _over_lanes(x: jax.Array, width: int) -> jax.Array:

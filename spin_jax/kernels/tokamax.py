@@ -1,6 +1,6 @@
 """Attention of packed rows on Hopper GPUs by the package tokamax.
 
-Axes: B rows, T slots, N query heads, K kv heads, H head_dim.
+Shape letters: docs/architecture.md.
 """
 
 import importlib.util
@@ -50,7 +50,7 @@ def tokamax_attention(
     Who sees a key is its `q_end`, which 0.0.17 writes down as a mask. Tiles are skipped by `is_causal` in all kernels,
     and in the forward one by the first key that a query sees.
     """
-    from tokamax._src.ops.attention import api, base
+    from tokamax._src.ops.attention import api, base  # pyright: ignore[reportMissingImports]  (an extra)
 
     slots_T = jnp.arange(visible_until_BT.shape[1], dtype=jnp.int32)
     # Padding sees itself: the kernels divide by the sum of a query's weights.

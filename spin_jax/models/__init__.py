@@ -1,7 +1,7 @@
 """The Llama family: descriptions, and pure functions on params."""
 
 from spin_jax.models.config import ModelConfig
-from spin_jax.models.execution import REMAT_POLICIES, Compute, kept_numbers
+from spin_jax.models.execution import REMAT_POLICIES, Execution, saved_numbers
 from spin_jax.models.flops import flops_per_token, num_params, unembed_flops
 from spin_jax.models.kv_cache import EMPTY_POSITION, Columns, cache_dtype, columns_axis, init_cache, rows_axis
 from spin_jax.models.llama import forward, unembed
@@ -19,7 +19,7 @@ __all__ = [
     "EMPTY_POSITION",
     "REMAT_POLICIES",
     "Columns",
-    "Compute",
+    "Execution",
     "ModelConfig",
     "abstract_adapters",
     "abstract_params",
@@ -33,7 +33,7 @@ __all__ = [
     "init_adapters",
     "init_cache",
     "init_params",
-    "kept_numbers",
+    "saved_numbers",
     "logical_axes",
     "merge",
     "num_adapter_params",

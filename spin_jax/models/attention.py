@@ -3,7 +3,7 @@
 The plain path holds the scores [B, N, T, S]; kernels hold a tile of them at a time (FlashAttention, arXiv 2205.14135).
 Softmax runs in f32 in all of them.
 
-Axes: B batch, T tokens, S key slots, N query heads, K kv heads, G = N // K, H head_dim.
+Shape letters: docs/architecture.md.
 """
 
 import functools
@@ -25,8 +25,8 @@ def causal_attention(
     visible_until_BT: jax.Array | None,
     positions_BT: jax.Array,
     sliding_window: int | None,
-    kernel: str | None = None,
-    mesh: Mesh | None = None,
+    kernel: str | None,
+    mesh: Mesh,
 ) -> jax.Array:
     """Attention of whole rows to themselves, [B, T, N, H] in q's dtype. Differentiable in q, k, v.
 

@@ -280,11 +280,12 @@ def _positive(value: Any, key: str, kind: type, where: str) -> Any:
 def _read_by_transformers(config: dict[str, Any], where: str) -> Any:
     """What transformers makes of a config.json: missing keys filled in, and the spellings of version 5 throughout."""
     _positive(config.get("num_hidden_layers", 1), "num_hidden_layers", int, where)
+    plain: dict[str, Any] = copy.deepcopy(config) | {"dtype": None, "torch_dtype": None}
     from transformers import AutoConfig
 
     try:
         # Reading changes what it is given. The weights have a dtype each, whatever config.json says of them.
-        return AutoConfig.for_model(**copy.deepcopy(config | {"dtype": None, "torch_dtype": None}))
+        return AutoConfig.for_model(**plain)
     except Exception as error:  # transformers raises what it likes
         what = " ".join(str(error).split()).rpartition("Error: ")[2][:200]
         raise UserError(f"{where}: transformers does not take it ({what}); mend that value") from error
@@ -300,7 +301,7 @@ def _rope(given: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
     if not isinstance(name, str) or name not in _ROPE_SCALINGS:
         raise UserError(f"{where}: rope_type={name!r} is not supported; supported: {', '.join(_ROPE_SCALINGS)}")
     scaling = _ROPE_SCALINGS[name]
-    fields = {field.name: field.type for field in dataclasses.fields(scaling)} if scaling else {}
+    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(scaling)} if scaling else {}
     if set(rope) != set(fields):
         raise UserError(f"{where}: rope_type={name!r} is given with {sorted(rope)}; expected {sorted(fields)}")
     values = {name: _positive(rope[name], f"rope_parameters.{name}", kind, where) for name, kind in fields.items()}

@@ -44,7 +44,7 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
-def kept_numbers(config: ModelConfig, remat: str, lanes: int = 1) -> int:
+def saved_numbers(config: ModelConfig, remat: str, lanes: int = 1) -> int:
     """Numbers a token and layer that a policy keeps: those in brackets above, and the layer's input ("none": about).
 
     Args:
@@ -60,7 +60,7 @@ def kept_numbers(config: ModelConfig, remat: str, lanes: int = 1) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
+class Execution:
     """Hashable, hence static under `jax.jit`.
 
     Attributes:
@@ -68,42 +68,42 @@ class Compute:
         remat: name in REMAT_POLICIES.
         logits_chunk: response positions whose logits are held at a time; 0 is all.
         kernel: of attention, a name in `kernels.KERNELS`; None is plain jax.numpy.
-        mesh: the devices of params and activations; None on a single one, without a kernel.
+        mesh: the devices of params and activations; the first of this process by default.
         line: from `sharding.sum_line`. Gradients are summed over lines of so many devices of the fsdp axis apart from
             what is across them; 0: over all devices at once.
     """
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)
     remat: str = "full"
     logits_chunk: int = 0
     kernel: str | None = None
-    mesh: Mesh | None = None
+    mesh: Mesh = dataclasses.field(default_factory=sharding.one_device_mesh)
     line: int = 0
 
     @property
     def platform(self) -> str:
-        return (self.mesh.devices.flat[0] if self.mesh else jax.devices()[0]).platform
+        return self.mesh.devices.flat[0].platform
 
     @property
     def on_one_cpu(self) -> bool:
-        return self.platform == "cpu" and (self.mesh is None or self.mesh.size == 1)
+        return self.platform == "cpu" and self.mesh.size == 1
 
 
-def written(x: jax.Array) -> jax.Array:
+def materialize(x: jax.Array) -> jax.Array:
     """x, in memory: neither it nor its cotangent is fused into the matmuls beside it, whose tiles shrink otherwise."""
     return jax.lax.optimization_barrier(x)
 
 
-def kept(x: jax.Array, name: str, compute: Compute) -> jax.Array:
+def remat_name(x: jax.Array, name: str, execution: Execution) -> jax.Array:
     """x, under a name that a remat policy may keep."""
-    return _kept_on_cpu(x, name) if compute.on_one_cpu else checkpoint_name(x, name)
+    return _kept_on_cpu(x, name) if execution.on_one_cpu else checkpoint_name(x, name)
 
 
 _kept_on_cpu = jax.custom_jvp(kept_bits, nondiff_argnums=(1,))
-_kept_on_cpu.defjvp(lambda name, primals, tangents: (kept_bits(*primals, name), *tangents))
+_kept_on_cpu.defjvp(lambda name, primals, tangents: (kept_bits(primals[0], name), tangents[0]))
 
 
-def make_compute(settings: ModelSection, model: ModelConfig, mesh: Mesh) -> Compute:
+def make_execution(settings: ModelSection, model: ModelConfig, mesh: Mesh) -> Execution:
     """How `config.model` says that training computes on a mesh; "auto" is what its devices are best at.
 
     Raises:
@@ -112,11 +112,11 @@ def make_compute(settings: ModelSection, model: ModelConfig, mesh: Mesh) -> Comp
     device = mesh.devices.flat[0]
     dtype = compute_dtype(settings.compute_dtype, device)
     kernel = choose(settings.attention, device, model.head_dim, dtype)
-    return Compute(dtype, settings.remat, settings.logits_chunk, kernel, mesh, sharding.sum_line(mesh))
+    return Execution(dtype, settings.remat, settings.logits_chunk, kernel, mesh, sharding.sum_line(mesh))
 
 
-def make_decode_compute(mesh: MeshConfig, model: ModelConfig, compute: Compute) -> Compute:
+def make_decode_execution(mesh: MeshConfig, model: ModelConfig, execution: Execution) -> Execution:
     """The same for sampling, on the decode mesh of the same devices."""
-    ways = sharding.decode_ways(compute.mesh.size, mesh.decode_tensor, model.tensor_axes)
-    decode_mesh = sharding.decode_mesh(compute.mesh, ways)
-    return dataclasses.replace(compute, kernel=None, mesh=decode_mesh, line=0)
+    num_shards = sharding.decode_shards(execution.mesh.size, mesh.decode_tensor, model.tensor_axes)
+    decode_mesh = sharding.decode_mesh(execution.mesh, num_shards)
+    return dataclasses.replace(execution, kernel=None, mesh=decode_mesh, line=0)

@@ -11,7 +11,7 @@ front of the other, and transposes whole layers of keys in every step where it i
 A cache by layer has tuples of L arrays in the place of the axis L, and so have the layers of params beside it. XLA for
 CPUs updates and multiplies a whole array in place, and copies what is a part of one first.
 
-Axes: L layers, B batch, S columns, K kv heads, H head_dim.
+Shape letters: docs/architecture.md.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ def columns_axis(name: str, x: jax.Array) -> int:
     return x.ndim - 1 if name in ("positions", "kT") else x.ndim - 2
 
 
-def write(cache: dict, k_BTKH: jax.Array, v_BTKH: jax.Array, layer: jax.Array | None, column: jax.Array) -> dict:
+def write(cache: dict, k_BTKH: jax.Array, v_BTKH: jax.Array, layer: jax.Array | None, column: jax.Array | int) -> dict:
     """The cache with T new keys and values from `column` on; in place where it is donated or carried by a loop.
 
     Args:
@@ -95,7 +95,7 @@ def write(cache: dict, k_BTKH: jax.Array, v_BTKH: jax.Array, layer: jax.Array | 
     new = {"k": k_BTKH.swapaxes(1, 2), "v": v_BTKH.swapaxes(1, 2), "kT": k_BTKH.transpose(0, 2, 3, 1)}
 
     def put(name: str, old: jax.Array) -> jax.Array:
-        start = [0] * old.ndim
+        start: list[jax.Array | int] = [0] * old.ndim
         start[columns_axis(name, old)] = column
         of_layer = new[name].astype(old.dtype)
         if layer is not None:
@@ -109,7 +109,8 @@ def read(cache: dict, layer: jax.Array | None, first: int) -> dict:
     """A layer's part of a cache from column `first` on: kT [B, K, H, S], v [B, K, S, H]."""
 
     def part(name: str, x: jax.Array) -> jax.Array:
-        start, size = [0] * x.ndim, list(x.shape)
+        start: list[jax.Array | int] = [0] * x.ndim
+        size = list(x.shape)
         start[columns_axis(name, x)] = first
         size[columns_axis(name, x)] -= first
         if layer is None:

@@ -3,8 +3,7 @@
 Modules live inside a call only: `forward` merges them with the params it is given and returns arrays. Everybody else
 sees params as data, so that policy, opponent, gradients and optimizer moments are all the same kind of tree.
 
-Axes: B batch, T tokens, S key slots, D hidden, F mlp, V vocab, N query heads, K kv heads, G = N // K, H head_dim,
-L layers.
+Shape letters: docs/architecture.md.
 """
 
 import functools
@@ -20,7 +19,18 @@ from spin_jax.kernels.block_mask import attention_mask
 from spin_jax.models import kv_cache as cache_lib
 from spin_jax.models.attention import attend_cached, causal_attention
 from spin_jax.models.config import ModelConfig
-from spin_jax.models.execution import ATTENDED, DOWN, GATE, INPUT, QKV, REMAT_POLICIES, UP, Compute, kept, written
+from spin_jax.models.execution import (
+    ATTENDED,
+    DOWN,
+    GATE,
+    INPUT,
+    QKV,
+    REMAT_POLICIES,
+    UP,
+    Execution,
+    materialize,
+    remat_name,
+)
 from spin_jax.models.kv_cache import Columns
 from spin_jax.models.projections import Adapted, gated, project, project_adapted
 from spin_jax.models.rope import apply_rope, rope_tables
@@ -42,16 +52,18 @@ class Block(nnx.Module):
             else:
                 setattr(self, name, self.parts[name](config, entry, rngs=rngs, dtype=dtype))
 
-    def norm(self, x: jax.Array, name: str, compute: Compute) -> jax.Array:
+    def norm(self, x: jax.Array, name: str, execution: Execution) -> jax.Array:
         """x RMS-normed by the scale of this name."""
         scale, offset = getattr(self, name)[...], self.config.norm_offset
         scale = offset + scale.astype(jnp.float32) if offset else scale
-        return rms_norm(x, scale, self.config.rms_norm_eps, compute)
+        return rms_norm(x, scale, self.config.rms_norm_eps, execution)
 
 
-def _project(expression: str, x: jax.Array, param: nnx.Param, compute: Compute) -> jax.Array:
+def _project(expression: str, x: jax.Array, param: nnx.Param, execution: Execution) -> jax.Array:
     weight, axes = param.get_value(), param.get_metadata("logical_axes")
-    return (project_adapted if isinstance(weight, Adapted) else project)(expression, x, weight, axes, compute, x.dtype)
+    return (project_adapted if isinstance(weight, Adapted) else project)(
+        expression, x, weight, axes, execution, x.dtype
+    )
 
 
 class Tokens(NamedTuple):
@@ -75,38 +87,48 @@ class Tokens(NamedTuple):
 class Embedding(Block):
     """Token ids to vectors; the transpose of the unembedding where the two are tied."""
 
-    def __call__(self, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
+    embedding: nnx.Param
+
+    def __call__(self, tokens_BT: jax.Array, execution: Execution) -> jax.Array:
         # Each device looks its part of the vectors up for all rows, and then they are swapped for all parts of its own
         # rows: neither the table nor its gradient, which is summed in the table's f32, ever travels.
-        tokens_BT = constrain(tokens_BT, compute.mesh, None, None)
-        x_BTD = constrain(self.embedding[...][tokens_BT], compute.mesh, None, None, "embed").astype(compute.dtype)
+        tokens_BT = constrain(tokens_BT, execution.mesh, None, None)
+        x_BTD = constrain(self.embedding[...][tokens_BT], execution.mesh, None, None, "embed").astype(execution.dtype)
         if self.config.scale_embeddings:  # by a number rounded to their dtype, as the published models were trained
-            x_BTD *= jnp.asarray(self.config.hidden_size**0.5, compute.dtype)
-        return constrain(x_BTD, compute.mesh, "rows", "sequence", None)
+            x_BTD *= jnp.asarray(self.config.hidden_size**0.5, execution.dtype)
+        return constrain(x_BTD, execution.mesh, "rows", "sequence", None)
 
 
 class Attention(Block):
     """Grouped-query self-attention with rotary positions; with a cache, of the tokens to what layer `index` has
     in it."""
 
+    q: nnx.Param
+    k: nnx.Param
+    v: nnx.Param
+    o: nnx.Param
+    q_bias: nnx.Param
+    k_bias: nnx.Param
+    v_bias: nnx.Param
+
     def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None, compute: Compute
+        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None, execution: Execution
     ) -> tuple[jax.Array, dict | None]:
         dtype, config = x_BTD.dtype, self.config
-        q_BTNH = _project("BTD,DNH->BTNH", x_BTD, self.q, compute)
-        k_BTKH = _project("BTD,DKH->BTKH", x_BTD, self.k, compute)
-        v_BTKH = _project("BTD,DKH->BTKH", x_BTD, self.v, compute)
+        q_BTNH = _project("BTD,DNH->BTNH", x_BTD, self.q, execution)
+        k_BTKH = _project("BTD,DKH->BTKH", x_BTD, self.k, execution)
+        v_BTKH = _project("BTD,DKH->BTKH", x_BTD, self.v, execution)
         if config.qkv_bias:
             q_BTNH += self.q_bias[...].astype(dtype)[None, None]
             k_BTKH += self.k_bias[...].astype(dtype)[None, None]
             v_BTKH += self.v_bias[...].astype(dtype)[None, None]
         if config.qk_norm:
-            q_BTNH, k_BTKH = self.norm(q_BTNH, "q_norm", compute), self.norm(k_BTKH, "k_norm", compute)
+            q_BTNH, k_BTKH = self.norm(q_BTNH, "q_norm", execution), self.norm(k_BTKH, "k_norm", execution)
         # Scores are divided by the square root of head_dim in all kernels.
         scale = (config.head_dim / (config.query_pre_attn_scalar or config.head_dim)) ** 0.5
         q_BTNH, k_BTKH = apply_rope(q_BTNH, *tokens.rope, scale), apply_rope(k_BTKH, *tokens.rope)
         if cache is None:
-            q_BTNH, k_BTKH, v_BTKH = (kept(x, QKV, compute) for x in (q_BTNH, k_BTKH, v_BTKH))
+            q_BTNH, k_BTKH, v_BTKH = (remat_name(x, QKV, execution) for x in (q_BTNH, k_BTKH, v_BTKH))
             attended_BTNH = causal_attention(
                 q_BTNH,
                 k_BTKH,
@@ -114,23 +136,28 @@ class Attention(Block):
                 tokens.visible_until_BT,
                 tokens.positions_BT,
                 config.sliding_window,
-                compute.kernel,
-                compute.mesh,
+                execution.kernel,
+                execution.mesh,
             )
         else:
+            assert tokens.columns is not None and tokens.mask_BTS is not None, "they come with a cache"
             cache = cache_lib.write(cache, k_BTKH, v_BTKH, index, tokens.columns.written)
             attended_BTNH = attend_cached(q_BTNH, cache, index, tokens.mask_BTS, tokens.columns)
-        return _project("BTNH,NHD->BTD", attended_BTNH, self.o, compute), cache
+        return _project("BTNH,NHD->BTD", attended_BTNH, self.o, execution), cache
 
 
 class MLP(Block):
     """Gated: down(activation(x gate) * (x up)), SwiGLU where the activation is silu (arXiv 2002.05202)."""
 
-    def __call__(self, x_BTD: jax.Array, compute: Compute) -> jax.Array:
-        gate_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.gate, compute), GATE, compute)
-        up_BTF = kept(_project("BTD,DF->BTF", x_BTD, self.up, compute), UP, compute)
+    gate: nnx.Param
+    up: nnx.Param
+    down: nnx.Param
+
+    def __call__(self, x_BTD: jax.Array, execution: Execution) -> jax.Array:
+        gate_BTF = remat_name(_project("BTD,DF->BTF", x_BTD, self.gate, execution), GATE, execution)
+        up_BTF = remat_name(_project("BTD,DF->BTF", x_BTD, self.up, execution), UP, execution)
         return _project(
-            "BTF,FD->BTD", written(gated(gate_BTF, up_BTF, self.config.activation, compute)), self.down, compute
+            "BTF,FD->BTD", materialize(gated(gate_BTF, up_BTF, self.config.activation, execution)), self.down, execution
         )
 
 
@@ -139,31 +166,33 @@ class DecoderLayer(Block):
     as well."""
 
     parts = {"attention": Attention, "mlp": MLP}
+    attention: Attention
+    mlp: MLP
 
     def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None, compute: Compute
+        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None, execution: Execution
     ) -> tuple[jax.Array, dict | None]:
         with jax.named_scope("attention"):
             attended_BTD, cache = self.attention(
-                self._normed(x_BTD, "attention_norm", compute), tokens, cache, index, compute
+                self._normed(x_BTD, "attention_norm", execution), tokens, cache, index, execution
             )
-            x_BTD = self._plus(x_BTD, attended_BTD, "attention_post_norm", ATTENDED, compute)
+            x_BTD = self._plus(x_BTD, attended_BTD, "attention_post_norm", ATTENDED, execution)
             if not self.config.post_norms:
-                x_BTD = kept(x_BTD, ATTENDED, compute)
+                x_BTD = remat_name(x_BTD, ATTENDED, execution)
         with jax.named_scope("mlp"):
-            down_BTD = self.mlp(self._normed(x_BTD, "mlp_norm", compute), compute)
-            return self._plus(x_BTD, down_BTD, "mlp_post_norm", DOWN, compute), cache
+            down_BTD = self.mlp(self._normed(x_BTD, "mlp_norm", execution), execution)
+            return self._plus(x_BTD, down_BTD, "mlp_post_norm", DOWN, execution), cache
 
-    def _normed(self, x_BTD: jax.Array, name: str, compute: Compute) -> jax.Array:
+    def _normed(self, x_BTD: jax.Array, name: str, execution: Execution) -> jax.Array:
         # Whole along the sequence again, once for all the matmuls that read it.
-        return written(constrain(self.norm(x_BTD, name, compute), compute.mesh, "rows", None, None))
+        return materialize(constrain(self.norm(x_BTD, name, execution), execution.mesh, "rows", None, None))
 
-    def _plus(self, x_BTD: jax.Array, y_BTD: jax.Array, norm: str, name: str, compute: Compute) -> jax.Array:
+    def _plus(self, x_BTD: jax.Array, y_BTD: jax.Array, norm: str, name: str, execution: Execution) -> jax.Array:
         if self.config.post_norms:
             # The backward pass needs what is normed: to keep it under `name` spares the matmul that it came from.
-            y_BTD = kept(constrain(y_BTD, compute.mesh, "rows", "sequence", None), name, compute)
-            y_BTD = self.norm(y_BTD, norm, compute)
-        return constrain(x_BTD + y_BTD, compute.mesh, "rows", "sequence", None)
+            y_BTD = remat_name(constrain(y_BTD, execution.mesh, "rows", "sequence", None), name, execution)
+            y_BTD = self.norm(y_BTD, norm, execution)
+        return constrain(x_BTD + y_BTD, execution.mesh, "rows", "sequence", None)
 
 
 def _stack(config: ModelConfig, table: dict, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> DecoderLayer:
@@ -177,6 +206,8 @@ class Llama(Block):
     of the first layer where they are a tuple."""
 
     parts = {"embed": Embedding, "layers": _stack}
+    embed: Embedding
+    layers: DecoderLayer
 
     def __call__(
         self,
@@ -186,7 +217,7 @@ class Llama(Block):
         visible_until_BT: jax.Array | None,
         cache: dict | None,
         columns: Columns,
-        compute: Compute,
+        execution: Execution,
     ) -> tuple[jax.Array, dict | None]:
         config = self.config
         ropes = {window: rope_tables(config, positions_BT, window is not None) for window in config.window_shares}
@@ -201,27 +232,29 @@ class Llama(Block):
         places = {w: positions_BT if w == config.sliding_window else jnp.zeros_like(positions_BT) for w in ropes}
         tokens = {w: Tokens(ropes[w], places[w], visible_until_BT, columns, masks[w]) for w in ropes}
         with jax.named_scope("embed"):
-            x_BTD = self.embed(tokens_BT, compute)
-        run_layers = self._one_by_one if isinstance(layers, tuple) else self._scanned
-        x_BTD, cache = run_layers(layers, x_BTD, tokens, cache, compute)
+            x_BTD = self.embed(tokens_BT, execution)
+        if isinstance(layers, tuple):
+            x_BTD, cache = self._one_by_one(layers, x_BTD, tokens, cache or {}, execution)
+        else:
+            x_BTD, cache = self._scanned(layers, x_BTD, tokens, cache, execution)
         with jax.named_scope("final_norm"):
-            return self.norm(x_BTD, "final_norm", compute), cache and cache | seen
+            return self.norm(x_BTD, "final_norm", execution), cache and cache | seen
 
     def _scanned(
-        self, layers: dict, x_BTD: jax.Array, tokens: dict[int | None, Tokens], cache: dict | None, compute: Compute
+        self, layers: dict, x_BTD: jax.Array, tokens: dict[int | None, Tokens], cache: dict | None, execution: Execution
     ) -> tuple[jax.Array, dict | None]:
         layer_def, tokens_of = nnx.graphdef(self.layers), _by_index(self.config.windows, tokens)
 
         def apply_layer(carry: tuple, indexed_layer: tuple) -> tuple[tuple, None]:
             x_BTD, cache = carry
             index, layer = indexed_layer
-            if compute.on_one_cpu:  # elsewhere the input is kept as it is
-                x_BTD = kept(x_BTD, INPUT, compute)
-            return nnx.merge(layer_def, layer)(x_BTD, tokens_of(index), cache, index, compute), None
+            if execution.on_one_cpu:  # elsewhere the input is kept as it is
+                x_BTD = remat_name(x_BTD, INPUT, execution)
+            return nnx.merge(layer_def, layer)(x_BTD, tokens_of(index), cache, index, execution), None
 
-        if compute.remat != "none":
+        if execution.remat != "none":
             # Inside a scan there is nothing to eliminate a recomputation against, so no barrier is needed.
-            apply_layer = jax.checkpoint(apply_layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
+            apply_layer = jax.checkpoint(apply_layer, policy=REMAT_POLICIES[execution.remat], prevent_cse=False)
         # The cache is carried, not scanned over: a scan would stack each layer's slice into a new copy of the whole.
         indices_L = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (x_BTD, cache), _ = jax.lax.scan(apply_layer, (x_BTD, cache), (indices_L, layers))
@@ -233,13 +266,13 @@ class Llama(Block):
         x_BTD: jax.Array,
         tokens: dict[int | None, Tokens],
         cache: dict,
-        compute: Compute,
+        execution: Execution,
     ) -> tuple[jax.Array, dict]:
         """For sampling, with a cache by layer."""
         layer_def, caches = nnx.graphdef(self.layers), []
         for layer, window, *of_layer in zip(layers, self.config.windows, *cache.values(), strict=True):
             of_layer = dict(zip(cache, of_layer, strict=True))
-            x_BTD, of_layer = nnx.merge(layer_def, layer)(x_BTD, tokens[window], of_layer, None, compute)
+            x_BTD, of_layer = nnx.merge(layer_def, layer)(x_BTD, tokens[window], of_layer, None, execution)
             caches.append(of_layer)
         return x_BTD, {name: tuple(of_layer[name] for of_layer in caches) for name in cache}
 
@@ -256,11 +289,11 @@ def _by_index(windows: tuple[int | None, ...], tokens: dict[int | None, Tokens])
     return lambda index: jax.tree.map(lambda table: choose(table, kinds_L[index]), tables)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, compute: Compute = Compute()) -> jax.Array:  # noqa: B008
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, execution: Execution) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in f32, given back in x's dtype (arXiv 1910.07467)."""
     x_f32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
-    normed = _scaled(x_f32, inverse) if compute.on_one_cpu else x_f32 * inverse
+    normed = _scaled(x_f32, inverse) if execution.on_one_cpu else x_f32 * inverse
     return (normed * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
@@ -294,14 +327,14 @@ def forward(
     columns: Columns = Columns(),  # noqa: B008, frozen
     *,
     visible_until_BT: jax.Array | None = None,
-    compute: Compute = Compute(),  # noqa: B008, frozen
+    execution: Execution | None = None,
 ) -> tuple[jax.Array, dict | None]:
     """Runs the decoder up to and including its final norm; `unembed` turns the result into logits.
 
     Args:
         params: nested dict as `init_params` returns it, or as `models.lora.attach` or, with a cache by layer,
-            `split_layers` does. Matmuls run in `compute.dtype`, each layer cast as it is reached; norms, rotations and
-            softmax run in f32 whatever the dtypes.
+            `split_layers` does. Matmuls run in `execution.dtype`, each layer cast as it is reached; norms, rotations
+            and softmax run in f32 whatever the dtypes.
         tokens_BT: int32. Rows are padded on the right, where causality keeps the padding from the tokens.
         positions_BT: int32, the place of each token in its sequence; 0, 1, ... if None.
         cache: what earlier calls have seen, from `init_cache`. A token sees the columns whose position is not ahead of
@@ -311,21 +344,21 @@ def forward(
             slots j to visible_until_BT[j] - 1 of its row. None where a row is one sequence.
 
     Returns:
-        Hidden states [B, T, D] in `compute.dtype`, and the cache with this call's keys and values (None if none came).
+        Hidden states [B, T, D] in `execution.dtype`, and the cache with this call's keys and values, or None.
     """
     if positions_BT is None:
         positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     layers = params["layers"]
     some_layer = layers[0] if isinstance(layers, tuple) else layers
     model = nnx.merge(_modules(config), params | {"layers": some_layer})
-    return model(layers, tokens_BT, positions_BT, visible_until_BT, cache, columns, compute)
+    return model(layers, tokens_BT, positions_BT, visible_until_BT, cache, columns, execution or Execution())
 
 
-def unembed(config: ModelConfig, params: dict, hidden_XD: jax.Array, compute: Compute = Compute()) -> jax.Array:  # noqa: B008
+def unembed(config: ModelConfig, params: dict, hidden: jax.Array, execution: Execution | None = None) -> jax.Array:
     """Logits, f32 [..., V], of final-normed hidden states [B, D] or [B, T, D]; the matmul runs in their dtype."""
-    leading = "BT"[: hidden_XD.ndim - 1]
+    leading = "BT"[: hidden.ndim - 1]
     if config.tie_embeddings:
         expression, weights, axes = f"{leading}D,VD->{leading}V", params["embed"]["embedding"], ("vocab", "embed")
     else:
         expression, weights, axes = f"{leading}D,DV->{leading}V", params["lm_head"], ("embed", "vocab")
-    return project(expression, hidden_XD, weights, axes, compute, jnp.float32)
+    return project(expression, hidden, weights, axes, execution or Execution(), jnp.dtype(jnp.float32))

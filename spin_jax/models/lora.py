@@ -61,7 +61,7 @@ def adapter_shardings(mesh: Mesh, config: ModelConfig, rank: int) -> dict:
     else by the rank, where that divides; a rank that does not is a small one."""
 
     def place(weight: Weight) -> dict:
-        axes = low_rank_axes(weight.logical_axes, weight.inputs)
+        axes = low_rank_axes(weight.logical_axes, weight.inputs or 0)
         pair = _pair(config, weight, rank)
         return {name: fitting(mesh, pair[name].shape, ("layers", *of)) for name, of in zip(pair, axes, strict=True)}
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from spin_jax.devices.compiler_options import jit
 from spin_jax.devices.sharding import tree_shardings
 from spin_jax.models.config import ModelConfig
-from spin_jax.models.execution import Compute
+from spin_jax.models.execution import Execution
 from spin_jax.models.llama import Llama
 from spin_jax.models.weights import stacked_weights, weights
 
@@ -58,7 +58,7 @@ def param_shardings(mesh: Mesh, config: ModelConfig) -> dict:
 
 
 @functools.cache
-def make_resharding(model: ModelConfig, compute: Compute) -> Callable:
-    """params -> a copy in the compute dtype, laid out for `compute.mesh`."""
-    copy = functools.partial(cast_params, model, dtype=compute.dtype)
-    return jit(compute.mesh, copy, out_shardings=param_shardings(compute.mesh, model))
+def make_resharding(model: ModelConfig, execution: Execution) -> Callable:
+    """params -> a copy in the compute dtype, laid out for `execution.mesh`."""
+    copy = functools.partial(cast_params, model, dtype=execution.dtype)
+    return jit(execution.mesh, copy, out_shardings=param_shardings(execution.mesh, model))

@@ -10,12 +10,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spin_jax.devices.sharding import constrain, fitting, gathered, spec
-from spin_jax.models.execution import Compute
+from spin_jax.models.execution import Execution
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
 def project(
-    expression: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], compute: Compute, out_dtype: jnp.dtype
+    expression: str,
+    x: jax.Array,
+    w: jax.Array,
+    axes: tuple[str | None, ...],
+    execution: Execution,
+    out_dtype: jnp.dtype,
 ) -> jax.Array:
     """einsum(expression, x, w) with FSDP said out loud, because the partitioner left alone does something else.
 
@@ -30,12 +35,12 @@ def project(
         axes: of w, their logical names.
         out_dtype: of the result; dx is computed in x's dtype in any case.
     """
-    return _einsum(expression, x, _gathered(w, x.dtype, axes, compute.mesh), out_dtype, compute)
+    return _einsum(expression, x, _gathered(w, x.dtype, axes, execution.mesh), out_dtype, execution)
 
 
-def _einsum(expression: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype, compute: Compute) -> jax.Array:
+def _einsum(expression: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype, execution: Execution) -> jax.Array:
     """einsum, which sums in f32 whatever it is given and gives `dtype`."""
-    if compute.on_one_cpu:
+    if execution.on_one_cpu:
         # XLA's matmuls of bfloat16 are faster where the result is f32 (`benchmarks/matmuls.py`): those use a CPU's
         # instructions for them. Two summed axes are taken in their letters' alphabetical order, and transposed first
         # where that is not the order in memory: letters are renamed by where they stand.
@@ -53,38 +58,38 @@ def _gathered(w: jax.Array, dtype: jnp.dtype, axes: tuple[str | None, ...], mesh
     return constrain(w.astype(dtype), mesh, *gathered(axes))
 
 
-def _project_forward(expression, x, w, axes, compute, out_dtype):
-    return project(expression, x, w, axes, compute, out_dtype), (x, w)
+def _project_forward(expression, x, w, axes, execution, out_dtype):
+    return project(expression, x, w, axes, execution, out_dtype), (x, w)
 
 
-def _project_backward(expression, axes, compute, out_dtype, residuals, dy):
+def _project_backward(expression, axes, execution, out_dtype, residuals, dy):
     del out_dtype
     (x, w), (inputs, y_axes) = residuals, expression.split("->")
     x_axes, w_axes = inputs.split(",")
     # Tokens whole, features as w has them: where tensor splits the sequence, each device would sum up a whole dw else.
     split = dict(zip(w_axes, gathered(axes), strict=True)) | {"B": "rows"}
     x_split, y_split = tuple(map(split.get, x_axes)), tuple(map(split.get, y_axes))
-    x, dy = constrain(x, compute.mesh, *x_split), constrain(dy.astype(x.dtype), compute.mesh, *y_split)
-    dx = _einsum(f"{y_axes},{w_axes}->{x_axes}", dy, _gathered(w, x.dtype, axes, compute.mesh), x.dtype, compute)
+    x, dy = constrain(x, execution.mesh, *x_split), constrain(dy.astype(x.dtype), execution.mesh, *y_split)
+    dx = _einsum(f"{y_axes},{w_axes}->{x_axes}", dy, _gathered(w, x.dtype, axes, execution.mesh), x.dtype, execution)
 
     def whole_dw(x: jax.Array, dy: jax.Array) -> jax.Array:
         return jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy, preferred_element_type=jnp.float32)
 
-    placed = fitting(compute.mesh, w.shape, axes).spec if compute.line else ()
+    placed = fitting(execution.mesh, w.shape, axes).spec if execution.line else ()
     if "fsdp" not in placed:
-        return dx, constrain(whole_dw(x, dy), compute.mesh, *axes).astype(w.dtype)
+        return dx, constrain(whole_dw(x, dy), execution.mesh, *axes).astype(w.dtype)
 
     def own_dw(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return _sum_scatter(whole_dw(x, dy), tuple(placed).index("fsdp"), compute)
+        return _sum_scatter(whole_dw(x, dy), tuple(placed).index("fsdp"), execution)
 
     # Unchecked: that data and tensor have one device, and nothing to sum over, is not seen.
     specs = {"in_specs": (spec(*x_split), spec(*y_split)), "out_specs": placed, "check_vma": False}
-    return dx, jax.shard_map(own_dw, mesh=compute.mesh, **specs)(x, dy).astype(w.dtype)
+    return dx, jax.shard_map(own_dw, mesh=execution.mesh, **specs)(x, dy).astype(w.dtype)
 
 
-def _sum_scatter(x: jax.Array, axis: int, compute: Compute) -> jax.Array:
+def _sum_scatter(x: jax.Array, axis: int, execution: Execution) -> jax.Array:
     """`jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)`, across the lines first, then in them."""
-    lines = np.arange(compute.mesh.shape["fsdp"]).reshape(-1, compute.line)
+    lines = np.arange(execution.mesh.shape["fsdp"]).reshape(-1, execution.line)
     for groups in (lines.T.tolist(), lines.tolist()):
         x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, axis_index_groups=groups, tiled=True)
     return x
@@ -116,16 +121,22 @@ def low_rank_axes(axes: tuple[str | None, ...], inputs: int) -> tuple[tuple[str 
 
 
 def project_adapted(
-    expression: str, x: jax.Array, weight: Adapted, axes: tuple[str | None, ...], compute: Compute, out_dtype: jnp.dtype
+    expression: str,
+    x: jax.Array,
+    weight: Adapted,
+    axes: tuple[str | None, ...],
+    execution: Execution,
+    out_dtype: jnp.dtype,
 ) -> jax.Array:
     """`project` of w + a b as x w + (x a) b: the sum is never made, and neither is the gradient of w."""
     x_axes, w_axes, y_axes = re.split(",|->", expression)
     inputs = weight.a.ndim - 1
     a_axes, b_axes = low_rank_axes(axes, inputs)
     low_axes = "".join(axis for axis in x_axes if axis in y_axes) + "R"
-    low = project(f"{x_axes},{w_axes[:inputs]}R->{low_axes}", x, weight.a, a_axes, compute, x.dtype)
-    update = project(f"{low_axes},R{w_axes[inputs:]}->{y_axes}", low, weight.b, b_axes, compute, out_dtype)
-    return project(expression, x, jax.lax.stop_gradient(weight.w), axes, compute, out_dtype) + update
+    low = project(f"{x_axes},{w_axes[:inputs]}R->{low_axes}", x, weight.a, a_axes, execution, x.dtype)
+    update = project(f"{low_axes},R{w_axes[inputs:]}->{y_axes}", low, weight.b, b_axes, execution, out_dtype)
+    frozen = project(expression, x, jax.lax.stop_gradient(weight.w), axes, execution, out_dtype)
+    return jnp.add(frozen, update)
 
 
 # By Hugging Face's names.
@@ -133,22 +144,24 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": functools.partial(jax.n
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def gated(gate: jax.Array, up: jax.Array, activation: str, compute: Compute) -> jax.Array:
+def gated(gate: jax.Array, up: jax.Array, activation: str, execution: Execution) -> jax.Array:
     """activation(gate) * up. Its derivative is computed once and written down: left alone, the TPU compiler computes it
     anew inside each of the five matmuls that read it, and these matmuls take half as long again."""
-    return _gated(gate, up, activation, compute)
+    return _gated(gate, up, activation, execution)
 
 
-def _gated(gate: jax.Array, up: jax.Array, activation: str, compute: Compute) -> jax.Array:
+def _gated(gate: jax.Array, up: jax.Array, activation: str, execution: Execution) -> jax.Array:
     # XLA for CPUs would round to bfloat16 after each of its operations, which takes longer than the operations do.
-    gate, up = (x.astype(jnp.float32) if compute.on_one_cpu else x for x in (gate, up))
-    return (ACTIVATIONS[activation](gate) * up).astype(compute.dtype)
+    gate, up = (x.astype(jnp.float32) if execution.on_one_cpu else x for x in (gate, up))
+    return (ACTIVATIONS[activation](gate) * up).astype(execution.dtype)
 
 
-def _gated_backward(activation, compute, residuals, dy):
+def _gated_backward(activation, execution, residuals, dy):
     gate, up, dy = jax.lax.optimization_barrier((*residuals, dy))
-    _, vjp = jax.vjp(lambda gate, up: _gated(gate, up, activation, compute), gate, up)
+    _, vjp = jax.vjp(lambda gate, up: _gated(gate, up, activation, execution), gate, up)
     return jax.lax.optimization_barrier(vjp(dy))
 
 
-gated.defvjp(lambda gate, up, activation, compute: (_gated(gate, up, activation, compute), (gate, up)), _gated_backward)
+gated.defvjp(
+    lambda gate, up, activation, execution: (_gated(gate, up, activation, execution), (gate, up)), _gated_backward
+)

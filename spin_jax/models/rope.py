@@ -1,6 +1,6 @@
 """Rotary positions (RoPE, arXiv 2104.09864), plain and stretched for long contexts.
 
-Axes: B batch, T tokens, N heads, H head_dim.
+Shape letters: docs/architecture.md.
 """
 
 import math

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from spin_jax.data.batch import Batch
 from spin_jax.data.pairs import RESPONSES
-from spin_jax.models import Compute, ModelConfig
+from spin_jax.models import Execution, ModelConfig
 from spin_jax.objectives.logprobs import pair_logprobs
 
 
@@ -52,15 +52,15 @@ class Objective:
 BatchLoss = Callable[[dict, dict | None, Batch], tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]]
 
 
-def batch_loss(objective: Objective, settings: Settings, model: ModelConfig, compute: Compute) -> BatchLoss:
+def batch_loss(objective: Objective, settings: Settings, model: ModelConfig, execution: Execution) -> BatchLoss:
     """The objective as a function of params. The reference's log-probs are the batch's, or are computed live where the
     opponent's params are given. Loss and metrics are sums over pairs, each with its weight."""
 
     def loss(params: dict, opponent: dict | None, batch: Batch) -> tuple[jax.Array, tuple]:
-        policy_BPY = pair_logprobs(model, params, batch, compute)
+        policy_BPY = pair_logprobs(model, params, batch, execution)
         reference_BPY = batch.reference_logps_BPY if objective.reference else None
         if objective.reference and opponent is not None:
-            reference_BPY = jax.lax.stop_gradient(pair_logprobs(model, opponent, batch, compute))
+            reference_BPY = jax.lax.stop_gradient(pair_logprobs(model, opponent, batch, execution))
         with jax.named_scope("loss"):
             loss_BP, metrics_BP = objective.loss(policy_BPY, reference_BPY, response_lengths(batch), settings)
             metrics = jax.tree.map(lambda x_BP: jnp.sum(batch.weights_BP * x_BP), {"loss": loss_BP} | metrics_BP)

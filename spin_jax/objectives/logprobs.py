@@ -4,46 +4,46 @@ import jax
 import jax.numpy as jnp
 
 from spin_jax.data.batch import Batch, PackedRows
-from spin_jax.models import Compute, ModelConfig, forward, unembed
+from spin_jax.models import Execution, ModelConfig, forward, unembed
 
 
 def response_logprobs(
-    config: ModelConfig, params: dict, rows: PackedRows, responses: int, compute: Compute
+    config: ModelConfig, params: dict, rows: PackedRows, responses: int, execution: Execution
 ) -> jax.Array:
     """log p(y|x) = sum_j log p(y_j | x, y_<j) of each row's Z responses, in nats, f32 [B, Z]; 0 of none."""
-    logps_BR = target_logprobs(config, params, rows, compute)
+    logps_BR = target_logprobs(config, params, rows, execution)
     # A sum and no matmul, whose operands a TPU would round.
     own_BRZ = rows.response_ids_BR[:, :, None] == jnp.arange(responses, dtype=jnp.int32)[None, None]
     return jnp.sum(jnp.where(own_BRZ, logps_BR[:, :, None], 0.0), axis=1)
 
 
-def target_logprobs(config: ModelConfig, params: dict, rows: PackedRows, compute: Compute) -> jax.Array:
+def target_logprobs(config: ModelConfig, params: dict, rows: PackedRows, execution: Execution) -> jax.Array:
     """log p(y_j | x, y_<j) of each target of packed rows, in nats, f32 [B, R].
 
     Only positions that predict a response token reach the vocabulary projection: they are gathered from the hidden
-    states, and scored `compute.logits_chunk` at a time. Each chunk's logits are recomputed in the backward pass, so
+    states, and scored `execution.logits_chunk` at a time. Each chunk's logits are recomputed in the backward pass, so
     that memory holds one chunk of them; all at once are kept, as the backward pass begins with them.
     """
     hidden_BTD, _ = forward(
-        config, params, rows.tokens_BT, rows.positions_BT, visible_until_BT=rows.visible_until_BT, compute=compute
+        config, params, rows.tokens_BT, rows.positions_BT, visible_until_BT=rows.visible_until_BT, execution=execution
     )
     hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictor_index_BR[:, :, None], axis=1)
-    return token_logprobs(config, params, hidden_BRD, rows.targets_BR, compute)
+    return token_logprobs(config, params, hidden_BRD, rows.targets_BR, execution)
 
 
 def token_logprobs(
-    config: ModelConfig, params: dict, hidden_BRD: jax.Array, targets_BR: jax.Array, compute: Compute
+    config: ModelConfig, params: dict, hidden_BRD: jax.Array, targets_BR: jax.Array, execution: Execution
 ) -> jax.Array:
-    """log softmax(logits)[target] in f32 [B, R], `compute.logits_chunk` of the R positions at a time."""
+    """log softmax(logits)[target] in f32 [B, R], `execution.logits_chunk` of the R positions at a time."""
 
     def score(hidden_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
         with jax.named_scope("unembed"):
-            logits_BCV = unembed(config, params, hidden_BCD, compute)
+            logits_BCV = unembed(config, params, hidden_BCD, execution)
             chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
             return chosen_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
     rows, length = targets_BR.shape
-    size = min(compute.logits_chunk or length, length)
+    size = min(execution.logits_chunk or length, length)
     if size == length:
         return score(hidden_BRD, targets_BR)
 
@@ -56,7 +56,7 @@ def token_logprobs(
     return logps_XBC.swapaxes(0, 1).reshape(rows, -1)[:, :length]
 
 
-def pair_logprobs(config: ModelConfig, params: dict, batch: Batch, compute: Compute) -> jax.Array:
+def pair_logprobs(config: ModelConfig, params: dict, batch: Batch, execution: Execution) -> jax.Array:
     """log p(y|x) of the responses of each pair, in nats, f32 [B, P, Y]; the prompt is read once for all of them."""
     shape = batch.reference_logps_BPY.shape
-    return response_logprobs(config, params, batch.rows, shape[1] * shape[2], compute).reshape(shape)
+    return response_logprobs(config, params, batch.rows, shape[1] * shape[2], execution).reshape(shape)

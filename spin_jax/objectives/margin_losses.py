@@ -8,8 +8,13 @@ with y the real response, y' the generated one, p_t the opponent and beta the pa
 the paper's Assumption 5.1: convex, non-increasing, l'(0) < 0.
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+T = TypeVar("T", jax.Array, np.ndarray)
 
 
 def logistic(margin: jax.Array) -> jax.Array:
@@ -33,7 +38,7 @@ def correlation(margin: jax.Array) -> jax.Array:
     return 1.0 - margin
 
 
-def rewards(policy_logps: jax.Array, opponent_logps: jax.Array, beta: jax.Array) -> jax.Array:
+def rewards(policy_logps: T, opponent_logps: T, beta: float) -> T:
     """The reward of a response, beta * log p_theta(y|x) / p_t(y|x) (equation 4.6). Shapes broadcast; log-probs are
     sums over tokens, in nats."""
     return beta * (policy_logps - opponent_logps)

@@ -6,6 +6,7 @@ Its keys hold all that a program depends on, the kind of device and jax's versio
 import logging
 import os
 import pathlib
+from typing import Any
 
 import jax
 from etils import epath
@@ -26,7 +27,7 @@ def keep(output: epath.Path | None = None) -> None:
 
     Whoever sets JAX_COMPILATION_CACHE_DIR has another place in mind. A place that cannot be written is warned of.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if _setting("jax_compilation_cache_dir") is not None:
         return
     shared = output is not None and (is_remote(output) or multihost.are_several())
     directory = _beside(output) / "compiled" if output is not None and shared else user_cache("compiled")
@@ -55,10 +56,15 @@ def _prepare(directory: epath.Path | pathlib.Path, bounded: bool) -> None:
     (directory / ".lockfile").touch()  # jax's; now is the time to find out whether it can be
     if not bounded:
         return
-    if jax.config.jax_compilation_cache_max_size == -1:
+    if _setting("jax_compilation_cache_max_size") == -1:
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     for program in directory.glob("*-cache"):
         # jax writes when a program was used last after the program itself. One without was torn by a kill, and would
         # keep jax from writing any other.
         if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
             program.unlink(missing_ok=True)
+
+
+def _setting(name: str) -> Any:
+    """A value of jax's config, whose names types do not see."""
+    return getattr(jax.config, name)

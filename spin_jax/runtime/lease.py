@@ -71,10 +71,10 @@ def held(directory: epath.Path, name: str) -> Iterator[None]:
         UserError: another run has it, or nothing can be written there.
     """
     outer = _held.get(directory)
-    if not multihost.on_first(lambda: outer is None or outer.thread != threading.get_ident()):
+    if not multihost.on_process_zero(lambda: outer is None or outer.thread != threading.get_ident()):
         yield
         return
-    lease = multihost.on_first(lambda: _take(directory, name))
+    lease = multihost.on_process_zero(lambda: _take(directory, name))
     if not multihost.is_first():
         yield
         return

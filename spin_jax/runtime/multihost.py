@@ -36,7 +36,7 @@ GATHERED = 1024  # items of a process in one exchange
 
 _LOG = logging.getLogger(__name__)
 
-_alone = contextvars.ContextVar("alone", default=False)  # inside of `on_first`
+_alone = contextvars.ContextVar("alone", default=False)  # inside of `on_process_zero`
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -105,7 +105,7 @@ def gather_lists(items: Sequence[Item]) -> list[Item]:
     return [item for process in zip(*gathered, strict=True) for block in process for item in block]
 
 
-def on_all(make: Callable[[], T]) -> list[T]:
+def on_all_processes(make: Callable[[], T]) -> list[T]:
     """make() on every process: all results, by process. When it returns, all processes have done it.
 
     Raises:
@@ -124,20 +124,20 @@ def on_all(make: Callable[[], T]) -> list[T]:
     return [typing.cast(T, result) for result, _ in outcomes]
 
 
-def on_each(make: Callable[[], T]) -> T:
-    """Like `on_all`, but a process gets its own result only, which may be anything."""
+def on_each_process(make: Callable[[], T]) -> T:
+    """Like `on_all_processes`, but a process gets its own result only, which may be anything."""
     own: list[T] = []
-    on_all(lambda: own.append(make()))
+    on_all_processes(lambda: own.append(make()))
     return own[0]
 
 
-def on_first(make: Callable[[], T]) -> T:
+def on_process_zero(make: Callable[[], T]) -> T:
     """make() on the first process alone: its result, on all.
 
     Whether a file exists is asked this way: all must do the same next, and a network file system may show the same
     directory to each of them at another time.
     """
-    return typing.cast(T, on_all(lambda: _run_alone(make) if is_first() else None)[0])
+    return typing.cast(T, on_all_processes(lambda: _run_alone(make) if is_first() else None)[0])
 
 
 def _run_alone(make: Callable[[], T]) -> T:
@@ -149,7 +149,7 @@ def _run_alone(make: Callable[[], T]) -> T:
         _alone.reset(token)
 
 
-def shared(make: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+def parallel_map(make: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
     """[make(item) for item in items], of which a process makes every n-th and all get all."""
     first, step = jax.process_index(), jax.process_count()
     if step == 1:
@@ -157,7 +157,7 @@ def shared(make: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
     made: list[T] = []
     for start in range(0, len(items), SHARED_ROWS):
         block = items[start : start + SHARED_ROWS]
-        parts = on_all(functools.partial(_make_all, make, block[first::step]))
+        parts = on_all_processes(functools.partial(_make_all, make, block[first::step]))
         made += [parts[i % step][i // step] for i in range(len(block))]
     return made
 
@@ -166,15 +166,15 @@ def _make_all(make: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
     return [make(item) for item in items]
 
 
-def anyone(flag: bool) -> jax.Array:
+def any_process(flag: bool) -> jax.Array:
     """Whether any process says so, on all: a bool scalar on the devices, which is not waited for here."""
-    by_device, reduce = _anyone()
+    by_device, reduce = _any_process()
     flags = jax.make_array_from_callback((jax.device_count(),), by_device, lambda _: np.array([flag]))
     return reduce(flags)
 
 
 @functools.cache
-def _anyone() -> tuple[NamedSharding, Callable]:
+def _any_process() -> tuple[NamedSharding, Callable]:
     mesh = Mesh(np.array(jax.devices()), "device")
     return (
         NamedSharding(mesh, PartitionSpec("device")),
@@ -198,9 +198,9 @@ def check_shared(directory: epath.Path) -> None:
     if not are_several():
         return
     note = directory / f"seen_by_all_hosts_{gather(uuid.uuid4().hex)[0]}"
-    on_first(lambda: write_whole(note, ""))
+    on_process_zero(lambda: write_whole(note, ""))
     seen = gather(_appears(note))
-    on_first(note.unlink)
+    on_process_zero(note.unlink)
     if not all(seen):
         raise UserError(
             f"{directory} is not one directory for all hosts (process {seen.index(False)} does not see what "

@@ -79,5 +79,5 @@ def between_batches() -> None:
     Raises:
         Stopped: on all processes.
     """
-    if multihost.are_several() and multihost.anyone(_asked):
+    if multihost.are_several() and multihost.any_process(_asked):
         raise Stopped("stopped between two batches; start the same command again to go on")

@@ -35,7 +35,7 @@ def self_play(
         preemption.Stopped: asked to stop; the same command goes on from there.
     """
     config = freeze(config)
-    directory = multihost.on_each(lambda: make(workdir))
+    directory = multihost.on_each_process(lambda: make(workdir))
     compilation_cache.keep(directory)
     with held(directory, f"--workdir={directory}"):
         run = open_run(config, directory, trains=bool({"score", "train"} & set(only)), profile=profile)
@@ -45,26 +45,26 @@ def self_play(
             for t in range(config.iterations):
                 if not _iterate(run, t, only):
                     break
-        return multihost.on_first(lambda: RunRecord.load(directory).results)
+        return multihost.on_process_zero(lambda: RunRecord.load(directory).results)
 
 
 def _iterate(run: Run, t: int, only: Sequence[str]) -> bool:
     """Iteration t; returns whether to go on with the next one."""
     model = run.iteration(t) / "model" / "config.json"
-    was_finished = multihost.on_first(model.exists)
+    was_finished = multihost.on_process_zero(model.exists)
     if "generate" in only:
         generate.generate_responses(run, t)  # y'_i ~ p_t(.|x_i) for every prompt
     if "score" in only:
         score.score_pairs(run, t)  # log p_t of y_i and y'_i
     if "train" in only:
         train.train_policy(run, t)  # theta_{t+1} = argmin of equation 4.7, from theta_t; it is the next opponent
-    if not multihost.on_first(model.exists):
+    if not multihost.on_process_zero(model.exists):
         return False
     evaluate.evaluate_start(run)
     evaluate.evaluate_policy(run, t)
     if run.config.sft.control:
         sft_control.continue_sft(run, t)
-    multihost.on_first(lambda: _report(run.workdir, t + 1 == run.config.iterations))
+    multihost.on_process_zero(lambda: _report(run.workdir, t + 1 == run.config.iterations))
     return was_finished or set(only) == set(STAGES)
 
 

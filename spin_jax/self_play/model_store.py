@@ -26,7 +26,7 @@ class ModelStore:
         """The fingerprint of the model in `directory`: kept with what it wrote and scored."""
         if directory not in self._identities:
             with self._reading(directory):
-                self._identities[directory] = multihost.on_first(lambda: checkpoints.fingerprint(directory))
+                self._identities[directory] = multihost.on_process_zero(lambda: checkpoints.fingerprint(directory))
         return self._identities[directory]
 
     def params(self, directory: epath.Path) -> dict:
@@ -37,11 +37,11 @@ class ModelStore:
         """
         if self._loaded is None or self._loaded[0] != directory:
             self._loaded = None
-            if not multihost.on_first((directory / "config.json").exists):
+            if not multihost.on_process_zero((directory / "config.json").exists):
                 raise UserError(f"{directory} holds no model: run the stages before this one first")
             shardings = models.param_shardings(self._mesh, self._model)
             with self._reading(directory):
-                self._loaded = (directory, multihost.on_each(lambda: _load_params(directory, shardings)))
+                self._loaded = (directory, multihost.on_each_process(lambda: _load_params(directory, shardings)))
         return self._loaded[1]
 
     @contextlib.contextmanager

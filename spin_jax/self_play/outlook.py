@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 def tell(run: Run) -> None:
     """Log in a few lines what the run computes with, on what, how much of it, and where it begins."""
-    position = multihost.on_first(lambda: _position(run))
+    position = multihost.on_process_zero(lambda: _position(run))
     for line in (_devices(run), _computation(run), _model(run), _steps(run), position):
         _LOG.info("%s", line)
 
@@ -35,7 +35,7 @@ def loops(run: Run, only: Sequence[str] = STAGES) -> list[Expected]:
     if config.sft.epochs:
         found.append(Expected("SFT", "SFT"))
     whole = set(only) == set(STAGES)
-    begun = 0 if whole else multihost.on_first(lambda: _unfinished(run))
+    begun = 0 if whole else multihost.on_process_zero(lambda: _unfinished(run))
     for t in range(config.iterations) if whole else [begun]:
         loops = [("generate", "generate", 1)] if "generate" in only else []
         if "score" in only:
@@ -62,25 +62,25 @@ def steps_of(run: Run, t: int) -> int:
 
 
 def _devices(run: Run) -> str:
-    line = f"devices: {run.compute.mesh.size}, processes: {jax.process_count()}"
-    for what, mesh in (("training", run.compute.mesh), ("sampling", run.decode.mesh)):
-        if split := ", ".join(f"{axis} {ways}" for axis, ways in mesh.shape.items() if ways > 1):
+    line = f"devices: {run.execution.mesh.size}, processes: {jax.process_count()}"
+    for what, mesh in (("training", run.execution.mesh), ("sampling", run.decode.mesh)):
+        if split := ", ".join(f"{axis} {num_shards}" for axis, num_shards in mesh.shape.items() if num_shards > 1):
             line += f"; {what} over {split}"
     return line
 
 
 def _computation(run: Run) -> str:
-    settings, compute = run.config.model, run.compute
-    kind = compute.mesh.devices.flat[0].device_kind
-    dtype = np.dtype(compute.dtype).name
+    settings, execution = run.config.model, run.execution
+    kind = execution.mesh.devices.flat[0].device_kind
+    dtype = np.dtype(execution.dtype).name
     line = f"computes in {dtype}"
     if settings.compute_dtype == "auto":
         has = "has instructions for it" if dtype == "bfloat16" else "has no instructions for bfloat16"
         line += f" (auto: a {kind} {has})"
-    line += f"; attention {compute.kernel or 'plain'}"
+    line += f"; attention {execution.kernel or 'plain'}"
     if settings.attention == "auto":
         none = f"no kernel for a {kind}, {dtype} and a head_dim of {run.model.head_dim}"
-        line += f" (auto: {f'the kernel for a {kind}' if compute.kernel else none})"
+        line += f" (auto: {f'the kernel for a {kind}' if execution.kernel else none})"
     return line
 
 

@@ -43,7 +43,7 @@ def pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
     """(train, held-out) pairs whose y' are the responses of iteration t."""
     if t not in run.pairs:
         path = run.iteration(t) / "generated" / "pairs.parquet"
-        if multihost.on_first(path.exists):
+        if multihost.on_process_zero(path.exists):
             complaint = f"{path} was written by another model than that in {run.start_of(t)}"
             check_model(
                 read_model(path), run.store.identity_of(run.start_of(t)), complaint, f"delete {path.parent}, and go on"
@@ -57,7 +57,7 @@ def pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
         if absent := [example.row for example in examples if example.row not in sampled]:
             raise UserError(f"{path} has no response to row {absent[0]}: the data changed; give another --workdir")
         asked = [(example, response) for example in examples for response in sampled[example.row]]
-        pairs = multihost.shared(lambda one: run.pair(one[0], one[1], t), asked)
+        pairs = multihost.parallel_map(lambda one: run.pair(one[0], one[1], t), asked)
         trained = sum(len(sampled[example.row]) for example in run.train_examples)
         run.pairs[t] = pairs[:trained], pairs[trained:]
     return run.pairs[t]

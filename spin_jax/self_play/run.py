@@ -41,7 +41,7 @@ from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import check_slice
 from spin_jax.errors import UserError
 from spin_jax.evaluation import interface as evaluators
-from spin_jax.language_model import open_player
+from spin_jax.language_model import open_language_model
 from spin_jax.objectives import OBJECTIVES
 from spin_jax.runtime import multihost
 from spin_jax.runtime.profiling import Profiler
@@ -64,8 +64,8 @@ class Run:
     train_examples: list[Example]
     held_out_examples: list[Example]
     tokens: dict[int, Tokenised]  # of these examples, by row
-    compute: models.Compute  # on the training mesh
-    decode: models.Compute  # on the decode mesh
+    execution: models.Execution  # on the training mesh
+    decode: models.Execution  # on the decode mesh
     store: ModelStore
     profiler: Profiler
     pairs: dict[int, tuple[list[Pair], list[Pair]]]  # (train, held out) by iteration: a cache, which `pairs_of` fills
@@ -130,23 +130,23 @@ def open_run(config: Config, workdir: epath.PathLike, trains: bool = True, profi
     _check_objective(config.spin.loss)
     evaluators.chosen(config)
     multihost.check_alike(config)
-    multihost.on_first(lambda: check_slice(config.mesh.slice, jax.devices()))
-    workdir = multihost.on_each(lambda: workdirs.make(workdir))
+    multihost.on_process_zero(lambda: check_slice(config.mesh.slice, jax.devices()))
+    workdir = multihost.on_each_process(lambda: workdirs.make(workdir))
     multihost.check_shared(workdir)
-    multihost.on_first(lambda: workdirs.check_settings(config, workdir))
+    multihost.on_process_zero(lambda: workdirs.check_settings(config, workdir))
     path, train = config.model.path, config.data.train
     if path == "toy:":
         from spin_jax.tasks import toy
 
-        path, train = multihost.on_first(lambda: toy.prepare(workdir / "toy", config.toy, config.seed))
-    described = multihost.on_each(lambda: checkpoints.describe(path, config.model.revision or None))
-    given, config = config, multihost.on_first(lambda: sizing.choose(config, described, jax.devices()))
-    multihost.on_first(
+        path, train = multihost.on_process_zero(lambda: toy.prepare(workdir / "toy", config.toy, config.seed))
+    described = multihost.on_each_process(lambda: checkpoints.describe(path, config.model.revision or None))
+    given, config = config, multihost.on_process_zero(lambda: sizing.choose(config, described, jax.devices()))
+    multihost.on_process_zero(
         lambda: _is_finished(config, workdir) or sizing.check_memory(config, described, jax.devices(), trains)
     )
-    source, model, chat, compute, decode = open_player(config, path)
-    sharding.check_pairs(compute.mesh, config.train.batch_size, config.train.micro_batches)
-    models.param_shardings(compute.mesh, model)
+    source, model, chat, execution, decode = open_language_model(config, path)
+    sharding.check_pairs(execution.mesh, config.train.batch_size, config.train.micro_batches)
+    models.param_shardings(execution.mesh, model)
     train_examples, held_out, tokens = load_dataset(config, train, workdir, source, chat)
     _check_steps(config, len(train_examples))
     workdirs.note_start(config, workdir, source, train_examples, held_out)
@@ -159,8 +159,8 @@ def open_run(config: Config, workdir: epath.PathLike, trains: bool = True, profi
             source,
             model.max_position_embeddings,
         )
-    _LOG.info(multihost.on_first(lambda: f"{sizing.describe(jax.devices())}: {sizing.what(given, config)}"))
-    store = ModelStore(model, compute.mesh, source, jnp.dtype(config.model.export_dtype))
+    _LOG.info(multihost.on_process_zero(lambda: f"{sizing.describe(jax.devices())}: {sizing.what(given, config)}"))
+    store = ModelStore(model, execution.mesh, source, jnp.dtype(config.model.export_dtype))
     return Run(
         config,
         workdir,
@@ -170,7 +170,7 @@ def open_run(config: Config, workdir: epath.PathLike, trains: bool = True, profi
         train_examples,
         held_out,
         tokens,
-        compute,
+        execution,
         decode,
         store,
         Profiler(profile),

@@ -52,7 +52,7 @@ class TrainingStage(NamedTuple):
 
 def _planned(run: Run, spec: programs.TrainingSpec, start: epath.Path, seed: int, pairs: list[Pair]) -> TrainingStage:
     settings = run.config.train
-    packing = make_packing(settings, run.compute.mesh, settings.micro_batches)
+    packing = make_packing(settings, run.execution.mesh, settings.micro_batches)
     plan = plan_training(pairs, batch_order(len(pairs), settings.batch_size, seed, spec.steps), packing)
     return TrainingStage(spec, start, seed, pairs, plan)
 
@@ -61,7 +61,7 @@ def spin_stage(run: Run, t: int) -> TrainingStage:
     """Iteration t's: its own pairs, then those of `config.spin.previous_iterations` before it."""
     train, pairs = run.config.train, mixed_pairs(run, t)
     steps = num_steps(len(pairs), train.epochs, train.batch_size)
-    spec = programs.spin_spec(run.config, run.model, run.compute, t, steps)
+    spec = programs.spin_spec(run.config, run.model, run.execution, t, steps)
     pairs = [choose(pair, spec.objective.responses) for pair in pairs]
     return _planned(run, spec, run.start_of(t), run.config.seed + t, pairs)
 
@@ -70,7 +70,7 @@ def fit_sft(
     run: Run, start: epath.Path, pairs: list[Pair], steps: int, peak: float, directory: epath.Path, name: str
 ) -> dict:
     """The params of `start` after so many steps of supervised fine-tuning."""
-    spec = programs.sft_spec(run.config, run.model, run.compute, peak, steps)
+    spec = programs.sft_spec(run.config, run.model, run.execution, peak, steps)
     stage = _planned(run, spec, start, run.config.seed, pairs)
     return fit_stage(run, stage, stage.make_batch(run), directory, name)
 
@@ -94,8 +94,8 @@ def fit_stage(
             frozen,
             steps=spec.steps,
             make_batch=make_batch,
-            sharding=sharding.batch_sharding(run.compute.mesh),
-            passes=spec.passes,
+            sharding=sharding.batch_sharding(run.execution.mesh),
+            flops_multiplier=spec.flops_multiplier,
             schedule=training.schedule,
             directory=directory,
             checkpoint_every=run.config.train.checkpoint_every,
@@ -126,4 +126,4 @@ def is_trained(directory: epath.Path) -> bool:
             damaged_of(checkpoints).rmtree(missing_ok=True)
         return whole
 
-    return multihost.on_first(is_whole)
+    return multihost.on_process_zero(is_whole)

@@ -99,13 +99,13 @@ def note_start(
     """
     rows = [(e.row, e.prompt, e.response, e.generated) for e in train + held_out]
     data = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    start = multihost.on_each(lambda: checkpoints.fingerprint(source))
+    start = multihost.on_each_process(lambda: checkpoints.fingerprint(source))
     others = multihost.gather((data, start))
     if any(other_data != data for other_data, _ in others):
         raise UserError(f"--config.data.train={config.data.train} is not the same data on all hosts: copy it anew")
     if changed := next(filter(None, (_changes(start, other) for _, other in others)), ""):
         raise UserError(f"{source} is not the same model on all hosts (its {changed} differ): copy it anew")
-    multihost.on_first(lambda: _note(config, workdir, source, data, start))
+    multihost.on_process_zero(lambda: _note(config, workdir, source, data, start))
 
 
 def _note(config: Config, workdir: epath.Path, source: epath.Path, data: str, start: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from etils import epath
 
 from spin_jax.checkpoints.train_state import Checkpoints
 from spin_jax.data.batch import HostBatch
-from spin_jax.devices.transfer import everywhere, put
+from spin_jax.devices.transfer import everywhere, to_devices
 from spin_jax.errors import UserError
 from spin_jax.runtime import multihost, preemption
 from spin_jax.runtime.files import write_whole
@@ -31,7 +31,7 @@ def fit(
     steps: int,
     make_batch: Callable[[int], HostBatch],
     sharding: jax.sharding.NamedSharding,
-    passes: int,
+    flops_multiplier: int,
     schedule: optax.Schedule,
     directory: epath.Path,
     checkpoint_every: int,
@@ -71,12 +71,12 @@ def fit(
         preemption.deferred(),
         Checkpoints(directory / "checkpoints") as checkpoints,
         contextlib.nullcontext(checkpoints.restore_newest(state)) as (state, start),
-        _StepLog(directory, start, steps, name, schedule, passes, start_loss) as log,
+        _StepLog(directory, start, steps, name, schedule, flops_multiplier, start_loss) as log,
     ):
         for step, batch, arrays in _prefetched(make_batch, sharding, start, steps):
             state, metrics, _ = step_fn(state, opponent, arrays, scoring)
             if several:
-                metrics |= {"stop": multihost.anyone(preemption.asked())}
+                metrics |= {"stop": multihost.any_process(preemption.asked())}
             healthy = log.read_previous_and_keep(step, batch, metrics)
             if (step + 1) % checkpoint_every == 0 and step + 1 < steps and log.read_kept():
                 log.flush()  # a checkpoint never knows more steps than metrics.jsonl
@@ -99,7 +99,7 @@ def _prefetched(make_batch, sharding, start: int, steps: int) -> Iterator[tuple[
     pending = None
     for step in range(start, steps):
         batch = make_batch(step)
-        ready = (step, batch, put(batch.arrays, sharding))
+        ready = (step, batch, to_devices(batch.arrays, sharding))
         if pending is not None:
             yield pending
         pending = ready
@@ -118,13 +118,13 @@ class _StepLog:
         steps: int,
         name: str,
         schedule: optax.Schedule,
-        passes: int,
+        flops_multiplier: int,
         start_loss: tuple[float, float] | None,
     ):
         self._writer = MetricsWriter(directory, resume_step=start) if multihost.is_first() else None
         self._loop = Loop(name, steps, "step", start)
         # All at once and now: a sum between two steps would wait for the one that the device is at.
-        self.learning_rates, self._passes = np.asarray(schedule(np.arange(steps))), passes
+        self.learning_rates, self._flops_multiplier = np.asarray(schedule(np.arange(steps))), flops_multiplier
         self._start_loss = start_loss
         self._kept = None
         self._last_read = time.perf_counter()
@@ -165,10 +165,10 @@ class _StepLog:
         self._last_read += seconds
         rates = {
             "tokens_per_second": batch.tokens / seconds,
-            "model_tflops_per_second": self._passes * batch.flops / seconds / 1e12,
+            "model_tflops_per_second": self._flops_multiplier * batch.flops / seconds / 1e12,
         }
         if self._writer:
-            row = values | batch.facts | {"learning_rate": float(self.learning_rates[step])} | rates
+            row = values | batch.host_metrics | {"learning_rate": float(self.learning_rates[step])} | rates
             self._writer.write(step + 1, row)
         self._loop.advance(1, **{short: f"{values[name]:.4g}" for short, name in _SHOWN.items() if name in values})
         if not healthy:
@@ -195,7 +195,7 @@ def _refuse_to_go_on(
 ) -> None:
     """Save the last good state and say which rows the run stopped at."""
     report = directory / "not_finite.json"
-    multihost.on_first(lambda: write_whole(report, json.dumps(found, indent=1) + "\n"))
+    multihost.on_process_zero(lambda: write_whole(report, json.dumps(found, indent=1) + "\n"))
     good = int(state.step)
     checkpoints.save(good, state._replace(healthy=~state.healthy), wait=True)
     if learning_rates[:good].any():

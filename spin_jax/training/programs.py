@@ -18,7 +18,7 @@ from spin_jax.devices import sharding
 from spin_jax.devices.compiler_options import jit
 from spin_jax.devices.sharding import located
 from spin_jax.models import (
-    Compute,
+    Execution,
     ModelConfig,
     abstract_adapters,
     abstract_params,
@@ -64,7 +64,7 @@ class TrainingSpec:
     """
 
     model: ModelConfig
-    compute: Compute
+    execution: Execution
     objective: Objective
     settings: Settings
     live: bool
@@ -75,7 +75,7 @@ class TrainingSpec:
     lora: LoraConfig
 
     @property
-    def passes(self) -> int:
+    def flops_multiplier(self) -> int:
         """Forward passes that a step's FLOPs count as: a backward pass is two matmuls for each of the forward, or one
         where the weights are frozen. The updates' own, a few per cent, are not counted."""
         return (2 if self.lora.rank else 3) + self.live
@@ -86,12 +86,12 @@ def is_scored(spin: SpinConfig) -> bool:
     return spin.opponent == "stored" and OBJECTIVES[spin.loss].reference
 
 
-def spin_spec(config: Config, model: ModelConfig, compute: Compute, t: int, steps: int) -> TrainingSpec:
+def spin_spec(config: Config, model: ModelConfig, execution: Execution, t: int, steps: int) -> TrainingSpec:
     """Iteration t's training stage."""
     spin, train, objective = config.spin, config.train, OBJECTIVES[config.spin.loss]
     return TrainingSpec(
         model=model,
-        compute=compute,
+        execution=execution,
         objective=objective,
         settings=Settings(beta=at_iteration(spin.beta, t)),
         live=spin.opponent == "live" and objective.reference,
@@ -103,10 +103,10 @@ def spin_spec(config: Config, model: ModelConfig, compute: Compute, t: int, step
     )
 
 
-def sft_spec(config: Config, model: ModelConfig, compute: Compute, peak: float, steps: int) -> TrainingSpec:
+def sft_spec(config: Config, model: ModelConfig, execution: Execution, peak: float, steps: int) -> TrainingSpec:
     """Supervised fine-tuning: another objective, optimizer and learning rate, all else as in SPIN."""
     other = {"objective": OBJECTIVES["sft"], "settings": Settings(), "live": False, "optimizer": config.sft.optimizer}
-    return dataclasses.replace(spin_spec(config, model, compute, 0, steps), peak=peak, **other)
+    return dataclasses.replace(spin_spec(config, model, execution, 0, steps), peak=peak, **other)
 
 
 class Training(NamedTuple):
@@ -135,11 +135,14 @@ class Training(NamedTuple):
 @functools.lru_cache(maxsize=4)  # a program is specific to an iteration's schedule
 def make_training(spec: TrainingSpec) -> Training:
     """The programs of a training stage."""
-    model, mesh, train, rank, merge, frozen = spec.model, spec.compute.mesh, spec.train, spec.lora.rank, None, None
-    trained, cast = located(abstract_params(model), param_shardings(mesh, model)), make_resharding(model, spec.compute)
+    model, mesh, train, rank, merge, frozen = spec.model, spec.execution.mesh, spec.train, spec.lora.rank, None, None
+    trained, cast = (
+        located(abstract_params(model), param_shardings(mesh, model)),
+        make_resharding(model, spec.execution),
+    )
     if rank or spec.live:
         frozen = located(cast.eval_shape(trained), param_shardings(mesh, model))
-    loss = batch_loss(spec.objective, spec.settings, model, spec.compute)
+    loss = batch_loss(spec.objective, spec.settings, model, spec.execution)
     if rank:
         scale = spec.lora.alpha / rank
         merge, loss = make_merging(model, scale, mesh), on_adapters(loss, scale, spec.live)
@@ -154,7 +157,7 @@ def make_training(spec: TrainingSpec) -> Training:
         if rank:  # the f32 params are read again to be merged
             frozen, params = cast(params), make_adapters(model, rank, mesh)(jax.random.key(seed))
         elif spec.live:
-            frozen = jax.tree.map(jnp.copy, cast_params(model, params, spec.compute.dtype))
+            frozen = jax.tree.map(jnp.copy, cast_params(model, params, spec.execution.dtype))
         return init(params), frozen
 
     return Training(init=init, step=step, merge=merge, schedule=schedule, state=state, frozen=frozen, begin=begin)

@@ -21,7 +21,7 @@ from spin_jax.config import freeze, override
 from spin_jax.data.packing import Packing, plan_training
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import find_slice
-from spin_jax.models import Compute, abstract_adapters, abstract_params, num_params
+from spin_jax.models import Execution, abstract_adapters, abstract_params, num_params
 from spin_jax.models.projections import project
 
 MODEL = known("alignment-handbook/zephyr-7b-sft-full")
@@ -79,8 +79,8 @@ def test_v4_sends_a_gradient_once():
     w = jax.ShapeDtypeStruct(dims, jnp.float32, sharding=NamedSharding(mesh, sharding.spec(*axes)))
 
     def sent(line: int) -> float:
-        compute = Compute(jnp.dtype(jnp.bfloat16), mesh=mesh, line=line)
-        loss = lambda w, x: project(expression, x, w, axes, compute, jnp.float32).sum()  # noqa: E731
+        execution = Execution(jnp.dtype(jnp.bfloat16), mesh=mesh, line=line)
+        loss = lambda w, x: project(expression, x, w, axes, execution, jnp.float32).sum()  # noqa: E731
         text, _ = tpu.schedule(jax.grad(loss), w, x, out_shardings=w.sharding)
         traffic = read_work(text, target.chip, dict(mesh.shape)).traffic
         return sum(one.wire_bytes for one in traffic if one.kind in ("all-reduce", "reduce-scatter"))
@@ -90,15 +90,15 @@ def test_v4_sends_a_gradient_once():
 
 
 @tpu.needs_libtpu
-@pytest.mark.parametrize(("slice_name", "ways"), [("v5e-16", 8), ("v4-32", 8), ("v5p-8", 4)])
-def test_a_decode_step_reads_the_weights_and_the_cache_once(slice_name, ways):
+@pytest.mark.parametrize(("slice_name", "num_shards"), [("v5e-16", 8), ("v4-32", 8), ("v5p-8", 4)])
+def test_a_decode_step_reads_the_weights_and_the_cache_once(slice_name, num_shards):
     """Four of 32 layers, and as much of the vocabulary; on v5p-8 a chip has two kv heads, on the others one."""
     layers = 4
     report = compiled(slice_name, "decode step", layers)
     model = dataclasses.replace(MODEL, num_layers=layers)
     read = {"embed"}  # but a few rows of it
     params = [x for name, part in abstract_params(model).items() if name not in read for x in jax.tree.leaves(part)]
-    weights = 2 * sum(math.prod(x.shape) for x in params) / ways
+    weights = 2 * sum(math.prod(x.shape) for x in params) / num_shards
     cache = report.bytes["cache"]
     (token,) = [
         loop for loop in report.work.loops if loop.times == 1 and "shard_map" not in loop.name and not loop.trips
@@ -113,9 +113,11 @@ def test_a_decode_step_reads_the_weights_and_the_cache_once(slice_name, ways):
 def share(lengths: list[tuple[int, int, int]], kernel: str = "flash") -> float:
     """Of tiles of 256, in one row of up to 4,096 slots."""
     mesh = sharding.one_device_mesh()
-    compute = Compute(jnp.bfloat16, kernel=kernel, mesh=mesh)
+    execution = Execution(jnp.bfloat16, kernel=kernel, mesh=mesh)
     pairs = tiny.pairs(tuple(lengths))
-    return kernel_share(MODEL, compute, pairs, plan_training(pairs, np.arange(len(pairs))[None], Packing(1, 128, 4096)))
+    return kernel_share(
+        MODEL, execution, pairs, plan_training(pairs, np.arange(len(pairs))[None], Packing(1, 128, 4096))
+    )
 
 
 def test_share_of_the_tiles_that_kernels_visit():

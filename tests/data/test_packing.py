@@ -66,7 +66,7 @@ def test_a_training_plan_keeps_pairs_whole_and_batches_as_they_were(packing):
     plan = plan_training(PAIRS, order, packing)
     for chosen, rows, shape in zip(order, plan.batches, plan.shapes, strict=True):
         assert sorted(itertools.chain(*rows)) == sorted(chosen), "each pair of the batch, in one row"
-        assert len(rows) == shape.rows and shape.rows % packing.ways == 0
+        assert len(rows) == shape.rows and shape.rows % packing.num_shards == 0
         assert shape.length % packing.multiple == 0 and shape.targets % packing.multiple == 0
         for row in rows:
             assert sum(slots(PAIRS[i]) for i in row) <= shape.length
@@ -77,16 +77,16 @@ def test_a_training_plan_keeps_pairs_whole_and_batches_as_they_were(packing):
     assert plan_training(PAIRS, order, packing) == plan
 
 
-@pytest.mark.parametrize("ways, multiple, row_length", [(1, 16, 512), (4, 8, 1024), (16, 8, 10_000)])
+@pytest.mark.parametrize("num_shards, multiple, row_length", [(1, 16, 512), (4, 8, 1024), (16, 8, 10_000)])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_stage_has_few_shapes_and_never_more_slots_than_with_fewer(ways, multiple, row_length, seed):
+def test_a_stage_has_few_shapes_and_never_more_slots_than_with_fewer(num_shards, multiple, row_length, seed):
     pairs, taken = random_pairs(300, seed), []
     order = batch_order(len(pairs), 32, seed, 40)
     for most in (1, 2, 3, 5, 1000):
-        packing = Packing(ways, multiple, row_length, most)
+        packing = Packing(num_shards, multiple, row_length, most)
         plan = plan_training(pairs, order, packing)
         assert len(set(plan.shapes)) <= most
-        assert {shape.rows % ways for shape in plan.shapes} == {0}
+        assert {shape.rows % num_shards for shape in plan.shapes} == {0}
         for rows, shape in zip(plan.batches, plan.shapes, strict=True):
             assert max(sum(slots(pairs[i]) for i in row) for row in rows) <= shape.length
         taken.append(sum(shape.rows * shape.length for shape in plan.shapes))
@@ -132,16 +132,16 @@ def test_pairs_nearly_as_long_as_rows_get_a_row_each():
     assert plan.shapes[0][:2] == (24, 1024) and plan.fill == 912 / 1024
 
 
-@pytest.mark.parametrize("ways, row_length", [(1, 1024), (8, 1024), (4, 4096), (16, 300)])
+@pytest.mark.parametrize("num_shards, row_length", [(1, 1024), (8, 1024), (4, 4096), (16, 300)])
 @pytest.mark.parametrize("seed", range(3))
-def test_no_batch_takes_more_slots_than_one_of_the_longest_pairs(ways, row_length, seed):
+def test_no_batch_takes_more_slots_than_one_of_the_longest_pairs(num_shards, row_length, seed):
     """What the compile check compiles is the most that any batch of a run needs."""
     rng = np.random.default_rng(seed)
     longest, size = 1000, 16
     lengths = np.concatenate([rng.integers(1, longest, 10 * size), [longest] * 4, [longest * 2 // 3] * size])
     pairs = blank_pairs(lengths.tolist())
     order = batch_order(len(pairs), size, seed, len(pairs) // size)
-    packing = Packing(ways, 64, row_length)
+    packing = Packing(num_shards, 64, row_length)
     (bound,) = plan_training(blank_pairs([longest] * size), np.arange(size)[None], packing).shapes
     for shape in plan_training(pairs, order, packing).shapes:
         assert shape.rows * shape.length <= bound.rows * bound.length
@@ -202,7 +202,7 @@ def test_a_batch_holds_its_pairs():
     np.testing.assert_allclose(arrays.weights_BP.sum(), 1)
     assert sorted(batch.rows) == list(range(8))
     assert batch.tokens == (~padding).sum() == sum(map(sum, tiny.LENGTHS)) - 16
-    assert batch.facts == {
+    assert batch.host_metrics == {
         "lengths/real": 5.0,
         "lengths/generated": 5.125,
         "truncated/real": 0.0,
@@ -227,7 +227,7 @@ def test_sft_batch_holds_real_responses_and_weights_tokens_equally():
     assert len(owners) == 40
     np.testing.assert_allclose(arrays.weights_BP[arrays.weights_BP > 0], 1 / 40, rtol=1e-6)
     assert (arrays.weights_BP > 0).sum() == 8
-    assert batch.facts == {
+    assert batch.host_metrics == {
         "lengths/real": 5.0,
         "truncated/real": 0.0,
         "fill": batch.tokens / arrays.rows.tokens_BT.size,

@@ -18,7 +18,7 @@ from spin_jax.devices.accelerators import (
     find_slice,
     found,
     smallest,
-    tensor_ways,
+    tensor_shards,
     use_slice,
 )
 from spin_jax.errors import UserError
@@ -99,11 +99,11 @@ def test_slices_that_are_large_enough():
 
 
 @pytest.mark.parametrize(
-    ("devices", "batch_size", "ways"),
+    ("devices", "batch_size", "num_shards"),
     [(1, 64, 1), (8, 8, 1), (8, 4, 2), (32, 64, 1), (64, 64, 2), (256, 64, 8), (16, 16, 2)],
 )
-def test_each_device_has_two_pairs(devices, batch_size, ways):
-    assert tensor_ways(devices, batch_size) == ways
+def test_each_device_has_two_pairs(devices, batch_size, num_shards):
+    assert tensor_shards(devices, batch_size) == num_shards
 
 
 @pytest.mark.parametrize(("name", "devices"), [("v5e-8", 8), ("v5e-8", 16), ("h100-8", 8)])

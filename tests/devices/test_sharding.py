@@ -14,7 +14,7 @@ from spin_jax.data.packing import Packing
 from spin_jax.devices import sharding
 from spin_jax.errors import UserError
 from spin_jax.generation.engine import Engine, Progress
-from spin_jax.models import Compute, param_shardings
+from spin_jax.models import Execution, param_shardings
 from spin_jax.objectives import OBJECTIVES
 from spin_jax.objectives.interface import Settings, batch_loss
 from spin_jax.training.optimizer import make_optimizer
@@ -46,8 +46,8 @@ def two_steps(sizes: tuple[int, int, int], line: int = 0) -> tuple[dict, dict]:
     params = sharded_params(mesh)
     shardings = state_shardings(optimizer(), params)
     state = jax.jit(functools.partial(init_state, optimizer=optimizer()), out_shardings=shardings)(params)
-    compute = Compute(mesh=mesh, line=line) if line else Compute()
-    objective = batch_loss(OBJECTIVES["logistic"], Settings(beta=0.1), tiny.CONFIG, compute)
+    execution = Execution(mesh=mesh, line=line) if line else Execution()
+    objective = batch_loss(OBJECTIVES["logistic"], Settings(beta=0.1), tiny.CONFIG, execution)
     step = jax.jit(make_step(objective, optimizer(), 1), donate_argnums=0, out_shardings=(shardings, None, None))
     batch = tiny.packed(tiny.pairs(), Packing(8, 8, 1), opponent_logps=np.full((8, 2), -10.0)).arrays
     for _ in range(2):
@@ -90,7 +90,7 @@ def test_responses_are_the_same_on_one_device_and_on_eight(sizes):
             temperature, max_new_tokens=8, batch_size=16, prefill_batch_size=8, tail_batch_size=1, prompt_bucket=16
         )
         progress = Progress()
-        engine = Engine(tiny.CONFIG, settings, Compute(mesh=mesh), stop_ids=(3, 9))
+        engine = Engine(tiny.CONFIG, settings, Execution(mesh=mesh), stop_ids=(3, 9))
         drawn = engine.generate(sharded_params(mesh), asked, progress=progress)
         assert progress.tokens == progress.busy == sum(len(one.tokens) for one in drawn)
         return [(one.row, one.tokens.tolist(), one.truncated) for one in drawn]

@@ -65,7 +65,7 @@ def test_logprobs_are_of_the_text_and_its_end(model):
 
 def test_a_model_computes_on_the_devices_that_hold_its_params(model, tiny_model):
     spread = spin_jax.load(tiny_model, devices=jax.devices())
-    assert len(spread.params["lm_head"].sharding.device_set) == 8 == spread.engine().compute.mesh.size
+    assert len(spread.params["lm_head"].sharding.device_set) == 8 == spread.engine().execution.mesh.size
     prompts = ["abc", "hgfedcb", "d"]
     settings = {"max_new_tokens": 6, "temperature": 0}
     assert spread.sample(prompts, **settings) == model.sample(prompts, **settings)

@@ -290,7 +290,7 @@ def test_settings_of_speed_and_length_may_change(finished, tiny_model, tiny_data
     changes = {"iterations": 5, "mesh.data": 2, "mesh.tensor": 2, "model.remat": "qkv", "model.logits_chunk": 4}
     changes |= {"train.checkpoint_every": 7, "train.micro_batches": 2, "train.row_length": 64}
     run = open_run(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path)
-    assert run.compute.mesh.shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert run.execution.mesh.shape == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def test_values_of_iterations_to_come_may_change(finished, tiny_model, tiny_data):

@@ -18,14 +18,14 @@ from spin_jax.data.chat_format import load_chat
 from spin_jax.data.packing import Packing, Plan, pack_batch, plan_training
 from spin_jax.data.pairs import Pair
 from spin_jax.devices import sharding
-from spin_jax.devices.transfer import put
+from spin_jax.devices.transfer import to_devices
 from spin_jax.errors import UserError
 from spin_jax.evaluation import scoring
 from spin_jax.evaluation.rewards import held_out_rewards, nats_per_token
 from spin_jax.evaluation.score_files import Parts, delete_parts, read_scores, write_scores
 from spin_jax.evaluation.scoring import Scorer, StepProgram, check_finite, score_batches, scores_key
 from spin_jax.generation.engine import Engine
-from spin_jax.models import execution
+from spin_jax.models.execution import make_execution
 from spin_jax.training import programs
 from spin_jax.training.schedule import batch_order
 
@@ -37,8 +37,8 @@ def training_of(model: models.ModelConfig, mesh: Mesh, changes: dict, steps: int
     changes = {"spin.beta": (BETA,), "model.compute_dtype": "bfloat16", "train.micro_batches": 1} | changes
     config = replace(Config(), changes)
     config = sizing.choose(config, model, list(mesh.devices.flat))
-    compute = execution.make_compute(config.model, model, mesh)
-    return programs.make_training(programs.spin_spec(config, model, compute, 0, steps))
+    execution = make_execution(config.model, model, mesh)
+    return programs.make_training(programs.spin_spec(config, model, execution, 0, steps))
 
 
 def plan_of(pairs: list[Pair], size: int, epochs: int, packing: Packing) -> Plan:
@@ -61,7 +61,7 @@ def first_metrics(training, state, frozen, model, pairs, plan, mesh, scores) -> 
     for rows, shape, logps in zip(plan.batches, plan.shapes, scores, strict=True):
         batch = pack_batch(model, pairs, rows, shape, reference_logps=logps).arrays
         fresh = jax.tree.map(jnp.copy, state)  # the step donates it
-        _, metrics, _ = training.step(fresh, frozen, put(batch, sharding.batch_sharding(mesh)), False)
+        _, metrics, _ = training.step(fresh, frozen, to_devices(batch, sharding.batch_sharding(mesh)), False)
         found.append(jax.device_get(metrics))
     return found
 
@@ -119,7 +119,7 @@ def test_a_real_model_starts_level_in_bfloat16_where_other_rows_do_not(assets, s
     train = {"train.batch_size": 4, "train.micro_batches": 1, "train.row_length": 512, "train.length_multiple": 256}
     config = replace(Config(), {"model.compute_dtype": "bfloat16"} | train)
     config = sizing.choose(config, model, list(mesh.devices.flat))
-    other = Scorer(model, config.train, execution.make_compute(config.model, model, mesh)).score(params, pairs)
+    other = Scorer(model, config.train, make_execution(config.model, model, mesh)).score(params, pairs)
     state, scores = score_all(training, training.init(params), None, model, pairs, plan, Parts(tmp_path, "", 99))
     for metrics in first_metrics(training, state, None, model, pairs, plan, mesh, scores):
         assert_level(metrics)
@@ -131,9 +131,9 @@ def test_a_real_model_starts_level_in_bfloat16_where_other_rows_do_not(assets, s
 # ---- any prompts and responses
 
 
-def scorer_of(mesh: Mesh, compute: models.Compute | None = None, **train) -> Scorer:
+def scorer_of(mesh: Mesh, execution: models.Execution | None = None, **train) -> Scorer:
     sizes = {"batch_size": 8, "micro_batches": 1, "row_length": 64, "length_multiple": 8} | train
-    return Scorer(tiny.CONFIG, TrainConfig(**sizes), compute or models.Compute(mesh=mesh))
+    return Scorer(tiny.CONFIG, TrainConfig(**sizes), execution or models.Execution(mesh=mesh))
 
 
 def texts() -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
@@ -156,7 +156,7 @@ def alone(prompt_T: np.ndarray, response_T: np.ndarray) -> np.ndarray:
 def test_logprobs_are_those_of_a_row_for_each_response(sizes, chunk):
     """In nats and token by token, for any number of responses, on every mesh, wherever the params lie."""
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-    scorer = scorer_of(mesh, models.Compute(mesh=mesh, logits_chunk=chunk))
+    scorer = scorer_of(mesh, models.Execution(mesh=mesh, logits_chunk=chunk))
     prompts, responses = texts()
     expected = [[alone(x, y) for y in answers] for x, answers in zip(prompts, responses, strict=True)]
     elsewhere = jax.device_put(tiny.host_params(), jax.devices()[-1])
@@ -177,7 +177,7 @@ def test_sampled_logprobs_are_the_scorers():
     mesh, sizes = sharding.one_device_mesh(), {"batch_size": 8, "prefill_batch_size": 8, "prompt_bucket": 16}
     settings = GenerateConfig(max_new_tokens=9, responses=3, **sizes)
     prompts, params = texts()[0], tiny.host_params()
-    drawn = Engine(tiny.CONFIG, settings, models.Compute(mesh=mesh), stop_ids=(3, 5, 7, 9)).generate(params, prompts)
+    drawn = Engine(tiny.CONFIG, settings, models.Execution(mesh=mesh), stop_ids=(3, 5, 7, 9)).generate(params, prompts)
     responses = [[one.tokens for one in drawn if one.row == row] for row in range(len(prompts))]
     by_token = scorer_of(mesh).token_logprobs(params, prompts, responses)
     for one, found in zip(drawn, sum(by_token, []), strict=True):
@@ -270,8 +270,8 @@ def test_an_evaluation_that_was_cut_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_scores_are_read_for_what_they_were_made_of(tmp_path, caplog):
     plan, logps = plan_of(PAIRS, 8, 1, Packing(1, 8, 32)), np.full((4, 8, 2), -1.5, np.float32)
-    compute = models.Compute(mesh=sharding.one_device_mesh())
-    key, path = scores_key(PAIRS, plan, compute), tmp_path / "steps.npz"
+    execution = models.Execution(mesh=sharding.one_device_mesh())
+    key, path = scores_key(PAIRS, plan, execution), tmp_path / "steps.npz"
     scored = [PAIRS[i] for rows in plan.batches for row in rows for i in row]
     (tmp_path / "part-000000.npz").write_bytes(b"")
     write_scores(path, key, logps, scored)
@@ -280,12 +280,12 @@ def test_scores_are_read_for_what_they_were_made_of(tmp_path, caplog):
     with np.load(path) as stored:
         assert stored["rows"].flatten().tolist() == [pair.row for pair in scored]
     others = {
-        "pairs": scores_key(PAIRS[::-1], plan, compute),
-        "batches": scores_key(PAIRS, plan_of(PAIRS, 4, 1, Packing(1, 8, 32)), compute),
-        "dtype": scores_key(PAIRS, plan, models.Compute(mesh=compute.mesh, dtype=jnp.bfloat16)),
-        "mesh": scores_key(PAIRS, plan, models.Compute(mesh=sharding.make_mesh())),
-        "parts": scores_key(PAIRS, plan, compute, micro_batches=2),
-        "model": scores_key(PAIRS, plan, compute, model={"weights": "others"}),
+        "pairs": scores_key(PAIRS[::-1], plan, execution),
+        "batches": scores_key(PAIRS, plan_of(PAIRS, 4, 1, Packing(1, 8, 32)), execution),
+        "dtype": scores_key(PAIRS, plan, models.Execution(mesh=execution.mesh, dtype=jnp.bfloat16)),
+        "mesh": scores_key(PAIRS, plan, models.Execution(mesh=sharding.make_mesh())),
+        "parts": scores_key(PAIRS, plan, execution, micro_batches=2),
+        "model": scores_key(PAIRS, plan, execution, model={"weights": "others"}),
     }
     assert len({key, *others.values()}) == 7
     with caplog.at_level(logging.WARNING):

@@ -22,13 +22,13 @@ from spin_jax.errors import UserError
 from spin_jax.generation import stop_strings
 from spin_jax.generation.engine import Engine, Progress, prefill_width, slot_counts
 from spin_jax.generation.response_files import Response
-from spin_jax.models import Compute
+from spin_jax.models import Execution
 
 SEED = 42
 CAP = 12  # new tokens
 PROMPT_LENGTHS = (1, 8, 3, 5, 2, 7, 4, 6, 40, 3, 1, 70, 2, 9)  # of rows 10, 11, ...
 STOP_IDS = (3, 5, 7, 9, 11, 13)
-ONE_DEVICE = Compute(mesh=sharding.one_device_mesh())
+ONE_DEVICE = Execution(mesh=sharding.one_device_mesh())
 
 
 def settings(**changes) -> GenerateConfig:
@@ -51,7 +51,7 @@ def draw(
     asked: dict[int, np.ndarray] | None = None,
     *,
     stop_ids: tuple[int, ...] = STOP_IDS,
-    stops_SV: np.ndarray | None = None,
+    stops_AV: np.ndarray | None = None,
     params: dict | None = None,
     seed: int = SEED,
     iteration: int = 2,
@@ -59,7 +59,7 @@ def draw(
     progress: Progress | None = None,
     **changes,
 ) -> list[Response]:
-    by = Engine(tiny.CONFIG, settings(**changes), ONE_DEVICE, stop_ids, stops_SV)
+    by = Engine(tiny.CONFIG, settings(**changes), ONE_DEVICE, stop_ids, stops_AV)
     called = {"seed": seed, "iteration": iteration, "directory": directory, "progress": progress}
     return by.generate(params or tiny.host_params(), prompts() if asked is None else asked, **called)
 
@@ -189,13 +189,13 @@ def test_a_decode_step_on_one_cpu_copies_neither_weights_nor_cache(dtype, all_pa
 
 def test_bfloat16_matmuls_beside_a_float32_cache_draw_what_the_model_says(all_passes):
     """Log-probs of the drawn tokens, by the program that scores them, in the same dtype."""
-    compute = dataclasses.replace(ONE_DEVICE, dtype=jnp.dtype(jnp.bfloat16))
-    by = Engine(tiny.CONFIG, settings(), compute, STOP_IDS)
+    execution = dataclasses.replace(ONE_DEVICE, dtype=jnp.dtype(jnp.bfloat16))
+    by = Engine(tiny.CONFIG, settings(), execution, STOP_IDS)
     assert by.abstract_calls(64)["drain"][1].row.cache["v"][0].dtype == jnp.float32
     for response in by.generate(tiny.host_params(), prompts(), seed=SEED, iteration=2):
         row = np.concatenate([prompts()[response.row], response.tokens])[None]
-        hidden_1TD, _ = models.forward(tiny.CONFIG, tiny.params(), row, compute=compute)
-        logits_1TV = models.unembed(tiny.CONFIG, tiny.params(), hidden_1TD, compute)
+        hidden_1TD, _ = models.forward(tiny.CONFIG, tiny.params(), row, execution=execution)
+        logits_1TV = models.unembed(tiny.CONFIG, tiny.params(), hidden_1TD, execution)
         logprobs_T = jax.nn.log_softmax(logits_1TV[0])[np.arange(row.size - 1), row[0, 1:]]
         expected = logprobs_T[-len(response.tokens) :]
         np.testing.assert_allclose(response.logprobs, expected, atol=0.1)  # bfloat16 has 8 bits, logits are up to 8
@@ -265,9 +265,9 @@ def test_tokens_and_rows_are_drawn_independently():
     level = tiny.host_params() | {"final_norm": np.zeros(tiny.CONFIG.hidden_size, np.float32)}
     asked = dict.fromkeys(range(4096), np.ones(1, np.int32))
     sizes = {"batch_size": 512, "prefill_batch_size": 512, "tail_batch_size": 512}
-    tokens_BC = np.stack([one.tokens for one in draw(asked, stop_ids=(), params=level, **sizes)])
+    tokens_BO = np.stack([one.tokens for one in draw(asked, stop_ids=(), params=level, **sizes)])
     for axis in (0, 1):
-        counts = np.bincount(np.diff(tokens_BC, axis=axis).ravel() % 16, minlength=16)
+        counts = np.bincount(np.diff(tokens_BO, axis=axis).ravel() % 16, minlength=16)
         assert chi_square(counts, np.full(16, 1 / 16)) < CHI_SQUARE[15]
 
 
@@ -333,7 +333,7 @@ def test_sizes_are_few():
     assert slot_counts(3, 64, 8, 1) == [4] and slot_counts(3, 64, 8, 4) == [4]
     for wanted, slots, places in ((16, 64, 16), (3, 64, 3), (16, 4, 4)):
         by = Engine(tiny.CONFIG, settings(prefill_batch_size=wanted, batch_size=slots), ONE_DEVICE)
-        assert by.abstract_calls(8)["prefill"][2].lengths_Q.shape == (places,)
+        assert by.abstract_calls(8)["prefill"][2].lengths_E.shape == (places,)
     assert [prefill_width(length, 64) for length in (1, 64, 65, 128, 129, 500)] == [64, 64, 128, 128, 256, 512]
     assert [prefill_width(length, 48) for length in (48, 49, 97)] == [48, 96, 192]
 
@@ -348,7 +348,7 @@ def test_sizes_are_few():
 )
 def test_engines_that_cannot_sample_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        Engine(tiny.CONFIG, settings(**changes), Compute(mesh=sharding.make_mesh()))
+        Engine(tiny.CONFIG, settings(**changes), Execution(mesh=sharding.make_mesh()))
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string():
         for one, i, n in zip(free, (0, 4, 7), (2, 3, 1), strict=False)
     ]
     table = stop_strings.table_of(strings, pieces)
-    stopped = draw(stop_ids=(), stops_SV=table, batch_size=2)
+    stopped = draw(stop_ids=(), stops_AV=table, batch_size=2)
     lengths = []
     for one, cut in zip(free, stopped, strict=True):
         text = b"".join(pieces[token] for token in one.tokens)

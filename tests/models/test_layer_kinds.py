@@ -18,7 +18,7 @@ from spin_jax.data.packing import Packing, forward_flops
 from spin_jax.devices import sharding
 from spin_jax.generation.engine import Engine
 from spin_jax.models import (
-    Compute,
+    Execution,
     abstract_params,
     attach,
     flops_per_token,
@@ -72,7 +72,7 @@ def logprobs_and_gradients(logprobs, params: dict) -> tuple[jax.Array, dict]:
 @functools.cache
 def expected() -> tuple[jax.Array, dict]:
     """By the book: a row for each response."""
-    return logprobs_and_gradients(lambda params: padded.pair_logprobs(CONFIG, params, PAIRS, Compute()), params())
+    return logprobs_and_gradients(lambda params: padded.pair_logprobs(CONFIG, params, PAIRS, Execution()), params())
 
 
 def assert_close(found: tuple[jax.Array, dict], share: float = 2e-5) -> None:
@@ -84,9 +84,9 @@ def assert_close(found: tuple[jax.Array, dict], share: float = 2e-5) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=share * largest, err_msg=name)
 
 
-def packed_logprobs(compute: Compute, packing: Packing = IN_TWO_ROWS):
+def packed_logprobs(execution: Execution, packing: Packing = IN_TWO_ROWS):
     batch, places = tiny.packed(PAIRS, packing).arrays, tiny.places(PAIRS, packing)
-    return lambda params: pair_logprobs(CONFIG, params, batch, compute)[places]
+    return lambda params: pair_logprobs(CONFIG, params, batch, execution)[places]
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def packed_logprobs(compute: Compute, packing: Packing = IN_TWO_ROWS):
 )
 def test_packed_rows_are_a_row_for_each_response(attention, remat):
     """Rows of dozens of tokens with several pairs in each, under a window of five."""
-    compute = Compute(remat=remat, kernel=attention, mesh=sharding.one_device_mesh())
-    assert_close(logprobs_and_gradients(packed_logprobs(compute), params()))
+    execution = Execution(remat=remat, kernel=attention, mesh=sharding.one_device_mesh())
+    assert_close(logprobs_and_gradients(packed_logprobs(execution), params()))
 
 
 @pytest.mark.usefixtures("all_passes")
@@ -103,14 +103,14 @@ def test_packed_rows_are_a_row_for_each_response(attention, remat):
 def test_eight_devices_compute_what_one_does(attention):
     mesh = sharding.make_mesh(2, 2, 2)
     placed = jax.device_put(params(), param_shardings(mesh, CONFIG))
-    compute = Compute(mesh=mesh, kernel=attention)
-    assert_close(logprobs_and_gradients(packed_logprobs(compute, Packing(4, 8, 32)), placed))
+    execution = Execution(mesh=mesh, kernel=attention)
+    assert_close(logprobs_and_gradients(packed_logprobs(execution, Packing(4, 8, 32)), placed))
 
 
 def test_low_rank_updates_are_those_of_the_merged_weights():
     adapters = init_adapters(CONFIG, 3, jax.random.key(0))
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)  # b is no longer zero
-    logprobs = packed_logprobs(Compute())
+    logprobs = packed_logprobs(Execution())
     attached, merged = (logprobs(how(params(), adapters, 0.5)) for how in (attach, merge))
     np.testing.assert_allclose(attached, merged, rtol=2e-5)
     assert np.max(np.abs(merged - expected()[0])) > 1
@@ -121,7 +121,7 @@ def test_greedy_sampling_takes_the_best_token_of_the_model_without_a_cache(devic
     """Prompts and responses longer than the window: layers that see all need all of them."""
     sizes = {"batch_size": 8, "prefill_batch_size": 8, "tail_batch_size": 8, "prompt_bucket": 8}
     mesh = sharding.decode_mesh(sharding.make_mesh(devices=jax.devices()[:devices]), min(devices, 2))
-    engine = Engine(CONFIG, GenerateConfig(max_new_tokens=12, temperature=0.0, **sizes), Compute(mesh=mesh), ())
+    engine = Engine(CONFIG, GenerateConfig(max_new_tokens=12, temperature=0.0, **sizes), Execution(mesh=mesh), ())
     rng = np.random.default_rng(3)
     prompts = [tiny.tokens(rng, length) for length in (1, 8, 3, 14, 2, 7, 4, 9, 5)]
     for prompt, response in zip(prompts, engine.generate(params(), prompts, seed=0), strict=True):

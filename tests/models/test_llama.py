@@ -13,12 +13,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax import checkpoints, models
-from spin_jax.models import REMAT_POLICIES, Columns, Compute, ModelConfig, llama
+from spin_jax.models import REMAT_POLICIES, Columns, Execution, ModelConfig, llama
 from spin_jax.models.config import LinearRopeScaling, Llama3RopeScaling
 from spin_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 from spin_jax.models.weights import weights
 
-BFLOAT16 = Compute(jnp.dtype(jnp.bfloat16))
+BFLOAT16 = Execution(jnp.dtype(jnp.bfloat16))
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FAMILIES = ["llama2", "llama3", "mistral", "qwen2", "qwen3", "gemma3"]
 
@@ -34,7 +34,7 @@ def source_config(family: str) -> dict:
 
 
 # Jitted, as the package uses them; it also makes these tests several times faster.
-forward = jax.jit(models.forward, static_argnames=("config", "compute"))
+forward = jax.jit(models.forward, static_argnames=("config", "execution"))
 init_params = jax.jit(models.init_params, static_argnames=("config", "dtype"))
 
 
@@ -176,7 +176,9 @@ def test_remat_changes_no_gradient():
     config, params, tokens_BT, _ = golden("qwen2")
 
     def gradient(remat):
-        loss = lambda params: jnp.mean(jnp.square(logits_of(config, params, tokens_BT, compute=Compute(remat=remat))))  # noqa: E731
+        def loss(params):
+            return jnp.mean(jnp.square(logits_of(config, params, tokens_BT, execution=Execution(remat=remat))))
+
         return jax.jit(jax.grad(loss))(params)
 
     expected = gradient("none")
@@ -189,7 +191,7 @@ def test_remat_policies_save_what_they_say(family):
     config, params, tokens_BT, _ = golden(family)
 
     def residual_bytes(remat):
-        hidden = lambda params: models.forward(config, params, tokens_BT, compute=Compute(remat=remat))[0]  # noqa: E731
+        hidden = lambda params: models.forward(config, params, tokens_BT, execution=Execution(remat=remat))[0]  # noqa: E731
         _, backward = jax.eval_shape(lambda params: jax.vjp(hidden, params), params)
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(backward))
 
@@ -197,7 +199,7 @@ def test_remat_policies_save_what_they_say(family):
     # The plain path has no result of a kernel.
     kernel = {"attention": 1, "gate": 1, "mlp": 1}
     for policy in REMAT_POLICIES.keys() - {"none"}:
-        numbers = models.kept_numbers(config, policy) - models.kept_numbers(config, "full")
+        numbers = models.saved_numbers(config, policy) - models.saved_numbers(config, "full")
         numbers -= kernel.get(policy, 0) * config.num_heads * config.head_dim
         assert residual_bytes(policy) - residual_bytes("full") == 4 * layers * tokens * numbers, policy
     assert residual_bytes("mlp") < residual_bytes("none")
@@ -213,8 +215,8 @@ def test_scan_over_stacked_layers_is_a_loop_over_layers():
     x_BTD = params["embed"]["embedding"][tokens_BT]
     for layer in range(config.num_layers):
         one = nnx.merge(layer_def, jax.tree.map(lambda x, layer=layer: x[layer], params["layers"]))
-        x_BTD, _ = one(x_BTD, tokens, None, layer, Compute())
-    looped_BTD = llama.rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps)
+        x_BTD, _ = one(x_BTD, tokens, None, layer, Execution())
+    looped_BTD = llama.rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps, Execution())
     np.testing.assert_allclose(forward(config, params, tokens_BT)[0], looped_BTD, atol=2e-5)
 
 
@@ -230,7 +232,7 @@ def test_a_token_sees_its_window_and_no_more():
 def test_bfloat16_compute_is_close_and_keeps_its_dtypes():
     config, params, tokens_BT, expected_BTV = golden("llama3")
     hidden_BTD, cache = forward(
-        config, params, tokens_BT, cache=models.init_cache(config, 2, 20, jnp.bfloat16), compute=BFLOAT16
+        config, params, tokens_BT, cache=models.init_cache(config, 2, 20, jnp.bfloat16), execution=BFLOAT16
     )
     assert hidden_BTD.dtype == jnp.bfloat16 and cache["v"].dtype == jnp.bfloat16
     logits_BTV = models.unembed(config, params, hidden_BTD)
@@ -361,7 +363,7 @@ def test_flops_are_those_of_the_traced_program(family):
                     total += equation.params.get("length", 1) * matmul_flops(inner.jaxpr)
         return total
 
-    hidden = jax.make_jaxpr(lambda: models.forward(config, params, tokens_BT, compute=Compute(remat="none"))[0])()
+    hidden = jax.make_jaxpr(lambda: models.forward(config, params, tokens_BT, execution=Execution(remat="none"))[0])()
     # The program computes every score and masks; the formula counts those it is told of.
     asked = tokens_BT.size * models.flops_per_token(config, length)
     # The permutation inside a rotation is how it is done, not what the model asks for.

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spin_jax.data.packing import Packing
 from spin_jax.devices import sharding
 from spin_jax.models import (
-    Compute,
+    Execution,
     abstract_adapters,
     adapter_shardings,
     attach,
@@ -32,7 +32,7 @@ from spin_jax.training.optimizer import make_optimizer
 from spin_jax.training.train_step import init_state, make_step, on_adapters
 
 RANK, SCALE, BETA = 4, 0.5, 0.1
-COMPUTE = Compute(remat="none")
+COMPUTE = Execution(remat="none")
 
 PACKING = Packing(8, 8, 1)  # eight rows, for any mesh
 
@@ -89,7 +89,7 @@ def test_attached_is_merged(remat):
 
     def loss(make, adapters):
         hidden_BTD, _ = forward(
-            tiny.CONFIG, make(tiny.params(), adapters, SCALE), tokens_BT, compute=Compute(remat=remat)
+            tiny.CONFIG, make(tiny.params(), adapters, SCALE), tokens_BT, execution=Execution(remat=remat)
         )
         return jnp.sum(jnp.sin(hidden_BTD)), hidden_BTD
 
@@ -185,11 +185,11 @@ def test_stored_and_live_opponent_and_micro_batches_agree():
 def two_steps(sizes: tuple[int, int, int], line: int = 0) -> tuple[dict, dict]:
     """The merged params and the metrics after two steps on a mesh, by the programs that a run uses."""
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-    compute = Compute(mesh=mesh, line=line)
+    execution = Execution(mesh=mesh, line=line)
     base = jax.device_put(tiny.host_params(), param_shardings(mesh, tiny.CONFIG))
     fresh = programs.make_adapters(tiny.CONFIG, RANK, mesh)(jax.random.key(3))
     objective = on_adapters(
-        batch_loss(OBJECTIVES["logistic"], Settings(beta=BETA), tiny.CONFIG, compute), SCALE, live=True
+        batch_loss(OBJECTIVES["logistic"], Settings(beta=BETA), tiny.CONFIG, execution), SCALE, live=True
     )
     # Linear in the gradient: RMSProp makes a whole step of a rounding where the gradient is near 0.
     init, step = programs.jit_training(objective, optax.sgd(1.0, momentum=0.9), 1, fresh, mesh)

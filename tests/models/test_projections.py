@@ -9,10 +9,10 @@ import pytest
 import tiny
 
 from spin_jax import models
-from spin_jax.models import Compute
+from spin_jax.models import Execution
 from spin_jax.models.projections import project
 
-BFLOAT16 = Compute(jnp.dtype(jnp.bfloat16))
+BFLOAT16 = Execution(jnp.dtype(jnp.bfloat16))
 SIZES = dict(zip("BTDNKHFV", (2, 64, 16, 4, 2, 3, 12, 10), strict=True))
 
 
@@ -60,13 +60,13 @@ def test_a_models_gradient_in_bfloat16_is_close_to_that_in_f32(tied):
         del params["lm_head"]
     tokens_BT = np.stack([tiny.tokens(np.random.default_rng(seed), 24) for seed in range(4)])
 
-    def loss(params, compute):
-        hidden_BTD, _ = models.forward(config, params, tokens_BT[:, :-1], compute=compute)
-        logps_BTV = jax.nn.log_softmax(models.unembed(config, params, hidden_BTD, compute))
+    def loss(params, execution):
+        hidden_BTD, _ = models.forward(config, params, tokens_BT[:, :-1], execution=execution)
+        logps_BTV = jax.nn.log_softmax(models.unembed(config, params, hidden_BTD, execution))
         return -jnp.take_along_axis(logps_BTV, tokens_BT[:, 1:, None], axis=2).mean()
 
-    gradient = jax.jit(jax.grad(loss), static_argnames="compute")
-    exact, rounded = gradient(params, compute=Compute()), gradient(params, compute=BFLOAT16)
+    gradient = jax.jit(jax.grad(loss), static_argnames="execution")
+    exact, rounded = gradient(params, execution=Execution()), gradient(params, execution=BFLOAT16)
 
     def error(exact: jax.Array, rounded: jax.Array) -> float:
         assert rounded.dtype == jnp.float32

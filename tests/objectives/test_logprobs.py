@@ -15,12 +15,12 @@ from spin_jax.data.batch import Batch
 from spin_jax.data.packing import Packing, pack_batch, plan_scoring
 from spin_jax.data.pairs import Pair
 from spin_jax.devices.sharding import make_mesh
-from spin_jax.models import REMAT_POLICIES, Compute
+from spin_jax.models import REMAT_POLICIES, Execution
 from spin_jax.objectives.logprobs import pair_logprobs
 
 # (prompt, real, generated) tokens: short beside long, responses of one token, one of none.
 LENGTHS = ((1, 6, 4), (10, 6, 9), (3, 1, 2), (7, 4, 1), (5, 3, 0), (4, 0, 2))
-PLAIN = Compute(remat="none")
+PLAIN = Execution(remat="none")
 IN_TWO_ROWS, ONE_EACH = Packing(2, 1, 1000), Packing(len(LENGTHS), 32, 32)
 
 
@@ -40,16 +40,16 @@ def make_batch(packing: Packing = IN_TWO_ROWS, pad_seed: int | None = None) -> B
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def logprobs(params: dict, batch: Batch, compute: Compute) -> jax.Array:
-    return pair_logprobs(tiny.CONFIG, params, batch, compute)
+def logprobs(params: dict, batch: Batch, execution: Execution) -> jax.Array:
+    return pair_logprobs(tiny.CONFIG, params, batch, execution)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def gradient(params: dict, batch: Batch, compute: Compute) -> dict:
+def gradient(params: dict, batch: Batch, execution: Execution) -> dict:
     """Of a weighted sum, so that no response's gradient can stand in for another's."""
 
     def weighted(params: dict) -> jax.Array:
-        logps_BP2 = pair_logprobs(tiny.CONFIG, params, batch, compute)
+        logps_BP2 = pair_logprobs(tiny.CONFIG, params, batch, execution)
         return jnp.sum(jnp.arange(1.0, logps_BP2.size + 1).reshape(logps_BP2.shape) * logps_BP2)
 
     return jax.grad(weighted)(params)
@@ -100,9 +100,9 @@ def test_any_number_of_responses_to_a_prompt_are_blind_to_each_other(count, atte
         Pair(row, 0, tiny.tokens(rng, prompt), tuple(tiny.tokens(rng, 1 + (row + 3 * y) % 7) for y in range(count)), ())
         for row, prompt in enumerate((1, 9, 4, 6))
     ]
-    computed = Compute(remat="none")
+    computed = Execution(remat="none")
     if attention != "plain":
-        computed = Compute(remat="none", kernel=attention, mesh=make_mesh(devices=jax.devices()[:1]))
+        computed = Execution(remat="none", kernel=attention, mesh=make_mesh(devices=jax.devices()[:1]))
     plan = plan_scoring(pairs, len(pairs), Packing(2, 8, 24))
     batch = pack_batch(tiny.CONFIG, pairs, plan.batches[0], plan.shapes[0]).arrays
     assert plan.shapes[0].responses == count and len(plan.batches) == 1
@@ -136,7 +136,7 @@ def test_ids_in_the_padding_change_no_bit():
 
 @pytest.mark.parametrize("chunk", [2, 4, 100])
 def test_chunks_of_any_size_give_the_same_values_and_gradients(chunk):
-    batch, chunked = make_batch(), Compute(remat="none", logits_chunk=chunk)
+    batch, chunked = make_batch(), Execution(remat="none", logits_chunk=chunk)
     plain = logprobs(tiny.params(), batch, PLAIN)
     np.testing.assert_allclose(logprobs(tiny.params(), batch, chunked), plain, rtol=2e-6)
     assert_trees_close(gradient(tiny.params(), batch, chunked), gradient(tiny.params(), batch, PLAIN), 5e-6)
@@ -146,7 +146,7 @@ def test_chunks_of_any_size_give_the_same_values_and_gradients(chunk):
 def test_remat_policies_give_the_same_gradients(remat):
     batch = make_batch()
     assert_trees_close(
-        gradient(tiny.params(), batch, Compute(remat=remat)), gradient(tiny.params(), batch, PLAIN), 5e-6
+        gradient(tiny.params(), batch, Execution(remat=remat)), gradient(tiny.params(), batch, PLAIN), 5e-6
     )
 
 
@@ -155,7 +155,7 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held():
     batch, vocabulary = make_batch(), tiny.CONFIG.vocab_size
 
     def positions_held(chunk: int) -> int:
-        traced = gradient.trace(tiny.params(), batch, Compute(logits_chunk=chunk)).jaxpr
+        traced = gradient.trace(tiny.params(), batch, Execution(logits_chunk=chunk)).jaxpr
         shapes = (shape for shape in _shapes(traced.jaxpr) if len(shape) == 3 and shape[2] == vocabulary)
         return max(shape[1] for shape in shapes)
 
@@ -176,7 +176,7 @@ def _shapes(jaxpr) -> list[tuple[int, ...]]:
 
 def test_bfloat16_is_close_and_gives_f32():
     batch = make_batch()
-    exact, rounded = (logprobs(tiny.params(), batch, Compute(dtype=d)) for d in (jnp.float32, jnp.bfloat16))
+    exact, rounded = (logprobs(tiny.params(), batch, Execution(dtype=d)) for d in (jnp.float32, jnp.bfloat16))
     assert rounded.dtype == jnp.float32
     assert not np.array_equal(rounded, exact)
     np.testing.assert_allclose(rounded, exact, rtol=0.02)  # bfloat16 keeps 8 bits: 0.4 % a rounding

@@ -13,10 +13,10 @@ from spin_jax import checkpoints
 from spin_jax.data.chat_format import chat_format
 from spin_jax.data.packing import Packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair
-from spin_jax.models import Compute
+from spin_jax.models import Execution
 from spin_jax.objectives.logprobs import pair_logprobs
 
-COMPUTE = Compute(remat="full")
+COMPUTE = Execution(remat="full")
 WEIGHTS_P2 = np.array([[1.0, -1.0], [0.5, 2.0], [-1.5, 0.25]], np.float32)
 
 

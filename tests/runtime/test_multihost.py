@@ -19,7 +19,7 @@ from spin_jax import checkpoints, models
 from spin_jax.checkpoints import safetensors
 from spin_jax.config import GenerateConfig, TrainConfig
 from spin_jax.devices.sharding import AXES, batch_sharding, make_mesh, one_device_mesh
-from spin_jax.devices.transfer import fetch, put
+from spin_jax.devices.transfer import to_devices, to_host
 from spin_jax.errors import UserError
 from spin_jax.evaluation.scoring import Scorer
 from spin_jax.generation.decode_state import Responses
@@ -74,15 +74,15 @@ def exchange(arguments: tuple):
         {"me": 1, "long": "x" * 5000},
     ]
     made = []
-    squares = multihost.shared(lambda item: made.append(item) or item**2, range(ITEMS))
+    squares = multihost.parallel_map(lambda item: made.append(item) or item**2, range(ITEMS))
     assert squares == [item**2 for item in range(ITEMS)] and made == list(range(process, ITEMS, 2))
-    assert multihost.shared(str, []) == [] and multihost.shared(str, [5]) == ["5"]
-    assert multihost.on_first(lambda: process) == 0 and multihost.on_each(lambda: process) == process
+    assert multihost.parallel_map(str, []) == [] and multihost.parallel_map(str, [5]) == ["5"]
+    assert multihost.on_process_zero(lambda: process) == 0 and multihost.on_each_process(lambda: process) == process
     multihost.GATHERED = 2
     own = [f"{process}{i}" for i in range(1 + 4 * process)]
     assert multihost.gather_lists(own) == ["00", "10", "11", "12", "13", "14"] and multihost.gather_lists([]) == []
     for flags in ((0, 0), (0, 1), (1, 0)):
-        assert bool(multihost.anyone(bool(flags[process]))) == any(flags)
+        assert bool(multihost.any_process(bool(flags[process]))) == any(flags)
 
     # A mistake that one of them makes is everybody's.
     def mistaken(item: int) -> int:
@@ -90,8 +90,8 @@ def exchange(arguments: tuple):
             raise UserError("row 3 is wrong")
         return item
 
-    assert refusal(multihost.shared, mistaken, range(6)) == "row 3 is wrong"
-    assert refusal(multihost.on_first, lambda: mistaken(3)) == "row 3 is wrong"
+    assert refusal(multihost.parallel_map, mistaken, range(6)) == "row 3 is wrong"
+    assert refusal(multihost.on_process_zero, lambda: mistaken(3)) == "row 3 is wrong"
     config = tiny_files.make_config("model", "data", {"seed": 7 * process})
     assert refusal(multihost.check_alike, config) == (
         "--config.seed is 0 for process 0 and 7 for process 1: start all with the same settings"
@@ -109,22 +109,22 @@ def exchange(arguments: tuple):
 def _rows_of_each():
     rows_BT = np.arange(24).reshape(8, 3)
     mesh = make_mesh()
-    array = put(rows_BT, batch_sharding(mesh))
+    array = to_devices(rows_BT, batch_sharding(mesh))
     assert [shard.index[0].start for shard in array.addressable_shards] == [
         4 * jax.process_index() + 2 * i for i in (0, 1)
     ]
-    np.testing.assert_array_equal(fetch(array * 2), rows_BT * 2)
+    np.testing.assert_array_equal(to_host(array * 2), rows_BT * 2)
 
 
 def _rows_that_two_hold():
     """With a tensor axis that spans the hosts both hold all rows; each row is answered for once."""
     devices = np.array(jax.devices()).reshape(2, 2).T  # by process; then tensor is the axis of processes
     rows = batch_sharding(Mesh(devices[None], AXES))
-    prompt_index_B, tokens_BC = np.array([2, -1, 0, 1]), np.arange(12).reshape(4, 3)  # one of the four is empty
+    prompt_index_B, tokens_BO = np.array([2, -1, 0, 1]), np.arange(12).reshape(4, 3)  # one of the four is empty
     stopped_B = np.array([True, True, False, True])
-    drawn = Responses(prompt_index_B, tokens_BC, -tokens_BC.astype(np.float32), np.array([1, 2, 3, 3]), stopped_B)
+    drawn = Responses(prompt_index_B, tokens_BO, -tokens_BO.astype(np.float32), np.array([1, 2, 3, 3]), stopped_B)
     prompts = [Prompt(row, 0, np.zeros(1, np.int32)) for row in (5, 6, 7)]
-    own = _own_responses(put(drawn, rows), prompts)
+    own = _own_responses(to_devices(drawn, rows), prompts)
     answers = multihost.gather_lists([(a.row, a.tokens.tolist(), a.truncated) for a in own])
     assert sorted(answers) == [(5, [6, 7, 8], True), (6, [9, 10, 11], False), (7, [0], False)]
 
@@ -136,10 +136,10 @@ def _sampled_and_scored_by_both():
     prompts = [tiny.tokens(rng, length) for length in (3, 9, 1, 5, 7, 2)]
 
     def both(mesh: Mesh, params: dict) -> tuple[list, np.ndarray]:
-        compute = models.Compute(mesh=mesh)
-        sampled = Engine(tiny.CONFIG, settings, compute, stop_ids=(3, 9)).generate(params, prompts)
+        execution = models.Execution(mesh=mesh)
+        sampled = Engine(tiny.CONFIG, settings, execution, stop_ids=(3, 9)).generate(params, prompts)
         responses = [[one.tokens for one in sampled if one.row == row] for row in range(len(prompts))]
-        logps = Scorer(tiny.CONFIG, train, compute).logprobs(params, prompts, responses)
+        logps = Scorer(tiny.CONFIG, train, execution).logprobs(params, prompts, responses)
         np.testing.assert_allclose(logps.ravel(), [one.logprobs.sum() for one in sampled], atol=1e-4)
         return [(one.row, one.number, one.tokens.tolist()) for one in sampled], logps
 

@@ -61,7 +61,7 @@ def train(directory, *, step=STEP, batches=make_batch, steps=STEPS, checkpoint_e
         steps=steps,
         make_batch=batches,
         sharding=batch_sharding(mesh),
-        passes=3,
+        flops_multiplier=3,
         schedule=SCHEDULE,
         directory=directory,
         checkpoint_every=checkpoint_every,
@@ -109,7 +109,7 @@ def test_every_step_is_logged_with_what_it_used(whole):
 def test_nothing_is_computed_between_two_steps(tmp_path, monkeypatch):
     """It would queue up behind the step that the device is at, and whoever reads it would wait for that step. What is
     computed on a number of Python's sends it to the device: batches apart, that is forbidden here."""
-    monkeypatch.setattr(train_lib, "put", jax.transfer_guard_host_to_device("allow")(train_lib.put))
+    monkeypatch.setattr(train_lib, "to_devices", jax.transfer_guard_host_to_device("allow")(train_lib.to_devices))
     with contextlib.ExitStack() as forbidden:
 
         def step(*arguments):

@@ -15,14 +15,14 @@ import tiny
 
 from spin_jax.data.batch import Batch, HostBatch
 from spin_jax.data.pairs import choose
-from spin_jax.models import Compute
+from spin_jax.models import Execution
 from spin_jax.objectives import OBJECTIVES
 from spin_jax.objectives.interface import Settings, batch_loss
 from spin_jax.objectives.logprobs import pair_logprobs
 from spin_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from spin_jax.training.train_step import TrainState, init_state, make_step
 
-COMPUTE = Compute(remat="none")
+COMPUTE = Execution(remat="none")
 BETA = 0.1
 VALUE_AT_0 = {"logistic": math.log(2), "hinge": 1.0, "exponential": 1.0, "correlation": 1.0}
 

@@ -49,7 +49,7 @@ class Fields:
         """
         there = self.held(*names) or [name for name in names if name in self.values]
         if not there:
-            what = repr(names[0]) if len(names) < 3 else f"among {', '.join(names)}"
+            what = f"among {', '.join(names)}" if len(names) > 2 else repr(next(iter(names)))
             raise UserError(f"no field {what} (this row has: {', '.join(self.values)})")
         self._read.add(there[0])
         return there[0]

@@ -59,10 +59,10 @@ def evaluate_control(run: Run, t: int, directory: epath.Path) -> None:
 
 def _measure_once(directory: epath.Path, measure: Callable[[], dict]) -> None:
     """`result.json` in a directory: a row of the summary, measured where there is none that can be read."""
-    if not multihost.on_first(lambda: read_result(directory)):
+    if not multihost.on_process_zero(lambda: read_result(directory)):
         row = measure()
-        multihost.on_first(lambda: write_result(directory, row))
-        multihost.on_first(lambda: delete_parts(directory, EVALUATION_PARTS))
+        multihost.on_process_zero(lambda: write_result(directory, row))
+        multihost.on_process_zero(lambda: delete_parts(directory, EVALUATION_PARTS))
 
 
 def _subject(run: Run, t: int, name: str, model: epath.Path, directory: epath.Path, whose: str = "") -> Subject:
@@ -76,7 +76,7 @@ def _subject(run: Run, t: int, name: str, model: epath.Path, directory: epath.Pa
         return score_pairs_of(run, model, held_out, f"iteration {t}: evaluate{whose}", kept)
 
     def encode(examples: Sequence[Example]) -> list[Pair]:
-        return multihost.shared(lambda example: sft_pair(run, example, tokenise(run.chat, example)), examples)
+        return multihost.parallel_map(lambda example: sft_pair(run, example, tokenise(run.chat, example)), examples)
 
     logprobs = functools.partial(score_pairs_of, run, model)
     return Subject(name, run.config, run.chat, directory, encode, logprobs, held_out, held_out_logps)

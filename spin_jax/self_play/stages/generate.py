@@ -15,14 +15,14 @@ _LOG = logging.getLogger(__name__)
 def generate_responses(run: Run, t: int) -> None:
     """y' ~ p_t(.|x) for every prompt, train and held-out: `generated/pairs.parquet`, in the authors' layout."""
     directory = run.iteration(t) / "generated"
-    if multihost.on_first((directory / "pairs.parquet").exists):
+    if multihost.on_process_zero((directory / "pairs.parquet").exists):
         return
     examples = run.train_examples + run.held_out_examples
     if t == 0 and all(example.generated is not None for example in examples):
         _LOG.info("iteration 0 takes the generated responses that %s holds", run.config.data.train)
         return
     model = run.store.identity_of(run.start_of(t))
-    multihost.on_first(
+    multihost.on_process_zero(
         lambda: note_settings(directory, {f"model ({part})": content for part, content in model.items()})
     )
     responses = Engine.for_chat(run.model, run.config.generate, run.decode, run.chat).generate(
@@ -33,6 +33,6 @@ def generate_responses(run: Run, t: int) -> None:
         directory=directory,
         progress=Progress(f"iteration {t}: generate"),
     )
-    multihost.on_first(lambda: write_responses(run, directory, examples, responses, model))
+    multihost.on_process_zero(lambda: write_responses(run, directory, examples, responses, model))
     if t == 0:
         warn_if_endless(responses, run.config.generate.max_new_tokens)

@@ -47,7 +47,7 @@ def score_pairs_of(
 
 
 def _scorer(run: Run) -> Scorer:
-    return Scorer(run.model, run.config.train, run.compute)
+    return Scorer(run.model, run.config.train, run.execution)
 
 
 def held_out_scores(run: Run, t: int) -> np.ndarray:
@@ -58,11 +58,11 @@ def held_out_scores(run: Run, t: int) -> np.ndarray:
     directory, start = run.iteration(t) / "scores", run.start_of(t)
     path, parts = directory / "held_out.npz", (directory, "held_out-part")
     key = _scorer(run).key(pairs, run.store.identity_of(start))
-    logps = multihost.on_first(lambda: read_scores(path, key))
+    logps = multihost.on_process_zero(lambda: read_scores(path, key))
     if logps is None:
         logps = score_pairs_of(run, start, pairs, f"iteration {t}: score held-out pairs", parts)
-        multihost.on_first(lambda: write_scores(path, key, logps, pairs))
-        multihost.on_first(lambda: delete_parts(*parts))
+        multihost.on_process_zero(lambda: write_scores(path, key, logps, pairs))
+        multihost.on_process_zero(lambda: delete_parts(*parts))
     return logps
 
 
@@ -74,15 +74,15 @@ def step_scores(run: Run, t: int, stage: TrainingStage) -> np.ndarray:
     """log p_t of the pairs of each training step of iteration t, [steps, pairs of a batch, Y]: stored, or computed and
     stored. Those of another mesh or version of jax are made anew: they would not cancel."""
     path, model = steps_path(run, t), run.store.identity_of(stage.start)
-    key = scores_key(stage.pairs, stage.plan, run.compute, run.config.train.micro_batches, model)
-    logps = multihost.on_first(lambda: read_scores(path, key))
+    key = scores_key(stage.pairs, stage.plan, run.execution, run.config.train.micro_batches, model)
+    logps = multihost.on_process_zero(lambda: read_scores(path, key))
     if logps is None:
         start = stage.training.begin(run.store.take_params(stage.start), stage.seed)
         program = StepProgram(stage.training.step, *start)
         parts = Parts(path.parent, key, run.config.train.checkpoint_every)
         logps = np.stack(score_batches(program, stage.make_batch(run), stage.plan, f"iteration {t}: score", parts))
         scored = [stage.pairs[i] for rows in stage.plan.batches for i in itertools.chain(*rows)]
-        multihost.on_first(lambda: write_scores(path, key, logps, scored))
+        multihost.on_process_zero(lambda: write_scores(path, key, logps, scored))
         if not run.config.lora.rank:
             run.store.keep_params(stage.start, program.state.params)  # which training starts from
     return logps

@@ -30,13 +30,13 @@ def _iteration_flops(run: Run, t: int) -> float:
     """Model FLOPs that iteration t spends on its training rows: sampling, scoring, training."""
     stage = spin_stage(run, t)
     sampling = sum(forward_flops(run.model, choose(pair, ["generated"])) for pair in pairs_of(run, t)[0])
-    passes = stage.spec.passes + programs.is_scored(run.config.spin)
-    return sampling + passes * stage.spec.steps * _forward_flops(run, stage.pairs)
+    flops_multiplier = stage.spec.flops_multiplier + programs.is_scored(run.config.spin)
+    return sampling + flops_multiplier * stage.spec.steps * _forward_flops(run, stage.pairs)
 
 
 def _sft_step_flops(run: Run, pairs: Sequence[Pair]) -> float:
-    spec = programs.sft_spec(run.config, run.model, run.compute, peak=0.0, steps=1)
-    return spec.passes * _forward_flops(run, pairs)
+    spec = programs.sft_spec(run.config, run.model, run.execution, peak=0.0, steps=1)
+    return spec.flops_multiplier * _forward_flops(run, pairs)
 
 
 def _forward_flops(run: Run, pairs: Sequence[Pair]) -> float:

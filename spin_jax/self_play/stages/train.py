@@ -22,7 +22,7 @@ def train_policy(run: Run, t: int) -> None:
         return
     stage, logps = spin_stage(run, t), None
     if is_scored(run.config.spin):
-        if not multihost.on_first(steps_path(run, t).exists):
+        if not multihost.on_process_zero(steps_path(run, t).exists):
             raise UserError(f"{steps_path(run, t)} is missing: run the score stage of iteration {t} first")
         logps = step_scores(run, t, stage)
     at_start = stage.spec.objective.at_start(stage.spec.settings)
