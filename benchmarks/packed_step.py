@@ -25,12 +25,12 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from spin_jax import sizing  # noqa: E402
 from spin_jax.compile_check import check  # noqa: E402
 from spin_jax.config import Config, freeze, replace  # noqa: E402
 from spin_jax.data.packing import Packing, plan_training  # noqa: E402
 from spin_jax.data.pairs import Pair  # noqa: E402
 from spin_jax.devices.accelerators import GiB, find_slice  # noqa: E402
+from spin_jax.kernels import KERNELS  # noqa: E402
 
 PAIRS = 64
 WAYS, BATCHES = (8, 16, 32, 64), 400  # devices that split the rows; batches over which their fill is taken
@@ -72,7 +72,7 @@ def load_config(argument: str) -> Config:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(argument)
-    config.train.row_length = sizing.ROW_LENGTH_TPU
+    config.train.row_length = KERNELS["flash"].row_length
     return freeze(config)
 
 

@@ -88,6 +88,16 @@ GEMMA = (
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+# A system turn is the beginning of the first user turn.
+GEMMA_3 = (
+    "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}{%- set first = messages[0]['content'] + '\n\n' -%}"
+    "{%- set turns = messages[1:] -%}{%- else -%}{%- set first = '' -%}{%- set turns = messages -%}{%- endif -%}"
+    "{%- for turn in turns -%}{%- if (turn['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{%- endif -%}"
+    "{{ '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else turn['role']) + '\n' }}"
+    "{{ (first if loop.first else '') + turn['content'] | trim + '<end_of_turn>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -209,6 +219,22 @@ FAMILIES = (
     Family(
         "gemma",
         {"bos": "<bos>", "eos": "<eos>", "special": ("<start_of_turn>", "<end_of_turn>"), "template": GEMMA},
+        ("<eos>", "<end_of_turn>"),
+        "<bos><start_of_turn>user\nHi there<end_of_turn>\n<start_of_turn>model\n",
+        "Hello.<end_of_turn>",
+        "<bos><start_of_turn>user\nHi there<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n"
+        "<start_of_turn>user\nWho are you?<end_of_turn>\n<start_of_turn>model\n",
+        ("<eos>", "<end_of_turn>"),
+    ),
+    Family(
+        "gemma 3",
+        {
+            "bos": "<bos>",
+            "eos": "<eos>",
+            "special": ("<start_of_turn>", "<end_of_turn>"),
+            "adds_bos": True,
+            "template": GEMMA_3,
+        },
         ("<eos>", "<end_of_turn>"),
         "<bos><start_of_turn>user\nHi there<end_of_turn>\n<start_of_turn>model\n",
         "Hello.<end_of_turn>",

@@ -30,6 +30,10 @@ HUGGINGFACE = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
+# Three layers, of which the second sees beyond a window that is shorter than prompts and responses.
+GEMMA = {key: value for key, value in HUGGINGFACE.items() if key not in ("architectures", "hidden_act", "rope_theta")}
+GEMMA |= {"model_type": "gemma3_text", "tie_word_embeddings": True, "num_hidden_layers": 3, "query_pre_attn_scalar": 8}
+GEMMA |= {"sliding_window": 4, "sliding_window_pattern": 2}
 SETTINGS = {
     "model.compute_dtype": "float32",  # sums on one device and on many are compared
     "iterations": 2,
@@ -48,12 +52,12 @@ SETTINGS = {
 }
 
 
-def write_model(directory: pathlib.Path) -> pathlib.Path:
+def write_model(directory: pathlib.Path, huggingface: dict = HUGGINGFACE) -> pathlib.Path:
     """A Hugging Face directory with random weights, wide enough that responses differ from prompt to prompt."""
     tokenizer = character_tokenizer()
     tokenizer.save_pretrained(directory)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = models.ModelConfig.from_huggingface(HUGGINGFACE | ids, "tiny")
+    config = models.ModelConfig.from_huggingface(huggingface | ids, "tiny")
     params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, models.init_params(config, jax.random.key(0)))
     checkpoints.save(directory, config, params, token_ids=ids, dtype=np.float32)
     return directory

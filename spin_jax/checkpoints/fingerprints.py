@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import math
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from etils import epath
 
@@ -57,7 +57,7 @@ def _digest(content: Any) -> str:
 def _file_hash(file: epath.Path) -> str | None:
     try:
         with file.open("rb") as stream:
-            return hashlib.file_digest(cast(BinaryIO, stream), "sha256").hexdigest()
+            return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
     except OSError:  # whoever needs the file says so
         return None
 

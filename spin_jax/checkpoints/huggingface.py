@@ -272,9 +272,9 @@ def _configs(
     """generation_config.json and, last, config.json."""
     model = read_json(source / "config.json") if source else None
     generation = read_json_if_there(source / "generation_config.json") if source else {}
-    model = config.to_huggingface(dtype.name, model) | token_ids
+    model = {**config.to_huggingface(dtype.name, model), **token_ids}
     ids = {key: model[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in model}
-    return {"generation_config.json": ids | generation | token_ids, "config.json": model}
+    return {"generation_config.json": {**ids, **generation, **token_ids}, "config.json": model}
 
 
 def _copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:

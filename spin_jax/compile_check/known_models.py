@@ -1,4 +1,4 @@
-"""Describe the models that `configs/` names, for planning a run where neither the Hub nor a copy is at hand.
+"""Describe the models that the docs name, for planning a run where neither the Hub nor a copy is at hand.
 
 Fields and values are those of each repository's `config.json`, as far as they matter to the computation.
 """
@@ -23,6 +23,14 @@ _LLAMA = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
+}
+_GEMMA_3 = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262144,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32768,
+    "sliding_window": 512,
 }
 _CONFIG_JSON = {
     "alignment-handbook/zephyr-7b-sft-full": _LLAMA  # Mistral-7B-v0.1
@@ -66,10 +74,12 @@ _CONFIG_JSON = {
         "rope_theta": 100000.0,
         "tie_word_embeddings": True,
     },
+    "google/gemma-3-270m-it": _GEMMA_3 | {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
+    "google/gemma-3-1b-it": _GEMMA_3 | {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
 }
 
 
 def known(hub_id: str) -> ModelConfig | None:
-    """The description of a Hub repository that `configs/` names; None for any other."""
+    """The description of a Hub repository that is known here; None for any other."""
     fields = _CONFIG_JSON.get(hub_id)
     return ModelConfig.from_huggingface(fields, f"{hub_id}/config.json") if fields else None

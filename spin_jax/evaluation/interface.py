@@ -27,6 +27,8 @@ class Subject:
         encode: examples -> token ids of their prompts and responses, in the run's template and cut to its budget.
         logprobs: (pairs, name of the progress bar) -> the model's log-probs of the responses of each, f32 [pairs, Y],
             in nats. A pair is a prompt with any number of responses.
+        generate: (token ids of prompts, fields of `config.generate` other than the run's) -> what
+            `generation.engine.Engine.generate` returns for them.
         held_out: pairs of real and generated responses to the held-out prompts. The opponent of the iteration wrote the
             generated ones.
         held_out_logps: () -> the model's log-probs of these, f32 [pairs, 2], in nats.
@@ -40,6 +42,7 @@ class Subject:
     directory: epath.Path
     encode: Callable[[Sequence[Example]], list[Pair]]
     logprobs: Callable[[Sequence[Pair], str], np.ndarray]
+    generate: Callable[..., list]
     held_out: Sequence[Pair]
     held_out_logps: Callable[[], np.ndarray]
     opponent_logps: Callable[[], np.ndarray] | None = None
@@ -73,10 +76,11 @@ def chosen(config: Config) -> dict[str, Evaluator]:
         for name in EVALUATORS if asked == "auto" else (asked,):
             evaluator = EVALUATORS[name]
             reason = evaluator.refusal(config)
-            if asked != "auto" and reason:
+            if asked == "auto" and (reason or not evaluator.auto):
+                continue
+            if reason:
                 raise UserError(f"--config.evaluate.evaluators: {name} {reason}")
-            if asked != "auto" or (evaluator.auto and not reason):
-                found[name] = evaluator
+            found[name] = evaluator
     return found
 
 

@@ -79,9 +79,9 @@ class Scorer:
         """
         pairs = self._pairs(prompts, responses)
         logps = np.full((len(pairs), max((len(pair.responses) for pair in pairs), default=0)), np.nan, np.float32)
-        if answered := [pair for pair in pairs if pair.responses]:
-            for pair, of_pair in zip(answered, self.score(params, answered), strict=True):
-                logps[pair.row, : len(pair.responses)] = of_pair[: len(pair.responses)]
+        answered = [pair for pair in pairs if pair.responses]
+        for pair, of_pair in zip(answered, self.score(params, answered), strict=True):
+            logps[pair.row, : len(pair.responses)] = of_pair[: len(pair.responses)]
         return logps
 
     def token_logprobs(
@@ -113,6 +113,8 @@ class Scorer:
         Raises:
             UserError: a log-prob is not finite; the message names the rows.
         """
+        if not pairs:
+            return np.zeros((0, 0), np.float32)
         plan, run = self.plan(pairs), self._with_params(response_program, params)
         done = score_batches(run, functools.partial(self._make_batch, pairs, plan), plan, name, parts)
         logps = np.zeros((len(pairs), plan.shapes[0].responses), np.float32)

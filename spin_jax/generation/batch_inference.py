@@ -2,7 +2,7 @@
 
     OUT                          a line a response, in the prompts' order, when all are there
     OUT.parts/settings.json      what decides a response; parts of other settings are refused, never mixed in
-    OUT.parts/lease.json         whose they are, while responses are drawn
+    OUT.parts/lease.json         which process is at work, while responses are drawn
     OUT.parts/part-*.jsonl       responses as they end, process by process, until OUT is there
 
 A line of OUT has `prompt` (text, or turns where the prompts file has turns), `response` (text, without a stop string),

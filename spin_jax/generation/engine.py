@@ -148,12 +148,12 @@ class Engine:
             UserError: a prompt has no tokens, or tokens that the model has not.
             Stopped: one of several processes was asked to; the same call with its directory goes on.
         """
-        progress, asked = progress or Progress(), self._asked(prompts)
+        progress, wanted = progress or Progress(), self._numbered(prompts)
         done = list(read_parts(directory).values()) if multihost.is_first() else []
         known = multihost.on_process_zero(lambda: {(one.row, one.number) for one in done})
-        missing = [prompt for prompt in asked if prompt[:2] not in known]
-        progress.responses, parts = len(asked) - len(missing), Parts(directory)
-        with Loop(progress.name, len(asked), "response", progress.responses) as loop:
+        missing = [prompt for prompt in wanted if prompt[:2] not in known]
+        progress.responses, parts = len(wanted) - len(missing), Parts(directory)
+        with Loop(progress.name, len(wanted), "response", progress.responses) as loop:
             for ended in self._draw(params, missing, seed, iteration, progress):
                 done += ended
                 parts.write(ended)
@@ -166,21 +166,18 @@ class Engine:
                 *(100 * progress.occupancy, 100 * progress.before_tail),
             )
         found = {(one.row, one.number): one for one in multihost.gather_lists(done)}
-        return [found[prompt[:2]] for prompt in asked]
+        return [found[prompt[:2]] for prompt in wanted]
 
     def lay_out(self, params: dict) -> dict:
         """Params as the programs read them: in the compute dtype, on the decode mesh. The same ones, where they are."""
 
-        def alike(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> bool:
-            return (
-                isinstance(x, jax.Array)
-                and x.dtype == wanted.dtype
-                and x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
-            )
+        def lies(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> bool:
+            at = getattr(x, "sharding", None)  # numpy arrays have none
+            return at is not None and x.dtype == wanted.dtype and at.is_equivalent_to(wanted.sharding, x.ndim)
 
         programs, mesh = self.programs, self.execution.mesh
         if jax.tree.structure(params) == jax.tree.structure(programs.params):
-            if all(jax.tree.leaves(jax.tree.map(alike, params, programs.params))):
+            if all(jax.tree.leaves(jax.tree.map(lies, params, programs.params))):
                 return params
         devices = set(mesh.devices.flat)
         if not all(isinstance(x, jax.Array) and x.sharding.device_set == devices for x in jax.tree.leaves(params)):
@@ -206,7 +203,7 @@ class Engine:
     def _sampling(self) -> SamplingParams:
         return SamplingParams.of(self.settings, self.stop_ids, self.stops_AV)
 
-    def _asked(self, prompts: Sequence[TokenIds] | Mapping[int, TokenIds]) -> list[Prompt]:
+    def _numbered(self, prompts: Sequence[TokenIds] | Mapping[int, TokenIds]) -> list[Prompt]:
         rows = prompts if isinstance(prompts, Mapping) else dict(enumerate(prompts))
         numbers = range(self.settings.responses)
         if any(row >= MAX_ROWS for row in rows) or len(numbers) > MAX_RESPONSES:
@@ -220,49 +217,49 @@ class Engine:
         return min(slots, -(-self.settings.prefill_batch_size // shards) * shards)
 
     def _draw(
-        self, params: dict, asked: Sequence[Prompt], seed: int, iteration: int, progress: Progress
+        self, params: dict, wanted: Sequence[Prompt], seed: int, iteration: int, progress: Progress
     ) -> Iterator[list[Response]]:
-        """This process's responses to `asked`, as they end; longest prompts first: if something does not fit, it shows
+        """This process's responses to `wanted`, as they end; longest prompts first: if something does not fit, it shows
         at once, and prompts that are prefilled or decoded together are of like length."""
-        if not asked:
+        if not wanted:
             return
-        asked = sorted(asked, key=lambda prompt: -len(prompt.tokens))
-        keys = response_keys(seed, iteration, *np.array([prompt[:2] for prompt in asked], np.int32).T)
+        wanted = sorted(wanted, key=lambda prompt: -len(prompt.tokens))
+        keys = response_keys(seed, iteration, *np.array([prompt[:2] for prompt in wanted], np.int32).T)
         params, programs, shards = self.lay_out(params), self.programs, self.programs.spec.shards
-        size, *fewer = slot_counts(len(asked), self.settings.batch_size, self.settings.tail_batch_size, shards)
-        places, widths = self._places(size), [prefill_width(len(p.tokens), self.settings.prompt_bucket) for p in asked]
+        size, *fewer = slot_counts(len(wanted), self.settings.batch_size, self.settings.tail_batch_size, shards)
+        places, widths = self._places(size), [prefill_width(len(p.tokens), self.settings.prompt_bucket) for p in wanted]
         slots, queue = programs.start(size, places, widths[0])
         given, free, ended = 0, np.arange(places), None
-        while given < len(asked) or len(free) < places:
+        while given < len(wanted) or len(free) < places:
             try:
                 preemption.between_batches()
             except preemption.Stopped:
                 if ended:
-                    yield _own_responses(ended, asked)
+                    yield _own_responses(ended, wanted)
                 raise
-            taken = np.arange(given, min(given + len(free), len(asked)))
+            taken = np.arange(given, min(given + len(free), len(wanted)))
             given += len(taken)
             if len(taken):
                 prompts = no_prompts(places, widths[taken[0]])
-                _write(prompts, free[: len(taken)], taken, asked, keys)
+                _write(prompts, free[: len(taken)], taken, wanted, keys)
                 queue = programs.prefill(
                     params, queue, Prompts(*to_devices(prompts, batch_sharding(self.execution.mesh)))
                 )
-            slots, queue, now_ended, report = programs.decode(params, slots, queue, self._sampling, given < len(asked))
+            slots, queue, now_ended, report = programs.decode(params, slots, queue, self._sampling, given < len(wanted))
             if ended:  # while the devices are at work
-                yield _own_responses(ended, asked)
+                yield _own_responses(ended, wanted)
             ended, free = now_ended, np.flatnonzero(~np.asarray(report.pending_E))
             progress.add(report, size)
         progress.before_tail = progress.occupancy
         if ended:
-            yield _own_responses(ended, asked)
+            yield _own_responses(ended, wanted)
         for smaller in (*fewer, 0):
             preemption.between_batches()
             slots = programs.drain(params, slots, self._sampling, smaller // shards)
             slots, ended, report = programs.shrink(slots, smaller // shards)
             progress.add(report, size)
             size = smaller
-            yield _own_responses(ended, asked)
+            yield _own_responses(ended, wanted)
 
 
 def warn_if_endless(responses: Sequence[Response], max_new_tokens: int) -> None:
@@ -306,16 +303,16 @@ def no_prompts(places: int, width: int) -> Prompts:
     return Prompts(*arrays)
 
 
-def _write(prompts: Prompts, free: np.ndarray, taken: np.ndarray, asked: Sequence[Prompt], keys: np.ndarray) -> None:
-    """Write the prompts `taken` of `asked` to the `free` places of a queue, left-padded."""
+def _write(prompts: Prompts, free: np.ndarray, taken: np.ndarray, wanted: Sequence[Prompt], keys: np.ndarray) -> None:
+    """Write the prompts `taken` of `wanted` to the `free` places of a queue, left-padded."""
     for q, index in zip(free, taken, strict=True):
-        tokens = asked[index].tokens
+        tokens = wanted[index].tokens
         prompts.tokens_EW[q, -len(tokens) :] = tokens
         prompts.lengths_E[q] = len(tokens)
     prompts.keys_E2[free], prompts.prompt_index_E[free] = keys[taken], taken
 
 
-def _own_responses(ended: Responses, asked: Sequence[Prompt]) -> list[Response]:
+def _own_responses(ended: Responses, wanted: Sequence[Prompt]) -> list[Response]:
     """The responses that this process reads: where several devices hold the same rows, one process of all does."""
     own = []
     for shards in zip(*(array.addressable_shards for array in ended), strict=True):
@@ -323,6 +320,6 @@ def _own_responses(ended: Responses, asked: Sequence[Prompt]) -> list[Response]:
             rows = (np.asarray(shard.data) for shard in shards)
             for index, tokens_O, logprobs_O, length, stopped in zip(*rows, strict=True):
                 if index >= 0:
-                    row, number, _ = asked[index]
+                    row, number, _ = wanted[index]
                     own.append(Response(row, number, tokens_O[:length], not stopped, logprobs_O[:length]))
     return own

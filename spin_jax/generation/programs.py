@@ -1,4 +1,4 @@
-"""The jitted programs of sampling, made once for all who sample."""
+"""The jitted programs of sampling, made once for each `DecodeSpec`."""
 
 import dataclasses
 import functools

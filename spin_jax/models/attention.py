@@ -44,6 +44,7 @@ def causal_attention(
     if kernel is None:
         k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
         return attend(q_BTNH, k_BKHT, v_BKTH, causal_mask(visible_until_BT, positions_BT, sliding_window))
+    assert mesh is not None, "a kernel is compiled for a mesh"
     if visible_until_BT is None:
         visible_until_BT = jnp.full(positions_BT.shape, positions_BT.shape[1], jnp.int32)
     attention = functools.partial(

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,10 +133,10 @@ def project_adapted(
     inputs = weight.a.ndim - 1
     a_axes, b_axes = low_rank_axes(axes, inputs)
     low_axes = "".join(axis for axis in x_axes if axis in y_axes) + "R"
-    low = project(f"{x_axes},{w_axes[:inputs]}R->{low_axes}", x, weight.a, a_axes, execution, x.dtype)
-    update = project(f"{low_axes},R{w_axes[inputs:]}->{y_axes}", low, weight.b, b_axes, execution, out_dtype)
-    frozen = project(expression, x, jax.lax.stop_gradient(weight.w), axes, execution, out_dtype)
-    return jnp.add(frozen, update)
+    low: Any = project(f"{x_axes},{w_axes[:inputs]}R->{low_axes}", x, weight.a, a_axes, execution, x.dtype)
+    update: Any = project(f"{low_axes},R{w_axes[inputs:]}->{y_axes}", low, weight.b, b_axes, execution, out_dtype)
+    frozen: Any = project(expression, x, jax.lax.stop_gradient(weight.w), axes, execution, out_dtype)
+    return frozen + update
 
 
 # By Hugging Face's names.

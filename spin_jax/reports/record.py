@@ -13,6 +13,7 @@ from spin_jax.reports import REPORTS
 from spin_jax.runtime import files, metric_writer
 
 RESULT = "result.json"
+_RENAMED = {"generated/cut": "generated/truncated"}  # since runs that may still go on
 
 _LOG = logging.getLogger(__name__)
 
@@ -76,6 +77,6 @@ def read_result(directory: epath.Path) -> dict | None:
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         row = json.loads(path.read_text(), object_hook=metric_writer.restore)
         if "model" in row and "iteration" in row:
-            return row
+            return {_RENAMED.get(name, name): value for name, value in row.items()}
     _LOG.warning("%s is damaged: measured again", path)
     return None

@@ -43,6 +43,7 @@ from spin_jax.errors import UserError
 from spin_jax.evaluation import interface as evaluators
 from spin_jax.language_model import open_language_model
 from spin_jax.objectives import OBJECTIVES
+from spin_jax.reports import REPORTS
 from spin_jax.runtime import multihost
 from spin_jax.runtime.profiling import Profiler
 from spin_jax.self_play import workdir as workdirs
@@ -129,6 +130,7 @@ def open_run(config: Config, workdir: epath.PathLike, trains: bool = True, profi
     """
     _check_objective(config.spin.loss)
     evaluators.chosen(config)
+    list(REPORTS.values())  # those of a user that cannot be imported are refused now, and not after an iteration
     multihost.check_alike(config)
     multihost.on_process_zero(lambda: check_slice(config.mesh.slice, jax.devices()))
     workdir = multihost.on_each_process(lambda: workdirs.make(workdir))

@@ -1,7 +1,7 @@
 """One optimizer step, as pure functions on pytrees."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +102,8 @@ def make_step(loss_fn: BatchLoss, optimizer: optax.GradientTransformation, micro
             grad_norm = optax.tree.norm(grads)
             healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params: Any = optax.apply_updates(state.params, updates)
-            updated = TrainState(state.step + 1, params, opt_state, healthy)
+            step, params = state.step + 1, cast(dict, optax.apply_updates(state.params, updates))
+            updated = TrainState(step, params, opt_state, healthy)
             unchanged = state._replace(healthy=jnp.where(scoring, state.healthy, healthy))
             kept = jax.tree.map(lambda new, old: jnp.where(healthy & ~scoring, new, old), updated, unchanged)
         return kept, metrics | {"grad_norm": grad_norm, "healthy": healthy}, logps

@@ -20,6 +20,7 @@ from spin_jax.compile_check.programs import Program
 from spin_jax.config import Config, replace
 from spin_jax.devices.accelerators import CPU, TPUS, GiB, Slice, find_slice
 from spin_jax.errors import UserError
+from spin_jax.models import num_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -119,6 +120,8 @@ def test_without_the_compiler(monkeypatch):
 def test_known_models_are_what_the_hub_has(smollm2):
     assert known("HuggingFaceTB/SmolLM2-135M-Instruct") == read_config(smollm2)
     assert known("some/other-model") is None
+    assert num_params(known("google/gemma-3-270m-it")) == 268_098_176
+    assert num_params(known("google/gemma-3-1b-it")) == 999_885_952
 
 
 def test_a_directory_goes_before_a_known_model_of_its_name(tmp_path, monkeypatch):

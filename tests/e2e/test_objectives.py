@@ -8,6 +8,7 @@ from spin_jax import config as config_lib
 from spin_jax.errors import UserError
 from spin_jax.objectives import OBJECTIVES
 from spin_jax.objectives.interface import Objective, Settings
+from spin_jax.reports import REPORTS
 from spin_jax.runtime.metric_writer import read_metrics
 from spin_jax.self_play.run import open_run
 
@@ -30,6 +31,16 @@ def test_an_objective_whose_responses_nobody_has_is_refused_before_anything_is_r
     paths = {"model.path": "nowhere", "data.train": "nowhere"}
     config = config_lib.replace(config_lib.Config(), paths | {"spin.loss": "of three"})
     with pytest.raises(UserError, match=r"needs a response called 'proto', and a pair has real, generated"):
+        open_run(config, tmp_path)
+
+
+@pytest.mark.parametrize("registry, changes", [(OBJECTIVES, {"spin.loss": "mine"}), (REPORTS, {})])
+def test_what_is_registered_and_cannot_be_imported_is_refused_before_anything_is_read(
+    registry, changes, tmp_path, own_registries
+):
+    registry.register("mine", "no_such_module:mine")
+    config = config_lib.replace(config_lib.Config(), {"model.path": "nowhere", "data.train": "nowhere"} | changes)
+    with pytest.raises(UserError, match="'mine' is registered as no_such_module:mine, which cannot be imported"):
         open_run(config, tmp_path)
 
 

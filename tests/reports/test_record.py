@@ -37,6 +37,11 @@ def test_of_a_run_that_has_made_nothing_everything_is_empty(tmp_path):
     assert RunRecord.load(tmp_path) == RunRecord(tmp_path, {}, [], {})
 
 
+def test_a_result_of_an_earlier_version_has_todays_names(tmp_path):
+    (tmp_path / "result.json").write_text('{"model": "iteration 0", "iteration": 0, "generated/cut": 0.5}')
+    assert read_result(tmp_path) == {"model": "iteration 0", "iteration": 0, "generated/truncated": 0.5}
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"model": "SFT"}', "not json"])
 def test_a_damaged_result_is_none_and_said_so(tmp_path, content, caplog):
     (tmp_path / "result.json").write_text(content)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from spin_jax.data.pairs import Pair
+from spin_jax.data.pairs import Pair, TokenIds
 from spin_jax.data.sources import Example
 from spin_jax.data.tokenize import tokenise
 from spin_jax.evaluation.interface import Subject, evaluate
 from spin_jax.evaluation.score_files import delete_parts
+from spin_jax.generation.engine import Engine
+from spin_jax.generation.response_files import Response
 from spin_jax.reports.record import read_result, write_result
 from spin_jax.runtime import metric_writer, multihost, out_of_memory
 from spin_jax.self_play.pairs import pairs_of, sft_pair
@@ -78,8 +80,22 @@ def _subject(run: Run, t: int, name: str, model: epath.Path, directory: epath.Pa
     def encode(examples: Sequence[Example]) -> list[Pair]:
         return multihost.parallel_map(lambda example: sft_pair(run, example, tokenise(run.chat, example)), examples)
 
-    logprobs = functools.partial(score_pairs_of, run, model)
-    return Subject(name, run.config, run.chat, directory, encode, logprobs, held_out, held_out_logps)
+    def generate(prompts: Sequence[TokenIds], **changes: object) -> list[Response]:
+        settings = dataclasses.replace(run.config.generate, **changes)
+        engine = Engine.for_chat(run.model, settings, run.decode, run.chat)
+        return engine.generate(run.store.params(model), prompts, seed=run.config.seed)
+
+    return Subject(
+        name=name,
+        config=run.config,
+        chat=run.chat,
+        directory=directory,
+        encode=encode,
+        logprobs=functools.partial(score_pairs_of, run, model),
+        generate=generate,
+        held_out=held_out,
+        held_out_logps=held_out_logps,
+    )
 
 
 def _last_step(iteration: epath.Path) -> dict[str, float]:
