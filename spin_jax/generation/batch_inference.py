@@ -111,7 +111,7 @@ def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: Da
 
 def _settings(config: Config, lm: LanguageModel, tokens: Sequence[np.ndarray]) -> dict[str, object]:
     """What decides a response, by the name that a refusal gives it."""
-    fields = flatten(config)
+    fields, texts = flatten(config), json.dumps([ids.tolist() for ids in tokens])
     decoding = {f"--config.{name}": fields[name] for name, field in FIELDS.items() if field.decodes}
     decoding["--config.generate.stop_strings"] = list(config.generate.stop_strings)  # as JSON has it
     model = checkpoints.fingerprint(lm.source) | {"stop ids": list(lm.chat.stop_ids)}
@@ -119,12 +119,8 @@ def _settings(config: Config, lm: LanguageModel, tokens: Sequence[np.ndarray]) -
     return decoding | {
         "--config.seed": config.seed,
         "--config.model.compute_dtype": str(np.dtype(lm.decode.dtype)),
-        "list of prompts": _digest([ids.tolist() for ids in tokens]),
+        "list of prompts": hashlib.sha256(texts.encode()).hexdigest(),
     }
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _load_params(lm: LanguageModel) -> dict:
