@@ -48,11 +48,12 @@ def seconds(config_file: str, cache: str) -> dict[str, tuple[float, float]]:
 
     from spin_jax.compile_check import programs
     from spin_jax.compile_check.known_models import known
-    from spin_jax.config import freeze
+    from spin_jax.config import freeze, override
 
     jax.config.update("jax_compilation_cache_dir", cache)
     file, _, argument = config_file.partition(":")
     config = runpy.run_path(str(ROOT / file))["get_config"](*[argument] if argument else [])
+    override(config, {"data.train": "not read"})
     config = freeze(config)
     found = {}
     for program in programs.make_programs(config, known(config.model.path), jax.devices()[:1]):
