@@ -149,6 +149,7 @@ from spin_jax import checkpoints
 # Not getrusage: its maximum includes what the parent held when it started this process.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 jnp.zeros(()).block_until_ready()
+checkpoints.read_config(sys.argv[1])  # transformers is imported for it, which takes what it takes
 before = peak()
 config, params = checkpoints.load(sys.argv[1])
 jax.block_until_ready(params)
