@@ -225,7 +225,7 @@ def test_a_note_of_another_kind_is_named(finished, workdir):
     [
         ("config.json", "{file} cannot be read (.+): put a copy back; or delete it, and settings, data and model"),
         ("iteration_1/generated/pairs.parquet", "{file} cannot be read (.+): delete it, and the generate stage makes"),
-        ("iteration_0/model/model.safetensors", "delete {directory}, and its stage makes it anew: {file}: "),
+        ("iteration_0/model/model.safetensors", "delete {directory}, and its stage makes it anew: {file} cannot be "),
         ("iteration_0/model/config.json", "delete {directory}, and its stage makes it anew: {file}: "),
     ],
 )
