@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import math
-from typing import Any, cast
+from typing import Any
 
 from etils import epath
 
@@ -56,8 +56,7 @@ def _digest(content: Any) -> str:
 
 def _file_hash(file: epath.Path) -> str | None:
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
+        return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:  # whoever needs the file says so
         return None
 

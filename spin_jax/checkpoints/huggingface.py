@@ -180,7 +180,7 @@ def save(
 
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    configs = multihost.on_process_zero(lambda: _configs(config, source, token_ids or {}, dtype))
+    configs = multihost.on_process_zero(lambda: _configs(config, source, dict(token_ids or {}), dtype))
     writes = multihost.is_first()
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
@@ -267,7 +267,7 @@ def _fetch(tensor: _Tensor, params: dict, dtype: np.dtype) -> np.ndarray | jax.A
 
 
 def _configs(
-    config: ModelConfig, source: pathlib.Path | None, token_ids: Mapping[str, Any], dtype: np.dtype
+    config: ModelConfig, source: pathlib.Path | None, token_ids: dict[str, Any], dtype: np.dtype
 ) -> dict[str, dict[str, Any]]:
     """generation_config.json and, last, config.json."""
     model = read_json(source / "config.json") if source else None

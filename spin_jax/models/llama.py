@@ -42,28 +42,33 @@ class Block(nnx.Module):
 
     parts: ClassVar[dict[str, Callable[..., nnx.Module]]] = {}
 
-    def __init__(self, config: ModelConfig, table: dict, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.config = config
+    def __init__(self, config: ModelConfig, execution: Execution, table: dict, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.config, self.execution = config, execution
         for name, entry in table.items():
             if isinstance(entry, Weight):
                 # The metadata key is our own, so flax reads no mesh into it.
                 param = nnx.Param(entry.init(rngs.params(), entry.shape, dtype), logical_axes=entry.logical_axes)
                 setattr(self, name, param)
             else:
-                setattr(self, name, self.parts[name](config, entry, rngs=rngs, dtype=dtype))
+                setattr(self, name, self.parts[name](config, execution, entry, rngs=rngs, dtype=dtype))
 
-    def norm(self, x: jax.Array, name: str, execution: Execution) -> jax.Array:
+    def project(self, expression: str, x: jax.Array, param: nnx.Param) -> jax.Array:
+        """einsum of x with a weight, in x's dtype."""
+        weight, axes = param.get_value(), param.get_metadata("logical_axes")
+        project_by = project_adapted if isinstance(weight, Adapted) else project
+        return project_by(expression, x, weight, axes, self.execution, x.dtype)
+
+    def norm(self, x: jax.Array, name: str) -> jax.Array:
         """x RMS-normed by the scale of this name."""
         scale, offset = getattr(self, name)[...], self.config.norm_offset
         scale = offset + scale.astype(jnp.float32) if offset else scale
-        return rms_norm(x, scale, self.config.rms_norm_eps, execution)
+        return rms_norm(x, scale, self.config.rms_norm_eps, self.execution)
 
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        return constrain(x, self.execution.mesh, *axes)
 
-def _project(expression: str, x: jax.Array, param: nnx.Param, execution: Execution) -> jax.Array:
-    weight, axes = param.get_value(), param.get_metadata("logical_axes")
-    return (project_adapted if isinstance(weight, Adapted) else project)(
-        expression, x, weight, axes, execution, x.dtype
-    )
+    def remat_name(self, x: jax.Array, name: str) -> jax.Array:
+        return remat_name(x, name, self.execution)
 
 
 class Tokens(NamedTuple):
@@ -89,14 +94,14 @@ class Embedding(Block):
 
     embedding: nnx.Param
 
-    def __call__(self, tokens_BT: jax.Array, execution: Execution) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         # Each device looks its part of the vectors up for all rows, and then they are swapped for all parts of its own
         # rows: neither the table nor its gradient, which is summed in the table's f32, ever travels.
-        tokens_BT = constrain(tokens_BT, execution.mesh, None, None)
-        x_BTD = constrain(self.embedding[...][tokens_BT], execution.mesh, None, None, "embed").astype(execution.dtype)
+        dtype, tokens_BT = self.execution.dtype, self.constrain(tokens_BT, None, None)
+        x_BTD = self.constrain(self.embedding[...][tokens_BT], None, None, "embed").astype(dtype)
         if self.config.scale_embeddings:  # by a number rounded to their dtype, as the published models were trained
-            x_BTD *= jnp.asarray(self.config.hidden_size**0.5, execution.dtype)
-        return constrain(x_BTD, execution.mesh, "rows", "sequence", None)
+            x_BTD *= jnp.asarray(self.config.hidden_size**0.5, dtype)
+        return self.constrain(x_BTD, "rows", "sequence", None)
 
 
 class Attention(Block):
@@ -112,23 +117,23 @@ class Attention(Block):
     v_bias: nnx.Param
 
     def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None, execution: Execution
+        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None
     ) -> tuple[jax.Array, dict | None]:
         dtype, config = x_BTD.dtype, self.config
-        q_BTNH = _project("BTD,DNH->BTNH", x_BTD, self.q, execution)
-        k_BTKH = _project("BTD,DKH->BTKH", x_BTD, self.k, execution)
-        v_BTKH = _project("BTD,DKH->BTKH", x_BTD, self.v, execution)
+        q_BTNH = self.project("BTD,DNH->BTNH", x_BTD, self.q)
+        k_BTKH = self.project("BTD,DKH->BTKH", x_BTD, self.k)
+        v_BTKH = self.project("BTD,DKH->BTKH", x_BTD, self.v)
         if config.qkv_bias:
             q_BTNH += self.q_bias[...].astype(dtype)[None, None]
             k_BTKH += self.k_bias[...].astype(dtype)[None, None]
             v_BTKH += self.v_bias[...].astype(dtype)[None, None]
         if config.qk_norm:
-            q_BTNH, k_BTKH = self.norm(q_BTNH, "q_norm", execution), self.norm(k_BTKH, "k_norm", execution)
+            q_BTNH, k_BTKH = self.norm(q_BTNH, "q_norm"), self.norm(k_BTKH, "k_norm")
         # Scores are divided by the square root of head_dim in all kernels.
         scale = (config.head_dim / (config.query_pre_attn_scalar or config.head_dim)) ** 0.5
         q_BTNH, k_BTKH = apply_rope(q_BTNH, *tokens.rope, scale), apply_rope(k_BTKH, *tokens.rope)
         if cache is None:
-            q_BTNH, k_BTKH, v_BTKH = (remat_name(x, QKV, execution) for x in (q_BTNH, k_BTKH, v_BTKH))
+            q_BTNH, k_BTKH, v_BTKH = (self.remat_name(x, QKV) for x in (q_BTNH, k_BTKH, v_BTKH))
             attended_BTNH = causal_attention(
                 q_BTNH,
                 k_BTKH,
@@ -136,14 +141,14 @@ class Attention(Block):
                 tokens.visible_until_BT,
                 tokens.positions_BT,
                 config.sliding_window,
-                execution.kernel,
-                execution.mesh,
+                self.execution.kernel,
+                self.execution.mesh,
             )
         else:
             assert tokens.columns is not None and tokens.mask_BTS is not None, "they come with a cache"
             cache = cache_lib.write(cache, k_BTKH, v_BTKH, index, tokens.columns.written)
             attended_BTNH = attend_cached(q_BTNH, cache, index, tokens.mask_BTS, tokens.columns)
-        return _project("BTNH,NHD->BTD", attended_BTNH, self.o, execution), cache
+        return self.project("BTNH,NHD->BTD", attended_BTNH, self.o), cache
 
 
 class MLP(Block):
@@ -153,12 +158,11 @@ class MLP(Block):
     up: nnx.Param
     down: nnx.Param
 
-    def __call__(self, x_BTD: jax.Array, execution: Execution) -> jax.Array:
-        gate_BTF = remat_name(_project("BTD,DF->BTF", x_BTD, self.gate, execution), GATE, execution)
-        up_BTF = remat_name(_project("BTD,DF->BTF", x_BTD, self.up, execution), UP, execution)
-        return _project(
-            "BTF,FD->BTD", materialize(gated(gate_BTF, up_BTF, self.config.activation, execution)), self.down, execution
-        )
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF = self.remat_name(self.project("BTD,DF->BTF", x_BTD, self.gate), GATE)
+        up_BTF = self.remat_name(self.project("BTD,DF->BTF", x_BTD, self.up), UP)
+        gated_BTF = materialize(gated(gate_BTF, up_BTF, self.config.activation, self.execution))
+        return self.project("BTF,FD->BTD", gated_BTF, self.down)
 
 
 class DecoderLayer(Block):
@@ -170,34 +174,32 @@ class DecoderLayer(Block):
     mlp: MLP
 
     def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None, execution: Execution
+        self, x_BTD: jax.Array, tokens: Tokens, cache: dict | None, index: jax.Array | None
     ) -> tuple[jax.Array, dict | None]:
         with jax.named_scope("attention"):
-            attended_BTD, cache = self.attention(
-                self._normed(x_BTD, "attention_norm", execution), tokens, cache, index, execution
-            )
-            x_BTD = self._plus(x_BTD, attended_BTD, "attention_post_norm", ATTENDED, execution)
+            attended_BTD, cache = self.attention(self._normed(x_BTD, "attention_norm"), tokens, cache, index)
+            x_BTD = self._plus(x_BTD, attended_BTD, "attention_post_norm", ATTENDED)
             if not self.config.post_norms:
-                x_BTD = remat_name(x_BTD, ATTENDED, execution)
+                x_BTD = self.remat_name(x_BTD, ATTENDED)
         with jax.named_scope("mlp"):
-            down_BTD = self.mlp(self._normed(x_BTD, "mlp_norm", execution), execution)
-            return self._plus(x_BTD, down_BTD, "mlp_post_norm", DOWN, execution), cache
+            down_BTD = self.mlp(self._normed(x_BTD, "mlp_norm"))
+            return self._plus(x_BTD, down_BTD, "mlp_post_norm", DOWN), cache
 
-    def _normed(self, x_BTD: jax.Array, name: str, execution: Execution) -> jax.Array:
+    def _normed(self, x_BTD: jax.Array, name: str) -> jax.Array:
         # Whole along the sequence again, once for all the matmuls that read it.
-        return materialize(constrain(self.norm(x_BTD, name, execution), execution.mesh, "rows", None, None))
+        return materialize(self.constrain(self.norm(x_BTD, name), "rows", None, None))
 
-    def _plus(self, x_BTD: jax.Array, y_BTD: jax.Array, norm: str, name: str, execution: Execution) -> jax.Array:
+    def _plus(self, x_BTD: jax.Array, y_BTD: jax.Array, post_norm: str, name: str) -> jax.Array:
         if self.config.post_norms:
             # The backward pass needs what is normed: to keep it under `name` spares the matmul that it came from.
-            y_BTD = remat_name(constrain(y_BTD, execution.mesh, "rows", "sequence", None), name, execution)
-            y_BTD = self.norm(y_BTD, norm, execution)
-        return constrain(x_BTD + y_BTD, execution.mesh, "rows", "sequence", None)
+            y_BTD = self.remat_name(self.constrain(y_BTD, "rows", "sequence", None), name)
+            y_BTD = self.norm(y_BTD, post_norm)
+        return self.constrain(x_BTD + y_BTD, "rows", "sequence", None)
 
 
-def _stack(config: ModelConfig, table: dict, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> DecoderLayer:
+def _stack(config: ModelConfig, execution: Execution, table: dict, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> DecoderLayer:
     """All layers as one, whose params have a leading axis L."""
-    make = nnx.vmap(lambda key: DecoderLayer(config, table, rngs=nnx.Rngs(key), dtype=dtype))
+    make = nnx.vmap(lambda key: DecoderLayer(config, execution, table, rngs=nnx.Rngs(key), dtype=dtype))
     return make(jax.random.split(rngs.params(), config.num_layers))
 
 
@@ -217,7 +219,6 @@ class Llama(Block):
         visible_until_BT: jax.Array | None,
         cache: dict | None,
         columns: Columns,
-        execution: Execution,
     ) -> tuple[jax.Array, dict | None]:
         config = self.config
         ropes = {window: rope_tables(config, positions_BT, window is not None) for window in config.window_shares}
@@ -232,47 +233,42 @@ class Llama(Block):
         places = {w: positions_BT if w == config.sliding_window else jnp.zeros_like(positions_BT) for w in ropes}
         tokens = {w: Tokens(ropes[w], places[w], visible_until_BT, columns, masks[w]) for w in ropes}
         with jax.named_scope("embed"):
-            x_BTD = self.embed(tokens_BT, execution)
+            x_BTD = self.embed(tokens_BT)
         if isinstance(layers, tuple):
-            x_BTD, cache = self._one_by_one(layers, x_BTD, tokens, cache or {}, execution)
+            x_BTD, cache = self._one_by_one(layers, x_BTD, tokens, cache or {})
         else:
-            x_BTD, cache = self._scanned(layers, x_BTD, tokens, cache, execution)
+            x_BTD, cache = self._scanned(layers, x_BTD, tokens, cache)
         with jax.named_scope("final_norm"):
-            return self.norm(x_BTD, "final_norm", execution), cache and cache | seen
+            return self.norm(x_BTD, "final_norm"), cache and cache | seen
 
     def _scanned(
-        self, layers: dict, x_BTD: jax.Array, tokens: dict[int | None, Tokens], cache: dict | None, execution: Execution
+        self, layers: dict, x_BTD: jax.Array, tokens: dict[int | None, Tokens], cache: dict | None
     ) -> tuple[jax.Array, dict | None]:
         layer_def, tokens_of = nnx.graphdef(self.layers), _by_index(self.config.windows, tokens)
 
         def apply_layer(carry: tuple, indexed_layer: tuple) -> tuple[tuple, None]:
             x_BTD, cache = carry
             index, layer = indexed_layer
-            if execution.on_one_cpu:  # elsewhere the input is kept as it is
-                x_BTD = remat_name(x_BTD, INPUT, execution)
-            return nnx.merge(layer_def, layer)(x_BTD, tokens_of(index), cache, index, execution), None
+            if self.execution.on_one_cpu:  # elsewhere the input is kept as it is
+                x_BTD = self.remat_name(x_BTD, INPUT)
+            return nnx.merge(layer_def, layer)(x_BTD, tokens_of(index), cache, index), None
 
-        if execution.remat != "none":
+        if self.execution.remat != "none":
             # Inside a scan there is nothing to eliminate a recomputation against, so no barrier is needed.
-            apply_layer = jax.checkpoint(apply_layer, policy=REMAT_POLICIES[execution.remat], prevent_cse=False)
+            apply_layer = jax.checkpoint(apply_layer, policy=REMAT_POLICIES[self.execution.remat], prevent_cse=False)
         # The cache is carried, not scanned over: a scan would stack each layer's slice into a new copy of the whole.
         indices_L = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (x_BTD, cache), _ = jax.lax.scan(apply_layer, (x_BTD, cache), (indices_L, layers))
         return x_BTD, cache
 
     def _one_by_one(
-        self,
-        layers: tuple[dict, ...],
-        x_BTD: jax.Array,
-        tokens: dict[int | None, Tokens],
-        cache: dict,
-        execution: Execution,
+        self, layers: tuple[dict, ...], x_BTD: jax.Array, tokens: dict[int | None, Tokens], cache: dict
     ) -> tuple[jax.Array, dict]:
         """For sampling, with a cache by layer."""
         layer_def, caches = nnx.graphdef(self.layers), []
         for layer, window, *of_layer in zip(layers, self.config.windows, *cache.values(), strict=True):
             of_layer = dict(zip(cache, of_layer, strict=True))
-            x_BTD, of_layer = nnx.merge(layer_def, layer)(x_BTD, tokens[window], of_layer, None, execution)
+            x_BTD, of_layer = nnx.merge(layer_def, layer)(x_BTD, tokens[window], of_layer, None)
             caches.append(of_layer)
         return x_BTD, {name: tuple(of_layer[name] for of_layer in caches) for name in cache}
 
@@ -313,9 +309,10 @@ _scaled.defvjp(lambda x, by: (x * by, (x, by)), _scaled_backward)
 
 
 @functools.cache
-def _modules(config: ModelConfig) -> nnx.GraphDef:
+def _modules(config: ModelConfig, execution: Execution) -> nnx.GraphDef:
     """The modules without arrays."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, weights(config), rngs=nnx.Rngs(0), dtype=jnp.float32)))
+    make = functools.partial(Llama, config, execution, weights(config), dtype=jnp.float32)
+    return nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
 
 def forward(
@@ -350,8 +347,8 @@ def forward(
         positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     layers = params["layers"]
     some_layer = layers[0] if isinstance(layers, tuple) else layers
-    model = nnx.merge(_modules(config), params | {"layers": some_layer})
-    return model(layers, tokens_BT, positions_BT, visible_until_BT, cache, columns, execution or Execution())
+    model = nnx.merge(_modules(config, execution or Execution()), params | {"layers": some_layer})
+    return model(layers, tokens_BT, positions_BT, visible_until_BT, cache, columns)
 
 
 def unembed(config: ModelConfig, params: dict, hidden: jax.Array, execution: Execution | None = None) -> jax.Array:

@@ -18,7 +18,7 @@ from spin_jax.models.weights import stacked_weights, weights
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> dict:
     """Fresh params, as `weights(config)` says. Jittable, so that they can be born sharded."""
-    return nnx.to_pure_dict(nnx.state(Llama(config, weights(config), rngs=nnx.Rngs(key), dtype=dtype)))
+    return nnx.to_pure_dict(nnx.state(Llama(config, Execution(), weights(config), rngs=nnx.Rngs(key), dtype=dtype)))
 
 
 def cast_params(config: ModelConfig, params: dict, dtype: jnp.dtype) -> dict:

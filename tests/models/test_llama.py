@@ -1,6 +1,7 @@
 """The Flax models: against transformers' golden logits, and against themselves by other routes."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -208,14 +209,15 @@ def test_remat_policies_save_what_they_say(family):
 def test_scan_over_stacked_layers_is_a_loop_over_layers():
     config, params, tokens_BT, _ = golden("qwen3")
     table = weights(config)["layers"]
-    abstract_layer = nnx.eval_shape(lambda: llama.DecoderLayer(config, table, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    make = functools.partial(llama.DecoderLayer, config, Execution(), table, dtype=jnp.float32)
+    abstract_layer = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     layer_def = nnx.split(abstract_layer)[0]
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     tokens = llama.Tokens(rope_tables(config, positions_BT), jnp.broadcast_to(positions_BT, tokens_BT.shape))
     x_BTD = params["embed"]["embedding"][tokens_BT]
     for layer in range(config.num_layers):
         one = nnx.merge(layer_def, jax.tree.map(lambda x, layer=layer: x[layer], params["layers"]))
-        x_BTD, _ = one(x_BTD, tokens, None, layer, Execution())
+        x_BTD, _ = one(x_BTD, tokens, None, layer)
     looped_BTD = llama.rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps, Execution())
     np.testing.assert_allclose(forward(config, params, tokens_BT)[0], looped_BTD, atol=2e-5)
 
