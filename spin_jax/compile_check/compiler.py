@@ -135,7 +135,7 @@ def report(program: Program, target: Slice, cache: pathlib.Path | None = CACHE) 
         cache: directory of what was compiled before; None compiles anew and keeps nothing.
     """
     lowered = program.jitted.lower(*program.args)
-    mesh = _mesh(program.args)
+    mesh = mesh_of(program.args)
     compiled = _remembered(lowered, target, mesh, cache)
     held = held_bytes(program.kinds, program.args)
     memory = dict(compiled.memory)
@@ -175,7 +175,8 @@ def _by_kind(trees: Mapping[str, Any]) -> dict[str, float]:
     return {kind: sum(held_bytes(kind, tree).values()) for kind, tree in trees.items()}
 
 
-def _mesh(args: Any) -> Mesh:
+def mesh_of(args: Any) -> Mesh:
+    """The mesh that a program's arguments lie on."""
     meshes = (getattr(leaf.sharding, "mesh", None) for leaf in jax.tree.leaves(args))
     return next(mesh for mesh in meshes if isinstance(mesh, Mesh))
 
@@ -183,18 +184,23 @@ def _mesh(args: Any) -> Mesh:
 def _remembered(lowered: jax.stages.Lowered, target: Slice, mesh: Mesh, cache: pathlib.Path | None) -> Compiled:
     if cache is None:
         return _compile(lowered, target, mesh)
-    modules = (hlo.__file__, hlo_cost.__file__, estimate.__file__, __file__)
-    sources = [pathlib.Path(file).read_text() for file in modules]
-    placed = [str(target), str(dict(mesh.shape)), str([device.id for device in mesh.devices.flat])]
-    placed.append(str(xla_options(mesh)))
-    content = "\n".join([lowered.as_text(), *placed, versions(), *sources])
-    file = cache / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
+    file = cache_file(lowered, target, mesh, cache)
     if file.exists():
         fields = json.loads(file.read_text())
         return Compiled(**fields | {"work": Work.from_json(fields["work"]) if fields["work"] else None})
     compiled = _compile(lowered, target, mesh)
     write_whole(file, json.dumps(dataclasses.asdict(compiled)))
     return compiled
+
+
+def cache_file(lowered: jax.stages.Lowered, target: Slice, mesh: Mesh, cache: pathlib.Path) -> pathlib.Path:
+    """Where a `Compiled` is kept, as JSON: by the program, the slice, the versions, and the code that reads it."""
+    modules = (hlo.__file__, hlo_cost.__file__, estimate.__file__, __file__)
+    sources = [pathlib.Path(file).read_text() for file in modules]
+    placed = [str(target), str(dict(mesh.shape)), str([device.id for device in mesh.devices.flat])]
+    placed.append(str(xla_options(mesh)))
+    content = "\n".join([lowered.as_text(), *placed, versions(), *sources])
+    return cache / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
 
 
 def versions() -> str:

@@ -1,7 +1,15 @@
-"""The programs of a 7B run as a TPU's compiler makes them: what is known to go wrong there has not."""
+"""The programs of a 7B run as a TPU's compiler makes them: what is known to go wrong there has not.
+
+A training step of 7B takes that compiler minutes. So what it made of a program is recorded in `tests/golden/tpu`, with
+the hash of the lowered program and the versions: where both are the same, the record is read; where they are not, the
+program is compiled anew, and the record written, to be committed with the change.
+"""
 
 import dataclasses
+import hashlib
+import importlib
 import importlib.util
+import json
 import math
 import pathlib
 
@@ -13,34 +21,61 @@ import tiny
 import tpu
 from jax.sharding import NamedSharding
 
-from spin_jax.compile_check import check, compiler
+from spin_jax.compile_check import compiler
 from spin_jax.compile_check.estimate import read_work
 from spin_jax.compile_check.known_models import known
-from spin_jax.compile_check.programs import kernel_share
+from spin_jax.compile_check.programs import kernel_share, make_programs
 from spin_jax.config import freeze, override
 from spin_jax.data.packing import Packing, plan_training
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import find_slice
+from spin_jax.devices.compiler_options import xla_options
 from spin_jax.models import Execution, abstract_adapters, abstract_params, num_params
 from spin_jax.models.projections import project
 
+ROOT = pathlib.Path(__file__).parents[2]
 MODEL = known("alignment-handbook/zephyr-7b-sft-full")
 
 
-def compiled(slice_name: str, program: str, layers: int = 0, **fields):
-    """The compile check's report of one program of the paper's config, sequences of 1,024 tokens."""
-    file = pathlib.Path(__file__).parents[2] / "configs" / "zephyr_7b.py"
-    spec = importlib.util.spec_from_file_location("zephyr_7b", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(f"{slice_name},code")
-    override(config, fields)
-    (report,) = check.check(freeze(config), find_slice(slice_name), layers=layers, names=[program])
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """(slice, program, layers, fields) -> the compile check's report of one program of the paper's config, sequences of
+    1,024 tokens."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    without_names = importlib.import_module("unchanged").without_names
+
+    def report(slice_name: str, name: str, layers: int, **fields):
+        spec = importlib.util.spec_from_file_location("zephyr_7b", ROOT / "configs" / "zephyr_7b.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config, target = module.get_config(f"{slice_name},code"), find_slice(slice_name)
+        override(config, fields)
+        model = dataclasses.replace(MODEL, num_layers=layers)
+        programs = make_programs(freeze(config), model, compiler.devices_of(target))
+        (program,) = [one for one in programs if one.name == name]
+        lowered = program.jitted.lower(*program.args)
+        made_from = {
+            "lowered": hashlib.sha256(without_names(lowered.as_text()).encode()).hexdigest(),
+            "versions": compiler.versions(),
+            "options": str(xla_options(compiler.mesh_of(program.args))),
+        }
+        label = "-".join([slice_name, name.replace(" ", "_"), "low_rank" if fields else "full"])
+        record = ROOT / "tests" / "golden" / "tpu" / f"{label}.json"
+        known_as = compiler.cache_file(lowered, target, compiler.mesh_of(program.args), tmp_path)
+        recorded = json.loads(record.read_text()) if record.exists() else {"from": None}
+        if recorded["from"] == made_from:
+            known_as.write_text(json.dumps(recorded["compiled"]))
+            return compiler.report(program, target, tmp_path)
+        found = compiler.report(program, target, tmp_path)
+        made = {"from": made_from, "compiled": json.loads(known_as.read_text())}
+        record.write_text(json.dumps(made, indent=1) + "\n")
+        return found
+
     return report
 
 
 @tpu.needs_libtpu
-def test_a_training_step_wastes_nothing_on_the_way():
+def test_a_training_step_wastes_nothing_on_the_way(compiled):
     """No windowed einsum, no gradient summed in bfloat16, no weight that the chip waits for."""
     traffic = compiled("v5e-16", "train step", layers=2).work.traffic
     assert not [one for one in traffic if one.kind == "collective-permute"]
@@ -52,7 +87,7 @@ def test_a_training_step_wastes_nothing_on_the_way():
 
 
 @tpu.needs_libtpu
-def test_low_rank_updates_cost_one_copy_of_the_model_and_no_gradient_of_it():
+def test_low_rank_updates_cost_one_copy_of_the_model_and_no_gradient_of_it(compiled):
     layers, rank, chips = 2, 64, 8
     fields = {"lora.rank": rank, "spin.opponent": "live", "model.remat": "full", "train.micro_batches": 1}
     report = compiled("v5e-8", "train step", layers, **fields)
@@ -91,7 +126,7 @@ def test_v4_sends_a_gradient_once():
 
 @tpu.needs_libtpu
 @pytest.mark.parametrize(("slice_name", "num_shards"), [("v5e-16", 8), ("v5p-8", 4)])
-def test_a_decode_step_reads_the_weights_and_the_cache_once(slice_name, num_shards):
+def test_a_decode_step_reads_the_weights_and_the_cache_once(compiled, slice_name, num_shards):
     """Four of 32 layers, and as much of the vocabulary; on v5p-8 a chip has two kv heads, on v5e-16 one."""
     layers = 4
     report = compiled(slice_name, "decode step", layers)
