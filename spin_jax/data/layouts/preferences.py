@@ -1,7 +1,7 @@
 """Preference data: two responses to a prompt, `chosen` over `rejected`, in the layouts of TRL.
 
-The chosen response is read as the real one, and the rejected one in the place of the opponent's: with the logistic loss,
-that is DPO (arXiv 2305.18290).
+The chosen response is read as the real one, and the rejected one in the place of the opponent's: with the logistic
+loss, that is DPO (arXiv 2305.18290).
 """
 
 from collections.abc import Callable
