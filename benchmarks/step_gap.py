@@ -38,7 +38,7 @@ from spin_jax.objectives import OBJECTIVES  # noqa: E402
 from spin_jax.objectives.interface import Settings, batch_loss  # noqa: E402
 from spin_jax.tasks import toy  # noqa: E402
 from spin_jax.training import programs
-from spin_jax.training.loop import fit  # noqa: E402
+from spin_jax.training.loop import LoopSpec, fit  # noqa: E402
 from spin_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from spin_jax.training.schedule import batch_order
 
@@ -91,19 +91,16 @@ def in_the_loop(training: Training, steps: int) -> tuple[list[float], list[bool]
         return state, metrics, logps
 
     with tempfile.TemporaryDirectory() as directory:
-        fit(
-            step,
-            training.new_state(),
-            None,
+        spec = LoopSpec(
+            name="A",
             steps=steps + WARM_UP,
-            make_batch=training.make_batch,
-            sharding=training.sharding,
-            flops_multiplier=3,
-            schedule=training.schedule,
             directory=epath.Path(directory),
             checkpoint_every=steps + WARM_UP,
-            name="A",
+            sharding=training.sharding,
+            schedule=training.schedule,
+            flops_multiplier=3,
         )
+        fit(step, training.new_state(), None, training.make_batch, spec)
     return np.diff(calls)[WARM_UP - 1 :].tolist(), starved[WARM_UP:]
 
 

@@ -119,6 +119,12 @@ class SftConfig:
     learning_rate: float = field(
         2e-5, "Peak. The alignment handbook's value for the paper's SFT model.", bounds=above(0, 1)
     )
+    loss_on: str = field(
+        "response",
+        "What is learned, before iteration 0 and in the control: 'response', the tokens of the answer alone, or 'all', "
+        "those of the prompt too (the alignment handbook's, which the paper's SFT model was made with).",
+        choices=("response", "all"),
+    )
     control: bool = field(
         False,
         "Also continue plain SFT from the same start, for the FLOPs that SPIN spends: a baseline of each iteration.",

@@ -64,6 +64,13 @@ def choose(pair: Pair, names: Sequence[str]) -> Pair:
     return dataclasses.replace(pair, responses=responses, truncated=truncated)
 
 
+def whole_sequence(pair: Pair) -> Pair:
+    """The pair with one response to its first token: all that follows it, prompt and real response. What is trained on
+    it learns the prompt, too."""
+    tokens = np.concatenate([pair.prompt, pair.responses[0]])
+    return dataclasses.replace(pair, prompt=tokens[:1], responses=(tokens[1:],), truncated=pair.truncated[:1])
+
+
 def write_pairs_parquet(
     path: epath.PathLike,
     examples: Sequence[Example],

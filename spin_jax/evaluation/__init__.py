@@ -5,6 +5,7 @@ from spin_jax.registry import Registry
 EVALUATORS: Registry = Registry(
     {
         "held_out": "spin_jax.evaluation.rewards:held_out",
+        "samples": "spin_jax.evaluation.samples:samples",
         "exact": "spin_jax.evaluation.exact:exact",
     }
 )

@@ -27,10 +27,12 @@ class Subject:
         encode: examples -> token ids of their prompts and responses, in the run's template and cut to its budget.
         logprobs: (pairs, name of the progress bar) -> the model's log-probs of the responses of each, f32 [pairs, Y],
             in nats. A pair is a prompt with any number of responses.
-        generate: (token ids of prompts, fields of `config.generate` other than the run's) -> what
-            `generation.engine.Engine.generate` returns for them.
+        generate: (token ids of prompts, iteration whose seeds are drawn with, fields of `config.generate` other than
+            the run's) -> what `generation.engine.Engine.generate` returns for them.
         held_out: pairs of real and generated responses to the held-out prompts. The opponent of the iteration wrote the
             generated ones.
+        held_out_examples: the rows of data that these are of, one for each prompt.
+        held_out_prompts: row -> the token ids that a model is asked with, in the order of the examples.
         held_out_logps: () -> the model's log-probs of these, f32 [pairs, 2], in nats.
         opponent_logps: () -> the opponent's; None for a model that has no opponent.
         iteration: the number of the iteration that trained it against its opponent; None for the others.
@@ -44,6 +46,8 @@ class Subject:
     logprobs: Callable[[Sequence[Pair], str], np.ndarray]
     generate: Callable[..., list]
     held_out: Sequence[Pair]
+    held_out_examples: Sequence[Example]
+    held_out_prompts: Mapping[int, np.ndarray]
     held_out_logps: Callable[[], np.ndarray]
     opponent_logps: Callable[[], np.ndarray] | None = None
     iteration: int | None = None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from spin_jax.data.pairs import Pair, read_model, read_sampled, write_pairs_parquet
+from spin_jax.data.pairs import Pair, read_model, read_sampled, whole_sequence, write_pairs_parquet
 from spin_jax.data.sources import Example
 from spin_jax.data.tokenize import Tokenised
 from spin_jax.errors import UserError
@@ -70,8 +70,9 @@ def mixed_pairs(run: Run, t: int) -> list[Pair]:
 
 
 def sft_pairs(run: Run) -> list[Pair]:
-    """The examples to train on as pairs without a generated response."""
-    return [sft_pair(run, example) for example in run.train_examples]
+    """The examples to train on as pairs without a generated response; `config.sft.loss_on` says what is learned."""
+    pairs = [sft_pair(run, example) for example in run.train_examples]
+    return [whole_sequence(pair) for pair in pairs] if run.config.sft.loss_on == "all" else pairs
 
 
 def sft_pair(run: Run, example: Example, tokens: Tokenised | None = None) -> Pair:

@@ -16,7 +16,7 @@ from spin_jax.runtime import multihost
 from spin_jax.self_play.pairs import mixed_pairs
 from spin_jax.self_play.run import Run
 from spin_jax.training import programs
-from spin_jax.training.loop import fit
+from spin_jax.training.loop import LoopSpec, fit
 from spin_jax.training.schedule import batch_order, num_steps
 
 _LOG = logging.getLogger(__name__)
@@ -66,13 +66,10 @@ def spin_stage(run: Run, t: int) -> TrainingStage:
     return _planned(run, spec, run.start_of(t), run.config.seed + t, pairs)
 
 
-def fit_sft(
-    run: Run, start: epath.Path, pairs: list[Pair], steps: int, peak: float, directory: epath.Path, name: str
-) -> dict:
-    """The params of `start` after so many steps of supervised fine-tuning."""
+def sft_stage(run: Run, start: epath.Path, pairs: list[Pair], steps: int, peak: float) -> TrainingStage:
+    """So many steps of supervised fine-tuning of the model in `start`; `peak` is the highest learning rate."""
     spec = programs.sft_spec(run.config, run.model, run.execution, peak, steps)
-    stage = _planned(run, spec, start, run.config.seed, pairs)
-    return fit_stage(run, stage, stage.make_batch(run), directory, name)
+    return _planned(run, spec, start, run.config.seed, pairs)
 
 
 def fit_stage(
@@ -88,20 +85,17 @@ def fit_stage(
     _LOG.info("%s", stage.plan)
     state, frozen = training.begin(run.store.take_params(stage.start), stage.seed)
     with run.profiler.traced(training.step, directory / "profile") as step:
-        state = fit(
-            step,
-            state,
-            frozen,
+        loop = LoopSpec(
+            name=name,
             steps=spec.steps,
-            make_batch=make_batch,
-            sharding=sharding.batch_sharding(run.execution.mesh),
-            flops_multiplier=spec.flops_multiplier,
-            schedule=training.schedule,
             directory=directory,
             checkpoint_every=run.config.train.checkpoint_every,
-            name=name,
+            sharding=sharding.batch_sharding(run.execution.mesh),
+            schedule=training.schedule,
+            flops_multiplier=spec.flops_multiplier,
             start_loss=start_loss,
         )
+        state = fit(step, state, frozen, make_batch, loop)
     if training.merge:
         del frozen
         return training.merge(run.store.take_params(stage.start), state.params)

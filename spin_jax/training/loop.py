@@ -23,74 +23,78 @@ from spin_jax.runtime.progress import Loop
 from spin_jax.training.train_step import TrainState
 
 
+class LoopSpec(NamedTuple):
+    """What a training loop is told beside its step and its batches.
+
+    Attributes:
+        name: where its progress is shown.
+        steps: optimizer steps in all.
+        directory: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`, the last two from process zero.
+        checkpoint_every: steps.
+        sharding: of a batch's leading axis.
+        schedule: steps -> their learning rates, for the log.
+        flops_multiplier: see `programs.TrainingSpec`.
+        start_loss: (l(0), how far from it the first step's loss may be); None: whatever it is.
+    """
+
+    name: str
+    steps: int
+    directory: epath.Path
+    checkpoint_every: int
+    sharding: jax.sharding.NamedSharding
+    schedule: optax.Schedule
+    flops_multiplier: int
+    start_loss: tuple[float, float] | None = None
+
+
 def fit(
-    step_fn: Callable,
-    state: TrainState,
-    opponent: dict | None,
-    *,
-    steps: int,
-    make_batch: Callable[[int], HostBatch],
-    sharding: jax.sharding.NamedSharding,
-    flops_multiplier: int,
-    schedule: optax.Schedule,
-    directory: epath.Path,
-    checkpoint_every: int,
-    name: str,
-    start_loss: tuple[float, float] | None = None,
+    step_fn: Callable, state: TrainState, opponent: dict | None, make_batch: Callable[[int], HostBatch], spec: LoopSpec
 ) -> TrainState:
-    """Train until `steps`, from the newest checkpoint under `directory` if there is one.
+    """Train until `spec.steps`, from the newest checkpoint under `spec.directory` if there is one.
 
     The state after step s is a function of the initial state, of s and of nothing else, so that an interrupted run
     ends as an uninterrupted one. Metrics of step s are read after step s + 1 has been dispatched: the device never
     waits for them.
 
-    Several processes stop after the same step, whichever of them was asked: the wish travels with the metrics and is
-    read as late as they are, so that no step waits for it.
+    Several processes stop after the same step, whichever of them got the signal: that it came travels with the metrics
+    and is read as late as they are, so that no step waits for it.
 
     Args:
         step_fn: the jitted `train_step.make_step`, state donated.
         state: at step 0; donated.
         opponent: frozen params, of a live opponent or under low-rank updates, else None.
-        steps: optimizer steps in all.
         make_batch: the batch of a step; pure, and the same on all processes.
-        sharding: of a batch's leading axis.
-        passes: forward passes that a step's FLOPs count as, see `programs.TrainingSpec`.
-        schedule: steps -> their learning rates, for the log.
-        directory: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`, the last two from the first process.
-        checkpoint_every: steps.
-        name: of the loop, where its progress is shown.
-        start_loss: (l(0), how far from it the first step's loss may be); None: whatever it is.
 
     Raises:
         Stopped: after SIGTERM or SIGINT, with a checkpoint of the last step made.
         UserError: the first loss is not l(0), so that policy and opponent are not the same function; or a loss or
             gradient was not finite: the message names the file with the step's rows, and the last good state is saved.
     """
-    several, scoring = multihost.are_several(), everywhere(False, sharding.mesh)
+    several, scoring = multihost.are_several(), everywhere(False, spec.sharding.mesh)
     with (
         preemption.deferred(),
-        Checkpoints(directory / "checkpoints") as checkpoints,
+        Checkpoints(spec.directory / "checkpoints") as checkpoints,
         contextlib.nullcontext(checkpoints.restore_newest(state)) as (state, start),
-        _StepLog(directory, start, steps, name, schedule, flops_multiplier, start_loss) as log,
+        _StepLog(spec, start) as log,
     ):
-        for step, batch, arrays in _prefetched(make_batch, sharding, start, steps):
+        for step, batch, arrays in _prefetched(make_batch, spec.sharding, start, spec.steps):
             state, metrics, _ = step_fn(state, opponent, arrays, scoring)
             if several:
                 metrics |= {"stop": multihost.any_process(preemption.asked())}
             healthy = log.read_previous_and_keep(step, batch, metrics)
-            if (step + 1) % checkpoint_every == 0 and step + 1 < steps and log.read_kept():
+            if (step + 1) % spec.checkpoint_every == 0 and step + 1 < spec.steps and log.read_kept():
                 log.flush()  # a checkpoint never knows more steps than metrics.jsonl
                 checkpoints.save(step + 1, state)
             if not healthy or (log.stop if several else preemption.asked()):
                 break
         log.read_kept()
         if log.unhealthy:
-            _refuse_to_go_on(log.unhealthy, log.learning_rates, state, checkpoints, directory)
+            _refuse_to_go_on(log.unhealthy, log.learning_rates, state, checkpoints, spec.directory)
         log.flush()
         reached = int(state.step)
         checkpoints.save(reached, state, wait=True)
-        if reached < steps or (log.stop if several else preemption.asked()):
-            raise Stopped(f"stopped after step {reached} of {steps}; start the same command again to go on")
+        if reached < spec.steps or (log.stop if several else preemption.asked()):
+            raise Stopped(f"stopped after step {reached} of {spec.steps}; start the same command again to go on")
     return state
 
 
@@ -111,21 +115,12 @@ class _StepLog:
     """Reads each step's metrics after the next step has been dispatched, so that the device always has work. All
     processes read them; the first one writes and shows them."""
 
-    def __init__(
-        self,
-        directory: epath.Path,
-        start: int,
-        steps: int,
-        name: str,
-        schedule: optax.Schedule,
-        flops_multiplier: int,
-        start_loss: tuple[float, float] | None,
-    ):
-        self._writer = MetricsWriter(directory, resume_step=start) if multihost.is_first() else None
-        self._loop = Loop(name, steps, "step", start)
+    def __init__(self, spec: LoopSpec, start: int):
+        self._spec = spec
+        self._writer = MetricsWriter(spec.directory, resume_step=start) if multihost.is_first() else None
+        self._loop = Loop(spec.name, spec.steps, "step", start)
         # All at once and now: a sum between two steps would wait for the one that the device is at.
-        self.learning_rates, self._flops_multiplier = np.asarray(schedule(np.arange(steps))), flops_multiplier
-        self._start_loss = start_loss
+        self.learning_rates = np.asarray(spec.schedule(np.arange(spec.steps)))
         self._kept = None
         self._last_read = time.perf_counter()
         self.unhealthy: dict | None = None  # what is known of the first step that was not finite
@@ -159,13 +154,13 @@ class _StepLog:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         healthy = values.pop("healthy")
         self.stop = bool(values.pop("stop", False))
-        if step == 0 and healthy and self._start_loss:
-            _check_start(values["loss"], *self._start_loss)
+        if step == 0 and healthy and self._spec.start_loss:
+            _check_start(values["loss"], *self._spec.start_loss)
         seconds = time.perf_counter() - self._last_read
         self._last_read += seconds
         rates = {
             "tokens_per_second": batch.tokens / seconds,
-            "model_tflops_per_second": self._flops_multiplier * batch.flops / seconds / 1e12,
+            "model_tflops_per_second": self._spec.flops_multiplier * batch.flops / seconds / 1e12,
         }
         if self._writer:
             row = values | batch.host_metrics | {"learning_rate": float(self.learning_rates[step])} | rates

@@ -257,12 +257,50 @@ def test_answers_in_chosen_and_rejected_are_named_and_no_earlier_turn_is_trained
     with pytest.raises(UserError, match=r"no row can be used: .*\(chosen and rejected are not read\) \(1 rows\)"):
         read(tmp_path, rows[:1])
     for row in ({"prompt": "q"}, {"instruction": "q", "input": ""}, {}):
-        with pytest.raises(UserError, match=r"rows\.jsonl:1: .*: chosen and rejected are not read; to learn from one"):
+        with pytest.raises(UserError, match=r"rows\.jsonl:1: .*: chosen and rejected are not read; to learn from both"):
             read(tmp_path, [row | answers])
     binarized = {"prompt": "q", "chosen": [*Q, assistant("a")], "rejected": [*Q, assistant("b")]}
     found = load_examples(write_lines(tmp_path / "a.jsonl", [{**binarized, "messages": [*Q, assistant("a")]}]))
     assert found.examples == [Example(0, Q, "a")] and found.unused == ["prompt", "chosen", "rejected"]
     assert load_prompts(write_lines(tmp_path / "b.jsonl", [binarized])) == ["q"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [*Q, assistant("a")], "rejected": [*Q, assistant("b")]},
+        {
+            "prompt": "q",
+            "chosen": [*Q, assistant("a")],
+            "rejected": [*Q, assistant("b")],
+            "messages": [*Q, assistant("c")],
+        },
+        {"prompt": list(Q), "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {"question": "q", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_preferences(tmp_path, row):
+    """TRL's layouts: conversational and text, the prompt explicit and implicit; only where they are asked for."""
+    expected = Example(0, Q, "a", "b")
+    assert read(tmp_path, [row], layout="preference") == [expected]
+    assert load_examples(write_parquet(tmp_path / "a.parquet", [row]), layout="preference").examples == [expected]
+    with_system = {"system": "S", **row}
+    assert read(tmp_path, [with_system], layout="preference") == [Example(0, (system("S"), *Q), "a", "b")]
+
+
+def test_preferences_that_cannot_be_trained_on(tmp_path):
+    rows = [
+        {"chosen": [*Q, assistant("a")], "rejected": [user("other"), assistant("b")]},
+        {"chosen": [*Q, assistant("a"), user("r")], "rejected": [*Q, assistant("b")]},
+        {"prompt": "q", "chosen": "", "rejected": "b"},
+    ]
+    with pytest.raises(UserError, match="no row can be used") as refused:
+        read(tmp_path, rows, layout="preference")
+    for reason in ("answer different prompts", "the last turn is the user's", "empty response"):
+        assert reason in str(refused.value)
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: no field among prompt"):
+        read(tmp_path, [{"chosen": "a", "rejected": "b"}], layout="preference")
 
 
 def test_a_response_marked_as_bad_is_left_out(tmp_path):

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from spin_jax.data.pairs import read_sampled, write_pairs_parquet
+from spin_jax.data.pairs import Pair, read_sampled, whole_sequence, write_pairs_parquet
 from spin_jax.data.sources import Example, Skip, load_examples
 from spin_jax.errors import UserError
 
@@ -105,3 +105,10 @@ def test_a_real_side_that_is_empty_is_skipped_and_a_bad_column_is_named(tmp_path
     parquet.write_table(table, tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet row 0: real must be a list of turns"):
         load_examples(str(tmp_path / "b.parquet"))
+
+
+def test_a_whole_sequence_is_all_but_the_token_that_nothing_predicts():
+    prompt, real, generated = (np.array(ids, np.int32) for ids in ([1, 2, 3], [4, 5], [6]))
+    whole = whole_sequence(Pair(7, 0, prompt, (real, generated), (True, False)))
+    assert whole.prompt.tolist() == [1] and [y.tolist() for y in whole.responses] == [[2, 3, 4, 5]]
+    assert whole.truncated == (True,) and whole.row == 7

@@ -67,9 +67,9 @@ def listening(told: list[str]) -> Iterator[None]:
 def finished(tmp_path_factory, tiny_model, tiny_data) -> Finished:
     trained_on, told, fit = [], [], training_stage.fit
 
-    def watched(*args, steps, make_batch, **settings):
-        trained_on.append([int(row) for step in range(steps) for row in make_batch(step).rows])
-        return fit(*args, steps=steps, make_batch=make_batch, **settings)
+    def watched(step_fn, state, opponent, make_batch, spec):
+        trained_on.append([int(row) for step in range(spec.steps) for row in make_batch(step).rows])
+        return fit(step_fn, state, opponent, make_batch, spec)
 
     config, workdir = tiny_files.make_config(tiny_model, tiny_data), tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:

@@ -56,13 +56,13 @@ def test_a_cut_run_ends_with_the_same_bits(lora_run, tiny_model, tiny_data, tmp_
     shutil.copytree(workdir / "iteration_1" / "generated", tmp_path / "iteration_1" / "generated")
     config, fit = tiny_files.make_config(tiny_model, tiny_data, CHANGES), training_stage.fit
 
-    def interrupted(*args, make_batch, **settings):
+    def interrupted(step_fn, state, opponent, make_batch, spec):
         def batch(step: int):
             if step == 4:
                 signal.raise_signal(signal.SIGTERM)
             return make_batch(step)
 
-        return fit(*args, make_batch=batch, **settings)
+        return fit(step_fn, state, opponent, batch, spec)
 
     with monkeypatch.context() as patch:
         patch.setattr(training_stage, "fit", interrupted)

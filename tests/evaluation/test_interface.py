@@ -22,10 +22,10 @@ def config_of(changes: dict[str, object]) -> Config:
     "changes, names",
     [
         ({}, []),
-        ({"data.eval_rows": 8}, ["held_out"]),
-        (TOY | {"data.eval_rows": 8}, ["held_out", "exact"]),
+        ({"data.eval_rows": 8}, ["held_out", "samples"]),
+        (TOY | {"data.eval_rows": 8}, ["held_out", "samples", "exact"]),
         (TOY | {"evaluate.evaluators": ("exact",)}, ["exact"]),
-        (TOY | {"evaluate.evaluators": ("exact", "auto"), "data.eval_rows": 8}, ["exact", "held_out"]),
+        (TOY | {"evaluate.evaluators": ("exact", "auto"), "data.eval_rows": 8}, ["exact", "held_out", "samples"]),
         ({"data.eval_rows": 8, "evaluate.evaluators": ()}, []),
     ],
 )
@@ -62,7 +62,8 @@ def subject(config, iteration: int | None) -> Subject:
 
 def test_a_row_of_the_summary_is_what_is_known_and_what_was_found():
     """Rewards have the beta of the iteration; a model without an opponent has none."""
-    config = config_of({"data.eval_rows": 2, "spin.beta": (0.1, 2.0)})
+    changes = {"data.eval_rows": 2, "spin.beta": (0.1, 2.0), "evaluate.evaluators": ("held_out",)}
+    config = config_of(changes)
     row = evaluate(subject(config, 1), {"generated/tokens": 3.0})
     assert list(row)[:4] == ["model", "iteration", "generated/tokens", "held_out/nats_per_token"]
     assert row["held_out/rewards/margin"] == 4.0 and row["held_out/nats_per_token"] == 1.0

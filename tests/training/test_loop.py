@@ -24,7 +24,7 @@ from spin_jax.devices.sharding import batch_sharding, make_mesh
 from spin_jax.errors import UserError
 from spin_jax.runtime.metric_writer import read_metrics
 from spin_jax.training import loop as train_lib
-from spin_jax.training.loop import Stopped, fit
+from spin_jax.training.loop import LoopSpec, Stopped, fit
 from spin_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from spin_jax.training.train_step import TrainState, init_state, make_step
 
@@ -58,14 +58,8 @@ def train(directory, *, step=STEP, batches=make_batch, steps=STEPS, checkpoint_e
         step,
         jax.device_put(init_state({"w": jnp.zeros(4)}, OPTIMIZER), NamedSharding(mesh, PartitionSpec())),
         None,
-        steps=steps,
-        make_batch=batches,
-        sharding=batch_sharding(mesh),
-        flops_multiplier=3,
-        schedule=SCHEDULE,
-        directory=directory,
-        checkpoint_every=checkpoint_every,
-        name="test",
+        batches,
+        LoopSpec("test", steps, directory, checkpoint_every, batch_sharding(mesh), SCHEDULE, flops_multiplier=3),
     )
 
 

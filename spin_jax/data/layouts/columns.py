@@ -10,7 +10,7 @@ from spin_jax.errors import UserError
 
 QUESTIONS = ("prompt", "question", "instruction", "query")
 ANSWERS = ("response", "completion", "answer", "output")
-PREFERENCES = ("chosen", "rejected")  # two answers to choose between, which are not read
+PREFERENCES = ("chosen", "rejected")  # two answers to choose between: the layout "preference" reads them
 TOOLS = ("tools", "functions", "tool_calls", "function_call")  # of a row or of a turn
 UNWANTED = ("label", "kto_tag")  # false where a response is one to avoid
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")

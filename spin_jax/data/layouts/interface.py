@@ -48,5 +48,8 @@ def detect_layout(row: Fields, answered: bool = True, otherwise: str | None = No
         turns = row.values[liked[0]]
         is_whole = not row.held(*QUESTIONS) or (isinstance(turns, list) and len(turns) > 1)
         name = "messages" if is_whole else ANSWERS[0]
-        raise UserError(f"{columns}: chosen and rejected are not read; to learn from one of them, call it {name}")
+        raise UserError(
+            f"{columns}: chosen and rejected are not read; to learn from both (DPO), set "
+            f"--config.data.layout=preference; to learn from one of them, call it {name}"
+        )
     raise UserError(f"{columns}; accepted: {', or '.join(LAYOUTS[name].columns for name in reversed(LAYOUTS))}")

@@ -95,7 +95,8 @@ def exchange(row: Fields, turns: Sequence[Message], turn: str) -> tuple[tuple[Me
         Unusable: there is no such response.
     """
     roles = [message["role"] for message in turns]
-    elsewhere = f" ({' and '.join(row.held(*PREFERENCES))} are not read)" if row.held(*PREFERENCES) else ""
+    unread = [name for name in row.unused() if name in PREFERENCES]
+    elsewhere = f" ({' and '.join(unread)} are not read)" if unread else ""
     if "user" not in roles:
         raise Unusable("no user turn")
     if "assistant" not in roles:

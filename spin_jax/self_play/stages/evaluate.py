@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -80,10 +80,12 @@ def _subject(run: Run, t: int, name: str, model: epath.Path, directory: epath.Pa
     def encode(examples: Sequence[Example]) -> list[Pair]:
         return multihost.parallel_map(lambda example: sft_pair(run, example, tokenise(run.chat, example)), examples)
 
-    def generate(prompts: Sequence[TokenIds], **changes: object) -> list[Response]:
+    def generate(
+        prompts: Sequence[TokenIds] | Mapping[int, TokenIds], iteration: int = 0, **changes: object
+    ) -> list[Response]:
         settings = dataclasses.replace(run.config.generate, **changes)
         engine = Engine.for_chat(run.model, settings, run.decode, run.chat)
-        return engine.generate(run.store.params(model), prompts, seed=run.config.seed)
+        return engine.generate(run.store.params(model), prompts, seed=run.config.seed, iteration=iteration)
 
     return Subject(
         name=name,
@@ -94,6 +96,8 @@ def _subject(run: Run, t: int, name: str, model: epath.Path, directory: epath.Pa
         logprobs=functools.partial(score_pairs_of, run, model),
         generate=generate,
         held_out=held_out,
+        held_out_examples=run.held_out_examples,
+        held_out_prompts={example.row: run.asked(example.row) for example in run.held_out_examples},
         held_out_logps=held_out_logps,
     )
 

@@ -3,7 +3,7 @@
 from spin_jax.runtime import out_of_memory
 from spin_jax.self_play.pairs import sft_pairs
 from spin_jax.self_play.run import Run
-from spin_jax.self_play.training_stage import export_model, fit_sft, is_trained
+from spin_jax.self_play.training_stage import export_model, fit_stage, is_trained, sft_stage
 from spin_jax.training.schedule import num_steps
 
 
@@ -15,4 +15,5 @@ def fine_tune(run: Run) -> None:
         return
     pairs = sft_pairs(run)
     steps = num_steps(len(pairs), run.config.sft.epochs, run.config.train.batch_size, "--config.sft.epochs")
-    export_model(run, directory, fit_sft(run, run.source, pairs, steps, run.config.sft.learning_rate, directory, "SFT"))
+    stage = sft_stage(run, run.source, pairs, steps, run.config.sft.learning_rate)
+    export_model(run, directory, fit_stage(run, stage, stage.make_batch(run), directory, "SFT"))

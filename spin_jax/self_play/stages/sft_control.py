@@ -8,7 +8,7 @@ from spin_jax.runtime import out_of_memory
 from spin_jax.self_play.pairs import pairs_of, sft_pairs
 from spin_jax.self_play.run import Run
 from spin_jax.self_play.stages.evaluate import evaluate_control
-from spin_jax.self_play.training_stage import export_model, fit_sft, is_trained, spin_stage
+from spin_jax.self_play.training_stage import export_model, fit_stage, is_trained, sft_stage, spin_stage
 from spin_jax.training import programs
 
 
@@ -21,8 +21,9 @@ def continue_sft(run: Run, t: int) -> None:
     if not is_trained(directory):
         pairs = sft_pairs(run)
         steps = max(1, round(_iteration_flops(run, t) / _sft_step_flops(run, pairs)))
-        peak = run.config.sft.control_learning_rate
-        export_model(run, directory, fit_sft(run, start, pairs, steps, peak, directory, f"iteration {t}: SFT control"))
+        stage = sft_stage(run, start, pairs, steps, run.config.sft.control_learning_rate)
+        name = f"iteration {t}: SFT control"
+        export_model(run, directory, fit_stage(run, stage, stage.make_batch(run), directory, name))
     evaluate_control(run, t, directory)
 
 
