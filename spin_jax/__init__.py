@@ -5,24 +5,14 @@ The Python surface is `load`, `spin`, the `Model` that both return, and `answer`
 """
 
 import os
-from typing import TYPE_CHECKING
+
+from etils import epy
+
+from spin_jax.errors import UserError
 
 # transformers advises to install torch, which nobody needs here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-_EXPORTS = ("Engine", "Model", "Scorer", "answer", "load", "spin")
-__all__ = ["Engine", "Model", "Scorer", "UserError", "answer", "load", "spin"]
-
-from spin_jax.errors import UserError  # noqa: E402
-
-if TYPE_CHECKING:
+# Imported when it is asked for, since it imports jax: `spin_jax.main --help` stays quick.
+with epy.lazy_api_imports(globals()):
     from spin_jax.api import Engine, Model, Scorer, answer, load, spin
-
-
-def __getattr__(name: str):
-    """Import jax only when something that needs it is asked for, so that `spin_jax.main --help` stays quick."""
-    if name in _EXPORTS:
-        from spin_jax import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module 'spin_jax' has no attribute {name!r}")

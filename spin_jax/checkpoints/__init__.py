@@ -3,5 +3,3 @@
 from spin_jax.checkpoints.directory import describe, downloaded, read_config, resolve, uploaded
 from spin_jax.checkpoints.fingerprints import fingerprint
 from spin_jax.checkpoints.huggingface import holds, load, save
-
-__all__ = ["describe", "downloaded", "fingerprint", "holds", "load", "read_config", "resolve", "save", "uploaded"]

@@ -29,28 +29,6 @@ from spin_jax.config.schema import (
 )
 from spin_jax.errors import UserError, as_flag
 
-__all__ = [
-    "FIELDS",
-    "Config",
-    "DataConfig",
-    "EvaluateConfig",
-    "GenerateConfig",
-    "LoraConfig",
-    "MeshConfig",
-    "ModelSection",
-    "SftConfig",
-    "SpinConfig",
-    "ToyConfig",
-    "TrainConfig",
-    "as_json",
-    "at_iteration",
-    "base_config",
-    "flatten",
-    "freeze",
-    "override",
-    "replace",
-]
-
 STAGES = ("generate", "score", "train")  # of an iteration, in order; main and self_play can run some of them alone
 
 
