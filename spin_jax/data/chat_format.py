@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -31,38 +31,37 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
-class ChatFormat(Protocol):
+@dataclasses.dataclass(frozen=True)
+class ChatFormat:
     """How messages become ids: int32 arrays of shape [tokens]. Prompts are messages as in `Example`.
 
     Each method raises UserError where the template does not take the messages or an id is beyond the vocabulary.
+
+    Attributes:
+        name: "chat" or "paper".
+        stop_ids: sampling stops at any of these, and keeps it as the response's last id.
     """
 
-    name: ClassVar[str]  # "chat" or "paper"
-
-    @property
-    def codec(self) -> Codec: ...
+    name: ClassVar[str]
+    codec: Codec
+    stop_ids: tuple[int, ...]
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The codec's."""
-        ...
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Sampling stops at any of these, and keeps it as the response's last id."""
-        ...
+        return self.codec.tokenizer
 
     def generation_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
         """What the opponent is asked with."""
-        ...
+        raise NotImplementedError
 
     def training_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
         """What precedes a response when policy and opponent are scored."""
-        ...
+        raise NotImplementedError
 
     def real_response(self, prompt: Sequence[Message], text: str) -> np.ndarray:
         """The human response as a target, with its end."""
-        ...
+        return self.generated_response(prompt, text, truncated=False)
 
     def generated_response(
         self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, truncated: bool
@@ -72,7 +71,7 @@ class ChatFormat(Protocol):
         `response` holds the sampled ids, a stop id last unless truncated, or the text where a pairs file has only that.
         Raises ValueError if ids and `truncated` disagree.
         """
-        ...
+        raise NotImplementedError
 
 
 def load_chat(
@@ -149,17 +148,7 @@ def _try(chat: ChatFormat) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Format:
-    codec: Codec
-    stop_ids: tuple[int, ...]
-
-    @property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
-        return self.codec.tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class TemplateFormat(_Format):
+class TemplateFormat(ChatFormat):
     """The tokenizer's chat template for generation and training alike.
 
     A response in text is tokenised as it stands after its prompt, which is how SFT saw it and how the model writes it.
@@ -177,19 +166,13 @@ class TemplateFormat(_Format):
     def training_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
         return self.generation_prompt(prompt)
 
-    def real_response(self, prompt: Sequence[Message], text: str) -> np.ndarray:
-        return self._text_response(prompt, text, truncated=False)
-
     def generated_response(
         self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, truncated: bool
     ) -> np.ndarray:
-        if isinstance(response, str):
-            return self._text_response(prompt, response, truncated)
-        _check_end(response, truncated, self.stop_ids)
-        return _ids(response)
-
-    def _text_response(self, prompt: Sequence[Message], text: str, truncated: bool) -> np.ndarray:
-        messages = self._hidden([*prompt, {"role": "assistant", "content": text}])
+        if not isinstance(response, str):
+            _check_end(response, truncated, self.stop_ids)
+            return _ids(response)
+        messages = self._hidden([*prompt, {"role": "assistant", "content": response}])
         asked = self.habits.prompt(messages[:-1])
         answer = self.habits.answer(messages, asked)
         if truncated:
@@ -204,7 +187,7 @@ class TemplateFormat(_Format):
 
 
 @dataclasses.dataclass(frozen=True)
-class PaperFormat(_Format):
+class PaperFormat(ChatFormat):
     r"""The released code's two templates (github.com/uclaml/SPIN); `</s>` stands for the tokenizer's EOS token.
 
     asked with   "### Instruction: {x}\n\n### Response: "
@@ -223,9 +206,6 @@ class PaperFormat(_Format):
     def training_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
         eos, question = self.tokenizer.eos_token, self.codec.hide(_single_turn(prompt))
         return _ids(self.codec.encode(f"<|system|>\n{eos}\n<|user|>\n{question}{eos}\n<|assistant|>\n"))
-
-    def real_response(self, prompt: Sequence[Message], text: str) -> np.ndarray:
-        return self.generated_response(prompt, text, truncated=False)
 
     def generated_response(
         self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, truncated: bool

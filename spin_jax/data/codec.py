@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spin_jax.data.tokenizer import backend, special_ids
+from spin_jax.data.tokenizer import backend
 from spin_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,8 +139,3 @@ def _rename(model: dict, names: dict[str, str]) -> None:
     if model.get("merges"):
         pairs = ((merge, merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"])
         model["merges"] = [merge for merge, (left, right) in pairs if not {left, right, left + right} & names.keys()]
-
-
-def protected(tokenizer: "PreTrainedTokenizerBase", also: Iterable[int]) -> frozenset[int]:
-    """Ids of added tokens whose names the data may have without meaning the token: special ones, and `also`."""
-    return (special_ids(tokenizer) | set(also)) & tokenizer.added_tokens_decoder.keys()
