@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -114,97 +115,79 @@ def read_work(text: str, chip: Chip, mesh: Mapping[str, int]) -> Work:
         mesh: size of each mesh axis, in the order in which devices are numbered.
     """
     module = hlo.parse(text)
-    time, alone = _Clock(module, chip, True), _Clock(module, chip, False)
-    flops = kernel_flops = moved = compiler = kernels = roofline = 0.0
-    loops, traffic = [], collections.defaultdict(lambda: np.zeros(3))
-    for run in hlo.executed(module):
-        one, here, times = run.instruction, run.computation, run.times
-        matmuls, bytes_ = hlo_cost.flops(module, one, here), hlo_cost.hbm_bytes(module, one, here)
-        flops += times * matmuls
-        moved += times * bytes_
-        compiler += times * one.cycles / chip.clock
-        kernel = sum(flops for flops, _ in hlo_cost.kernels(module, one, here))
-        kernel_flops += times * kernel
-        kernels += times * time.kernels(one, here)
-        roofline += times * max((matmuls + kernel) / chip.flops, bytes_ / (HBM_EFFICIENCY * chip.hbm_bytes_per_second))
-        if exchange := hlo_cost.collective(module, one, here):
-            dtypes = "+".join(sorted({array.dtype for array in exchange.arrays}))
-            key = (exchange.kind, axes_of(exchange, mesh), dtypes, exchange.is_async)
-            traffic[key] += times * np.array([1, exchange.bytes, exchange.wire_bytes])
-        if one.opcode == "while":
-            loops.append(_loop(module, run, chip))
-    rows = [
-        Traffic(kind, axes, dtype, is_async, int(n), float(whole), float(wire))
-        for (kind, axes, dtype, is_async), (n, whole, wire) in traffic.items()
+    sums, loops = _run(module, module.entry, chip, mesh)
+    exposed, exposed_alone = map(float, sums["waited"])
+    traffic = [
+        Traffic(*key, times=int(times), bytes=float(whole), wire_bytes=float(wire))
+        for key, (times, whole, wire) in ((key, value) for key, value in sums.items() if isinstance(key, tuple))
     ]
     return Work(
-        flops=flops,
-        kernel_flops=kernel_flops,
-        hbm_bytes=moved,
-        seconds={"compiler": compiler, "kernels": kernels, "exposed": time.computation(module.entry)[1]},
-        exposed_alone=alone.computation(module.entry)[1],
-        roofline_seconds=roofline,
+        flops=sums["flops"],
+        kernel_flops=sums["kernel_flops"],
+        hbm_bytes=sums["hbm_bytes"],
+        seconds={"compiler": sums["compiler"], "kernels": sums["kernels"], "exposed": exposed},
+        exposed_alone=exposed_alone,
+        roofline_seconds=sums["roofline_seconds"],
         loops=tuple(loops),
-        traffic=tuple(sorted(rows, key=lambda row: -row.wire_bytes)),
+        traffic=tuple(sorted(traffic, key=lambda row: -row.wire_bytes)),
     )
 
 
-def _loop(module: Module, run: hlo.Run, chip: Chip) -> Loop:
-    body = list(hlo.executed(module, run.instruction.called["body"]))
-    return Loop(
-        name=run.instruction.op_name,
-        times=run.times,
-        trips=hlo.trips(module, run.instruction, run.computation),
-        hbm_bytes=sum(one.times * hlo_cost.hbm_bytes(module, one.instruction, one.computation) for one in body),
-        seconds=sum(one.times * one.instruction.cycles for one in body) / chip.clock,
-    )
+def _run(module: Module, name: str, chip: Chip, mesh: Mapping[str, int]) -> tuple[dict[Any, Any], list[Loop]]:
+    """(sums, loops) of one run of a computation: what its instructions take, and what they call, as often as it runs.
+
+    Sums are those of `Work` by their names; (kind, axes, dtype, is_async) -> [times, bytes, wire_bytes] of exchanges;
+    and "elapsed" and "waited", seconds in all and of waiting for other chips, [2]: with kernels that take their time,
+    and with kernels that take none.
+
+    The links carry one exchange after the other. An asynchronous one is waited for where it ends, so far as what is
+    scheduled in between has not hidden it; one that ends in another computation is taken as hidden.
+    """
+    here = module.computations[name]
+    sums: dict[Any, Any] = collections.defaultdict(float, elapsed=np.zeros(2), waited=np.zeros(2))
+    loops, links, finish = [], np.zeros(2), {}
+    for one in here.instructions.values():
+        now, own = sums["elapsed"], _costs(module, one, here, chip)
+        exchange = hlo_cost.collective(module, one, here)
+        if exchange:
+            links = np.maximum(links, now) + exchange.wire_bytes / chip.ici_bytes_per_second
+            finish[exchange.ends] = links
+            dtypes = "+".join(sorted({array.dtype for array in exchange.arrays}))
+            key = (exchange.kind, axes_of(exchange, mesh), dtypes, exchange.is_async)
+            own[key] = np.array([1, exchange.bytes, exchange.wire_bytes])
+        ended = one.name if exchange and not exchange.is_async else hlo_cost.ended(module, one, here)
+        waited = np.maximum(0.0, finish.pop(ended, now) - now)
+        own |= {"waited": waited, "elapsed": waited + own["compiler"] + own["kernels"] * np.array([1, 0])}
+        parts = [(1, own, [])]
+        if one.opcode == "while":
+            trips = hlo.trips(module, one, here)
+            condition, body = (_run(module, one.called[part], chip, mesh) for part in ("condition", "body"))
+            loop = Loop(one.op_name, 1, trips, hbm_bytes=body[0]["hbm_bytes"], seconds=body[0]["compiler"])
+            parts += [(1, {}, [loop]), (trips or 1, *condition), (trips or 1, *body)]
+        elif one.opcode in ("call", "conditional"):
+            # Of a conditional's branches the first, which is the dearest where they are made
+            # (`attention.attend_cached`, `sampling.next_tokens`).
+            parts.append((1, *_run(module, next(iter(one.called.values())), chip, mesh)))
+        for times, added, inner in parts:
+            for key, value in added.items():
+                sums[key] = sums[key] + times * value
+            loops += [dataclasses.replace(loop, times=times * loop.times) for loop in inner]
+    return sums, loops
 
 
-class _Clock:
-    """Walks schedules with a chip's speeds; Pallas kernels take their time, or none."""
-
-    def __init__(self, module: Module, chip: Chip, with_kernels: bool):
-        self._module, self._chip, self._with_kernels = module, chip, with_kernels
-
-    def kernels(self, instruction: Instruction, computation: Computation) -> float:
-        """Seconds of the Pallas kernels in an instruction."""
-        if not self._with_kernels:
-            return 0.0
-        flops, bytes_ = KERNEL_EFFICIENCY * self._chip.flops, HBM_EFFICIENCY * self._chip.hbm_bytes_per_second
-        found = hlo_cost.kernels(self._module, instruction, computation)
-        return sum(max(kernel_flops / flops, moved / bytes_) for kernel_flops, moved in found)
-
-    def computation(self, name: str) -> tuple[float, float]:
-        """(seconds, of which waiting for other chips) of one run of a computation.
-
-        The links carry one exchange after the other. An asynchronous one is waited for where it ends, so far as what is
-        scheduled in between has not hidden it; one that ends in another computation is taken as hidden.
-        """
-        here = self._module.computations[name]
-        now = waited = links = 0.0
-        finish: dict[str, float] = {}
-        for instruction in here.instructions.values():
-            exchange = hlo_cost.collective(self._module, instruction, here)
-            if exchange:
-                links = max(links, now) + exchange.wire_bytes / self._chip.ici_bytes_per_second
-                finish[exchange.ends] = links
-            ended = instruction.name if exchange and not exchange.is_async else None
-            ended = ended or hlo_cost.ended(self._module, instruction, here)
-            wait = max(0.0, finish.pop(ended, 0.0) - now)
-            inside, inside_waited = self._inside(instruction, here)
-            now += wait + inside + instruction.cycles / self._chip.clock + self.kernels(instruction, here)
-            waited += wait + inside_waited
-        return now, waited
-
-    def _inside(self, instruction: Instruction, here: Computation) -> tuple[float, float]:
-        if instruction.opcode == "while":
-            times = hlo.trips(self._module, instruction, here) or 1
-            runs = [(times, self.computation(instruction.called[part])) for part in ("condition", "body")]
-        elif instruction.opcode in ("call", "conditional"):
-            runs = [(1, self.computation(next(iter(instruction.called.values()))))]
-        else:
-            return 0.0, 0.0
-        return sum(n * seconds for n, (seconds, _) in runs), sum(n * waited for n, (_, waited) in runs)
+def _costs(module: Module, one: Instruction, here: Computation, chip: Chip) -> dict[Any, Any]:
+    """The sums of `_run` for one instruction, without its waiting for other chips and without what it calls."""
+    flops, moved = hlo_cost.flops(module, one, here), hlo_cost.hbm_bytes(module, one, here)
+    kernels, hbm_speed = hlo_cost.kernels(module, one, here), HBM_EFFICIENCY * chip.hbm_bytes_per_second
+    kernel_flops = sum(of_kernel for of_kernel, _ in kernels)
+    return {
+        "flops": flops,
+        "kernel_flops": kernel_flops,
+        "hbm_bytes": moved,
+        "compiler": one.cycles / chip.clock,
+        "kernels": sum(max(work / (KERNEL_EFFICIENCY * chip.flops), size / hbm_speed) for work, size in kernels),
+        "roofline_seconds": max((flops + kernel_flops) / chip.flops, moved / hbm_speed),
+    }
 
 
 def axes_of(exchange: hlo_cost.Collective, mesh: Mapping[str, int]) -> str:

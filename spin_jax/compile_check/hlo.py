@@ -1,8 +1,8 @@
 """What a compiled TPU program does, read from the text of its schedule (XLA's dump `*.after_codegen.txt`).
 
 XLA's own `cost_analysis` counts the body of a loop once, whatever its trips, and knows no traffic between chips. Here
-every instruction that runs is weighted by how often it runs: `parse` reads the text, `executed` walks the program from
-its entry through calls and loops, and the functions below say what one run of one instruction costs.
+every instruction is weighted by how often it runs: `parse` reads the text, `trips` says how often a loop goes round,
+`hlo_cost` what one run of an instruction costs, and `estimate` adds up.
 
 The text is version-dependent; it was read with libtpu 0.0.42 (jax 0.10.2), 0.0.44 (jax 0.11.0) and 0.0.52.
 https://openxla.org/xla/operation_semantics
@@ -275,40 +275,6 @@ def _closing(text: str, start: int) -> int:
             if depth == 0:
                 return match.start()
     raise ValueError(f"unbalanced brackets in {text[:80]!r}")
-
-
-# What runs, and how often
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """An instruction that is executed, `times` times in a run of the program."""
-
-    instruction: Instruction
-    computation: Computation
-    times: int
-
-
-def executed(module: Module, computation: str | None = None, times: int = 1) -> Iterator[Run]:
-    """Every instruction that runs, in order, each with its count: loops multiply.
-
-    What is inside fusions and asynchronous instructions belongs to their one instruction. A loop whose trips cannot be
-    told counts once. Of a conditional's branches the first counts, which is the dearest where they are made
-    (`attention.attend_cached`, `sampling.next_tokens`).
-
-    Args:
-        computation: name of the one to start in; None is the module's entry.
-        times: how often that one runs.
-    """
-    here = module.computations[computation or module.entry]
-    for instruction in here.instructions.values():
-        yield Run(instruction, here, times)
-        if instruction.opcode == "while":
-            count = times * (trips(module, instruction, here) or 1)
-            yield from executed(module, instruction.called["condition"], count)
-            yield from executed(module, instruction.called["body"], count)
-        elif instruction.opcode in ("call", "conditional"):
-            yield from executed(module, next(iter(instruction.called.values())), times)
 
 
 def trips(module: Module, loop: Instruction, computation: Computation) -> int | None:

@@ -1,6 +1,6 @@
 """What the instructions of a compiled program cost: matmul FLOPs, HBM bytes, traffic between chips.
 
-Each function answers for one run of one instruction; `spin_jax.compile_check.hlo.executed` says how often it runs.
+Each function answers for one run of one instruction; `estimate.read_work` weighs them by how often it runs.
 """
 
 import dataclasses
