@@ -22,6 +22,7 @@ from spin_jax.errors import UserError, as_flag
 from spin_jax.kernels import KERNELS
 from spin_jax.kernels.interface import choose as choose_kernel
 from spin_jax.models import ModelConfig, cache_dtype, flops_per_token, num_adapter_params, num_params, saved_numbers
+from spin_jax.objectives import OBJECTIVES
 
 _LOG = logging.getLogger(__name__)
 
@@ -186,18 +187,20 @@ def training_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, 
     needed = {kind: size / shards for kind, size in held.items()}
     pairs = math.ceil(train.batch_size / (mesh.data * mesh.fsdp * train.micro_batches))
     prompt, real, generated = longest_pair(config)
-    of_pair = prompt + real + generated - 2
+    tokens_of = {"real": real, "generated": generated, "proto": generated}
+    responses = [tokens_of.get(name, real) for name in OBJECTIVES[config.spin.loss].responses]
+    of_pair = prompt + sum(responses) - len(responses)
     rows = math.ceil(pairs / max(1, train.row_length // of_pair))  # as short as they can be, and as full
     tokens = rows * round_up(math.ceil(pairs / rows) * of_pair, train.length_multiple)
     lanes = 128 if on.slice.chip.name.startswith("TPU") else 1
     kept = model.num_layers * saved_numbers(model, config.model.remat, lanes)
     needed["activations"] = tokens * (kept + 2 * model.intermediate_size) * on.dtype.itemsize / mesh.tensor
-    logits = pairs * min(real + generated, config.model.logits_chunk or math.inf) * model.vocab_size
+    logits = pairs * min(sum(responses), config.model.logits_chunk or math.inf) * model.vocab_size
     needed["program"] = PROGRAM
     needed["logits"] = 3 * 4 * logits / mesh.tensor
     if on.kernel is None:
         needed["scores"] = (
-            3 * 4 * tokens * max(train.row_length, prompt + real + generated) * model.num_heads / mesh.tensor
+            3 * 4 * tokens * max(train.row_length, prompt + sum(responses)) * model.num_heads / mesh.tensor
         )
     if mesh.fsdp > 1:
         layer = flops_per_token(model, 0) / (2 * model.num_layers)  # two FLOPs for each number in its matrices

@@ -16,7 +16,7 @@ from spin_jax import sizing
 from spin_jax.config import Config
 from spin_jax.data.batch import Batch, empty_batch
 from spin_jax.data.packing import Packing, Plan, forward_flops, make_packing, pack_batch, plan_training
-from spin_jax.data.pairs import Pair
+from spin_jax.data.pairs import RESPONSES, Pair, choose
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import Device
 from spin_jax.evaluation.scoring import Scorer, response_program
@@ -25,6 +25,7 @@ from spin_jax.kernels.block_mask import share_of_causal
 from spin_jax.kernels.flash_tpu import heads_and_tile
 from spin_jax.language_model import on_both_meshes
 from spin_jax.models import Execution, ModelConfig, abstract_params, flops_per_token, param_shardings, unembed_flops
+from spin_jax.objectives.interface import check_objective
 from spin_jax.training import programs
 from spin_jax.training.train_step import TrainState
 
@@ -76,20 +77,26 @@ def make_programs(
     params = sharding.located(abstract_params(model), param_shardings(execution.mesh, model))
     engine = Engine(model, config.generate, decode, stop_ids=(model.vocab_size - 1,))
     scorer = Scorer(model, config.train, execution)
+    check_objective(config.spin)
     pairs = [_blank_pair(*of_pair) for of_pair in lengths or [sizing.longest_pair(config)] * config.train.batch_size]
+    scored = [choose(pair, RESPONSES) for pair in pairs[: len(pairs) // config.train.micro_batches]]
     spec = programs.spin_spec(config, model, execution, t=0, steps=1000)  # the number of steps changes constants alone
     return [
         *_sampling_programs(engine, config.data.max_prompt_length, params),
-        _scoring_program(scorer, pairs[: len(pairs) // config.train.micro_batches], params),
+        _scoring_program(scorer, scored, params),
         *_training_programs(
-            spec, make_packing(config.train, execution.mesh, config.train.micro_batches), pairs, params
+            spec,
+            make_packing(config.train, execution.mesh, config.train.micro_batches),
+            [choose(pair, spec.objective.responses) for pair in pairs],
+            params,
         ),
     ]
 
 
 def _blank_pair(*lengths: int) -> Pair:
-    prompt, *responses = (np.zeros(tokens, np.int32) for tokens in lengths)
-    return Pair(0, 0, prompt, tuple(responses), (False,) * len(responses))
+    """A pair with all responses that a run can give it; theta_0 wrote one as long as the generated one."""
+    prompt, real, generated = (np.zeros(tokens, np.int32) for tokens in lengths)
+    return Pair(0, 0, prompt, (real, generated, generated), (False,) * 3)
 
 
 def _sampling_programs(engine: Engine, longest_prompt: int, params: dict) -> list[Program]:

@@ -202,6 +202,35 @@ class SpinConfig:
     beta: tuple[float, ...] = field(
         (0.1,), "Lambda of equation 4.7, an entry an iteration.", bounds=above(0), resume=BY_ITERATION
     )
+    nll_weight: float = field(
+        0.0,
+        "Weight of the real response's -log p(y|x) / |y|, in nats a token, beside any loss but sft's. It holds up "
+        "log p(y), which a margin lets fall; arXiv 2404.19733 takes 1.",
+        bounds=at_least(0, 1e6),
+    )
+    label_smoothing: float = field(
+        0.0,
+        "Of 'cdpo' and 'robust': share of the pairs taken to be the wrong way round. Below 0.5, where pairs would say "
+        "nothing.",
+        bounds=at_least(0, 0.49),
+    )
+    noise_ratio: float = field(
+        1.0,
+        "Of 'space': its mu, how much generated responses count against real ones. The paper's.",
+        bounds=above(0, 1e6),
+    )
+    history_weight: tuple[float, ...] = field(
+        (0.0, 0.1),
+        "Of 'tspin': weight of the generated response against that of theta_0, an entry an iteration. The paper's.",
+        bounds=at_least(0, 1e6),
+        resume=BY_ITERATION,
+    )
+    opponent_share: float = field(
+        1.0,
+        "Alpha of the reference alpha log p_t + (1 - alpha) log p_0, a geometric mixture of the opponent and theta_0 "
+        "(alpha-SPIN, arXiv 2404.04291). 1 is SPIN; less costs a scoring pass, and keeps the policy nearer to theta_0.",
+        bounds=at_least(0, 1),
+    )
     opponent: str = field(
         "stored",
         "'stored': the opponent's log-probs are computed before training, by the step's own program. 'live': in every "

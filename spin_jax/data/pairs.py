@@ -55,11 +55,12 @@ def token_ids(ids: TokenIds, vocab_size: int, what: str) -> np.ndarray:
 
 
 RESPONSES = ("real", "generated")  # what a run's pairs hold, in order
+ALL_RESPONSES = (*RESPONSES, "proto")  # with what self_play.pairs.with_proto adds, where an objective asks for it
 
 
 def choose(pair: Pair, names: Sequence[str]) -> Pair:
-    """The pair with those of its responses that are named, of RESPONSES."""
-    places = [RESPONSES.index(name) for name in names]
+    """The pair with those of its responses that are named, of ALL_RESPONSES."""
+    places = [ALL_RESPONSES.index(name) for name in names]
     responses, truncated = (tuple(values[i] for i in places) for values in (pair.responses, pair.truncated))
     return dataclasses.replace(pair, responses=responses, truncated=truncated)
 

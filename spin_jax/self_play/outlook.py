@@ -14,7 +14,7 @@ from spin_jax.runtime import multihost
 from spin_jax.runtime.files import find
 from spin_jax.runtime.progress import Expected
 from spin_jax.self_play.run import Run
-from spin_jax.training.programs import is_scored
+from spin_jax.training.programs import is_mixed, is_scored
 from spin_jax.training.schedule import num_steps
 
 _LOG = logging.getLogger(__name__)
@@ -40,7 +40,9 @@ def loops(run: Run, only: Sequence[str] = STAGES) -> list[Expected]:
         loops = [("generate", "generate", 1)] if "generate" in only else []
         if "score" in only:
             loops += [("score held-out pairs", "held-out", 1)] * held_out
-            loops += [("score", "score", steps_of(run, t))] * is_scored(run.config.spin)
+            if is_scored(config.spin):
+                loops += [("score under theta_0", "score", steps_of(run, t))] * is_mixed(config.spin, t)
+                loops += [("score", "score", steps_of(run, t))]
         if "train" in only:
             loops += [("train", "train", steps_of(run, t))] + [("evaluate", "held-out", 1)] * evaluated
             if config.sft.control:  # for as much compute as the iteration

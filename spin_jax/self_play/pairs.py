@@ -1,5 +1,6 @@
 """The pairs of a run: written when their responses are there, read back for scoring and training."""
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -67,6 +68,22 @@ def mixed_pairs(run: Run, t: int) -> list[Pair]:
     """The pairs that iteration t trains on: its own, then those of `config.spin.previous_iterations` before it."""
     oldest = max(0, t - run.config.spin.previous_iterations)
     return [pair for s in range(t, oldest - 1, -1) for pair in pairs_of(run, s)[0]]
+
+
+def with_proto(run: Run, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs with a third response, "proto": the one that theta_0 wrote to the same prompt, generated at iteration
+    0. Of several to a prompt the k-th has theta_0's k-th; where those are fewer, from the first again."""
+    protos, seen = collections.defaultdict(list), collections.Counter()
+    for first in pairs_of(run, 0)[0]:
+        protos[first.row].append(first)
+    found = []
+    for pair in pairs:
+        of_row, number = protos[pair.row], seen[pair.row, pair.iteration]
+        seen[pair.row, pair.iteration] += 1
+        (_, proto), (_, truncated) = of_row[number % len(of_row)].responses, of_row[number % len(of_row)].truncated
+        responses, ends = (*pair.responses, proto), (*pair.truncated, truncated)
+        found.append(dataclasses.replace(pair, responses=responses, truncated=ends))
+    return found
 
 
 def sft_pairs(run: Run) -> list[Pair]:

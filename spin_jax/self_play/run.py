@@ -34,15 +34,14 @@ from spin_jax import checkpoints, models, sizing
 from spin_jax.config import Config
 from spin_jax.data.chat_format import ChatFormat, fit
 from spin_jax.data.dataset import load_dataset
-from spin_jax.data.pairs import RESPONSES, Pair
+from spin_jax.data.pairs import Pair
 from spin_jax.data.sources import Example
 from spin_jax.data.tokenize import Tokenised
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import check_slice
-from spin_jax.errors import UserError
 from spin_jax.evaluation import interface as evaluators
 from spin_jax.language_model import open_language_model
-from spin_jax.objectives import OBJECTIVES
+from spin_jax.objectives.interface import check_objective
 from spin_jax.reports import REPORTS
 from spin_jax.runtime import multihost
 from spin_jax.runtime.profiling import Profiler
@@ -128,7 +127,7 @@ def open_run(config: Config, workdir: epath.PathLike, trains: bool = True, profi
     Raises:
         UserError: one line for whatever is wrong.
     """
-    _check_objective(config.spin.loss)
+    check_objective(config.spin)
     evaluators.chosen(config)
     list(REPORTS.values())  # those of a user that cannot be imported are refused now, and not after an iteration
     multihost.check_alike(config)
@@ -178,15 +177,6 @@ def open_run(config: Config, workdir: epath.PathLike, trains: bool = True, profi
         Profiler(profile),
         pairs={},
     )
-
-
-def _check_objective(name: str) -> None:
-    """Refuse an objective whose responses a run does not have."""
-    if missing := [response for response in OBJECTIVES[name].responses if response not in RESPONSES]:
-        raise UserError(
-            f"--config.spin.loss={name} needs a response called {missing[0]!r}, and a pair has {', '.join(RESPONSES)}: "
-            "name these in its Objective(responses=...)"
-        )
 
 
 def _is_finished(config: Config, workdir: epath.Path) -> bool:

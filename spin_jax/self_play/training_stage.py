@@ -13,7 +13,7 @@ from spin_jax.data.packing import Plan, make_packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair, choose
 from spin_jax.devices import sharding
 from spin_jax.runtime import multihost
-from spin_jax.self_play.pairs import mixed_pairs
+from spin_jax.self_play.pairs import mixed_pairs, with_proto
 from spin_jax.self_play.run import Run
 from spin_jax.training import programs
 from spin_jax.training.loop import LoopSpec, fit
@@ -62,6 +62,8 @@ def spin_stage(run: Run, t: int) -> TrainingStage:
     train, pairs = run.config.train, mixed_pairs(run, t)
     steps = num_steps(len(pairs), train.epochs, train.batch_size)
     spec = programs.spin_spec(run.config, run.model, run.execution, t, steps)
+    if "proto" in spec.objective.responses:
+        pairs = with_proto(run, pairs)
     pairs = [choose(pair, spec.objective.responses) for pair in pairs]
     return _planned(run, spec, run.start_of(t), run.config.seed + t, pairs)
 

@@ -155,7 +155,8 @@ class _StepLog:
         healthy = values.pop("healthy")
         self.stop = bool(values.pop("stop", False))
         if step == 0 and healthy and self._spec.start_loss:
-            _check_start(values["loss"], *self._spec.start_loss)
+            # With an NLL term, which starts anywhere, the objective's own part.
+            _check_start(values.get("loss/objective", values["loss"]), *self._spec.start_loss)
         seconds = time.perf_counter() - self._last_read
         self._last_read += seconds
         rates = {

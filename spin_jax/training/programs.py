@@ -86,6 +86,12 @@ def is_scored(spin: SpinConfig) -> bool:
     return spin.opponent == "stored" and OBJECTIVES[spin.loss].reference
 
 
+def is_mixed(spin: SpinConfig, t: int) -> bool:
+    """Whether the reference of iteration t is a mixture of the opponent and theta_0, which are the same at iteration
+    0."""
+    return spin.opponent_share < 1 and t > 0
+
+
 def spin_spec(config: Config, model: ModelConfig, execution: Execution, t: int, steps: int) -> TrainingSpec:
     """Iteration t's training stage."""
     spin, train, objective = config.spin, config.train, OBJECTIVES[config.spin.loss]
@@ -93,7 +99,7 @@ def spin_spec(config: Config, model: ModelConfig, execution: Execution, t: int, 
         model=model,
         execution=execution,
         objective=objective,
-        settings=Settings(beta=at_iteration(spin.beta, t)),
+        settings=Settings.at(spin, t),
         live=spin.opponent == "live" and objective.reference,
         optimizer=train.optimizer,
         peak=at_iteration(train.learning_rate, t),

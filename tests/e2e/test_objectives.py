@@ -7,7 +7,7 @@ import spin_jax
 from spin_jax import config as config_lib
 from spin_jax.errors import UserError
 from spin_jax.objectives import OBJECTIVES
-from spin_jax.objectives.interface import Objective, Settings
+from spin_jax.objectives.interface import Objective
 from spin_jax.reports import REPORTS
 from spin_jax.runtime.metric_writer import read_metrics
 from spin_jax.self_play.run import open_run
@@ -27,10 +27,10 @@ def test_without_a_reference_nothing_is_scored_before_training(tiny_model, tmp_p
 
 
 def test_an_objective_whose_responses_nobody_has_is_refused_before_anything_is_read(tmp_path, own_registries):
-    OBJECTIVES.register("of three", Objective(lambda *logps: None, ("real", "proto")))
+    OBJECTIVES.register("of three", Objective(lambda *logps: None, ("real", "chosen")))
     paths = {"model.path": "nowhere", "data.train": "nowhere"}
     config = config_lib.replace(config_lib.Config(), paths | {"spin.loss": "of three"})
-    with pytest.raises(UserError, match=r"needs a response called 'proto', and a pair has real, generated"):
+    with pytest.raises(UserError, match=r"needs a response called 'chosen', and a pair has real, generated, proto"):
         open_run(config, tmp_path)
 
 
@@ -42,8 +42,3 @@ def test_what_is_registered_and_cannot_be_imported_is_refused_before_anything_is
     config = config_lib.replace(config_lib.Config(), {"model.path": "nowhere", "data.train": "nowhere"} | changes)
     with pytest.raises(UserError, match="'mine' is registered as no_such_module:mine, which cannot be imported"):
         open_run(config, tmp_path)
-
-
-def test_the_loss_at_the_start_is_where_policy_and_reference_agree():
-    for name, at_start in (("hinge", 1.0), ("exponential", 1.0), ("correlation", 1.0), ("sft", None)):
-        assert OBJECTIVES[name].at_start(Settings(beta=3.0)) == at_start

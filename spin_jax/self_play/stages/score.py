@@ -66,23 +66,34 @@ def held_out_scores(run: Run, t: int) -> np.ndarray:
     return logps
 
 
-def steps_path(run: Run, t: int) -> epath.Path:
-    return run.iteration(t) / "scores" / "steps.npz"
+def steps_path(run: Run, t: int, name: str = "steps") -> epath.Path:
+    return run.iteration(t) / "scores" / f"{name}.npz"
 
 
 def step_scores(run: Run, t: int, stage: TrainingStage) -> np.ndarray:
-    """log p_t of the pairs of each training step of iteration t, [steps, pairs of a batch, Y]: stored, or computed and
-    stored. Those of another mesh or version of jax are made anew: they would not cancel."""
-    path, model = steps_path(run, t), run.store.identity_of(stage.start)
+    """The reference's log-probs of the pairs of each training step of iteration t, [steps, pairs of a batch, Y]: those
+    of the opponent, or alpha log p_t + (1 - alpha) log p_0 with alpha `config.spin.opponent_share`. The normaliser of
+    this geometric mixture is a constant of the prompt, and is left out: it cancels in a margin."""
+    if not programs.is_mixed(run.config.spin, t):
+        return _step_scores_of(run, t, stage, stage.start)
+    share = np.float32(run.config.spin.opponent_share)
+    first = _step_scores_of(run, t, stage, run.start_of(0), "first_steps")
+    return share * _step_scores_of(run, t, stage, stage.start) + (1 - share) * first
+
+
+def _step_scores_of(run: Run, t: int, stage: TrainingStage, start: epath.Path, name: str = "steps") -> np.ndarray:
+    """Log-probs under the model in `start`: stored under a name, or computed and stored. Those of another mesh or
+    version of jax are made anew: they would not cancel."""
+    path, model = steps_path(run, t, name), run.store.identity_of(start)
     key = scores_key(stage.pairs, stage.plan, run.execution, run.config.train.micro_batches, model)
     logps = multihost.on_process_zero(lambda: read_scores(path, key))
     if logps is None:
-        start = stage.training.begin(run.store.take_params(stage.start), stage.seed)
-        program = StepProgram(stage.training.step, *start)
+        program = StepProgram(stage.training.step, *stage.training.begin(run.store.take_params(start), stage.seed))
         parts = Parts(path.parent, key, run.config.train.checkpoint_every)
-        logps = np.stack(score_batches(program, stage.make_batch(run), stage.plan, f"iteration {t}: score", parts))
+        loop = f"iteration {t}: score" + (" under theta_0" if start != stage.start else "")
+        logps = np.stack(score_batches(program, stage.make_batch(run), stage.plan, loop, parts))
         scored = [stage.pairs[i] for rows in stage.plan.batches for i in itertools.chain(*rows)]
         multihost.on_process_zero(lambda: write_scores(path, key, logps, scored))
         if not run.config.lora.rank:
-            run.store.keep_params(stage.start, program.state.params)  # which training starts from
+            run.store.keep_params(start, program.state.params)  # which training starts from
     return logps

@@ -31,8 +31,9 @@ def _iteration_flops(run: Run, t: int) -> float:
     """Model FLOPs that iteration t spends on its training rows: sampling, scoring, training."""
     stage = spin_stage(run, t)
     sampling = sum(forward_flops(run.model, choose(pair, ["generated"])) for pair in pairs_of(run, t)[0])
-    flops_multiplier = stage.spec.flops_multiplier + programs.is_scored(run.config.spin)
-    return sampling + flops_multiplier * stage.spec.steps * _forward_flops(run, stage.pairs)
+    spin = run.config.spin
+    passes = stage.spec.flops_multiplier + programs.is_scored(spin) * (1 + programs.is_mixed(spin, t))
+    return sampling + passes * stage.spec.steps * _forward_flops(run, stage.pairs)
 
 
 def _sft_step_flops(run: Run, pairs: Sequence[Pair]) -> float:

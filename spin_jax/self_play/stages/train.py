@@ -5,7 +5,7 @@ from spin_jax.runtime import multihost, out_of_memory
 from spin_jax.self_play.run import Run
 from spin_jax.self_play.stages.score import step_scores, steps_path
 from spin_jax.self_play.training_stage import export_model, fit_stage, is_trained, spin_stage
-from spin_jax.training.programs import is_scored
+from spin_jax.training.programs import is_mixed, is_scored
 
 # How far from l(0) an iteration's first loss may be. A stored opponent's log-probs are the step's own, and nothing but
 # the order of the sum over pairs is left. A live one is another part of the program, which a compiler may round
@@ -25,7 +25,8 @@ def train_policy(run: Run, t: int) -> None:
         if not multihost.on_process_zero(steps_path(run, t).exists):
             raise UserError(f"{steps_path(run, t)} is missing: run the score stage of iteration {t} first")
         logps = step_scores(run, t, stage)
-    at_start = stage.spec.objective.at_start(stage.spec.settings)
+    # The policy starts as its opponent, and so as its reference, if that is no mixture.
+    at_start = None if is_mixed(run.config.spin, t) else stage.spec.objective.at_start(stage.spec.settings)
     start_loss = None if at_start is None else (at_start, START_TOLERANCE[run.config.spin.opponent])
     make_batch = stage.make_batch(run, logps)
     export_model(run, directory, fit_stage(run, stage, make_batch, directory, f"iteration {t}: train", start_loss))
