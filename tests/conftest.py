@@ -68,7 +68,7 @@ def own_registries(monkeypatch):
     for package in ("objectives", "evaluation", "data.layouts", "kernels", "reports"):
         for registry in vars(importlib.import_module(f"spin_jax.{package}")).values():
             if isinstance(registry, Registry):
-                monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+                monkeypatch.setattr(registry, "data", dict(registry.data))
 
 
 @pytest.fixture
