@@ -12,7 +12,7 @@ from spin_jax.data.batch import PackedRows
 from spin_jax.data.bin_packing import round_up
 from spin_jax.data.pairs import Pair
 from spin_jax.models import Execution, ModelConfig
-from spin_jax.objectives.logprobs import response_logprobs
+from spin_jax.objectives.logprobs import target_scores
 from spin_jax.objectives.margin_losses import logistic, rewards
 from spin_jax.objectives.spin import Objective
 
@@ -50,7 +50,8 @@ def padded_objective(model: ModelConfig, execution: Execution, beta: float) -> O
     """The logistic objective, of padded batches."""
 
     def logprobs(params: dict, batch: PaddedBatch) -> jax.Array:
-        return response_logprobs(model, params, batch.rows, 1, execution).reshape(2, -1).T
+        logps_BR = target_scores(model, params, batch.rows, execution).logps
+        return jnp.sum(jnp.where(batch.rows.response_ids_BR == 0, logps_BR, 0.0), axis=1).reshape(2, -1).T
 
     def objective(params: dict, opponent: dict | None, batch: PaddedBatch) -> tuple[jax.Array, tuple]:
         logps_B2 = logprobs(params, batch)

@@ -137,8 +137,15 @@ class SftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Sampling the opponent's responses."""
+    """Where the generated responses come from, and how they are sampled."""
 
+    source: str = field(
+        "opponent",
+        "'opponent': it writes them here (but for those of iteration 0 that the data have). 'data': in every iteration "
+        "those of the data, such as the rejected ones of preferences. 'external': another program writes them, "
+        "see docs/baselines.md.",
+        choices=("opponent", "data", "external"),
+    )
     temperature: float = field(
         1.0,
         "y' ~ p_t needs 1 (equation 4.1); 0 is greedy, as the released generate.py.",
@@ -249,6 +256,11 @@ class TrainConfig:
     """Optimization, in every training stage."""
 
     epochs: float = field(2.0, "Passes over the pairs in an iteration. The paper's.", bounds=above(0, 10_000))
+    match_flops: str = field(
+        "",
+        "A finished run's workdir: each iteration takes as many steps as spend that run's FLOPs, whatever `epochs` "
+        "says, so that two objectives are compared at equal cost. '': `epochs` decides.",
+    )
     batch_size: int = field(64, "Pairs an optimizer step, over all devices. The paper's.", bounds=at_least(1, LENGTH))
     micro_batches: int = field(
         0,

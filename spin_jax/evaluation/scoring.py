@@ -27,7 +27,7 @@ from spin_jax.devices.transfer import everywhere, place, to_devices, to_host
 from spin_jax.errors import UserError
 from spin_jax.evaluation.score_files import Parts
 from spin_jax.models import Execution, ModelConfig, param_shardings
-from spin_jax.objectives.logprobs import pair_logprobs, target_logprobs
+from spin_jax.objectives.logprobs import pair_logprobs, target_scores
 from spin_jax.runtime import preemption
 from spin_jax.runtime.progress import Loop
 
@@ -44,7 +44,7 @@ def response_program(model: ModelConfig, execution: Execution) -> Callable:
 @functools.cache
 def token_program(model: ModelConfig, execution: Execution) -> Callable:
     """Jitted (params, batch) -> log-probs of the responses' tokens [B, R]."""
-    return jit(execution.mesh, lambda params, batch: target_logprobs(model, params, batch.rows, execution))
+    return jit(execution.mesh, lambda params, batch: target_scores(model, params, batch.rows, execution).logps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,5 +17,6 @@ OBJECTIVES: Registry = Registry(
         "space": "spin_jax.objectives.space:space",
         "tspin": "spin_jax.objectives.tspin:tspin",
         "sft": "spin_jax.objectives.sft:sft",
+        "ssd": "spin_jax.objectives.ssd:ssd",
     }
 )

@@ -13,7 +13,7 @@ from spin_jax.data.pairs import ALL_RESPONSES, RESPONSES
 from spin_jax.errors import UserError, as_flag
 from spin_jax.models import Execution, ModelConfig
 from spin_jax.objectives import OBJECTIVES
-from spin_jax.objectives.logprobs import pair_logprobs
+from spin_jax.objectives.logprobs import Scores, pair_logprobs, pair_scores
 
 
 class Settings(NamedTuple):
@@ -120,16 +120,39 @@ def batch_loss(objective: Objective, settings: Settings, model: ModelConfig, exe
     opponent's params are given. Loss and metrics are sums over pairs, each with its weight."""
 
     def loss(params: dict, opponent: dict | None, batch: Batch) -> tuple[jax.Array, tuple]:
-        policy_BPY = pair_logprobs(model, params, batch, execution)
+        scores, lengths_BPY = pair_scores(model, params, batch, execution), response_lengths(batch)
         reference_BPY = batch.reference_logps_BPY if objective.reference else None
         if objective.reference and opponent is not None:
             reference_BPY = jax.lax.stop_gradient(pair_logprobs(model, opponent, batch, execution))
         with jax.named_scope("loss"):
-            loss_BP, metrics_BP = objective.of_pairs(policy_BPY, reference_BPY, response_lengths(batch), settings)
-            metrics = jax.tree.map(lambda x_BP: jnp.sum(batch.weights_BP * x_BP), {"loss": loss_BP} | metrics_BP)
-        return metrics["loss"], (metrics, policy_BPY)
+            loss_BP, metrics_BP = objective.of_pairs(scores.logps, reference_BPY, lengths_BPY, settings)
+            metrics_BP |= {"loss": loss_BP} | token_metrics(objective, scores, reference_BPY, lengths_BPY)
+            metrics = jax.tree.map(lambda x_BP: jnp.sum(batch.weights_BP * x_BP), metrics_BP)
+        return metrics["loss"], (metrics, scores.logps)
 
     return loss
+
+
+def token_metrics(
+    objective: Objective, scores: Scores, reference_BPY: jax.Array | None, lengths_BPY: jax.Array
+) -> dict[str, jax.Array]:
+    """What is told of each response's tokens whatever the loss: means over a response's tokens, or sums where the
+    batch's weights make the mean over all tokens of them.
+
+    `kl/generated` estimates KL(opponent || policy) a token, from what the opponent has drawn: log p_t(y') - log
+    p_theta(y'). Pairs of earlier iterations count in it with responses that other opponents drew.
+    """
+    names = objective.responses
+
+    def mean(x_BPY: jax.Array) -> jax.Array:
+        return per_token(x_BPY, lengths_BPY) if objective.mean_over == "pairs" else x_BPY
+
+    metrics = by_response("logps_per_token", names, mean(scores.logps))
+    metrics |= by_response("entropy", names, mean(scores.entropy))
+    metrics |= by_response("token_accuracy", names, mean(scores.correct))
+    if reference_BPY is not None and "generated" in names:
+        metrics["kl/generated"] = mean(reference_BPY - scores.logps)[..., names.index("generated")]
+    return metrics
 
 
 def response_lengths(batch: Batch) -> jax.Array:

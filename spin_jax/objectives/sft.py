@@ -3,9 +3,10 @@
 from spin_jax.objectives.interface import Objective, Settings
 
 
-def _of_pairs(policy_BPY, reference_BPY, lengths_BPY, settings: Settings):
+def negative_log_likelihood(policy_BPY, reference_BPY, lengths_BPY, settings: Settings):
+    """-log p(y|x) of the one response, in nats."""
     del reference_BPY, lengths_BPY, settings
     return -policy_BPY[..., 0], {}
 
 
-sft = Objective(_of_pairs, ("real",), reference=False, mean_over="tokens")
+sft = Objective(negative_log_likelihood, ("real",), reference=False, mean_over="tokens")

@@ -5,14 +5,17 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 
 from etils import epath
 
+from spin_jax.errors import UserError, as_flag
 from spin_jax.reports import REPORTS
 from spin_jax.runtime import files, metric_writer
 
 RESULT = "result.json"
+SPENT, PETA = "petaflops", 1e15  # an iteration's model FLOPs, in its result
 _RENAMED = {"generated/cut": "generated/truncated"}  # since runs that may still go on
 
 _LOG = logging.getLogger(__name__)
@@ -67,6 +70,20 @@ def write_reports(record: RunRecord) -> None:
 def write_result(directory: epath.Path, row: Mapping[str, object]) -> None:
     """Keeps the summary's row of the model that was measured for `directory`."""
     files.write_whole(directory / RESULT, metric_writer.to_json(row) + "\n")
+
+
+def spent_flops(workdir: epath.PathLike, t: int) -> float:
+    """Model FLOPs that iteration t of a run has spent, as its result says.
+
+    Raises:
+        UserError: there is no such result. The message is of the field that names the run.
+    """
+    directory = epath.Path(workdir) / f"iteration_{t}"
+    found = (read_result(directory) or {}).get(SPENT)
+    if not found:
+        flag = as_flag("train.match_flops", os.fspath(workdir))
+        raise UserError(f"{flag}: {directory / RESULT} says no {SPENT}: name the workdir of a run that has finished")
+    return found * PETA
 
 
 def read_result(directory: epath.Path) -> dict | None:

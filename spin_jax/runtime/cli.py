@@ -156,13 +156,15 @@ def _read(text: str, default: object) -> object:
 
 
 def load_config(name: str) -> ConfigDict:
-    """What the config file returns for its argument."""
+    """What the config file returns for its argument. It may import the files beside it, as a script may."""
     file, colon, argument = name.partition(":")
     if not os.path.exists(file) or os.path.isdir(file):
         what = "is a directory" if os.path.isdir(file) else "no such file"
         is_field = name.partition("=")[0] in FIELDS
         advice = f"did you mean --config.{name}?" if is_field else f"write a file, as --config={_like(file)}"
         raise UserError(f"--config={quoted(name)}: {what}; {advice}")
+    if (directory := str(pathlib.Path(file).resolve().parent)) not in sys.path:
+        sys.path.append(directory)  # last: a file there called like a library does not take its place
     try:
         module = sys.modules["spin_jax_config"] = types.ModuleType("spin_jax_config")
         module.__file__ = file

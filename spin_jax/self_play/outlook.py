@@ -13,6 +13,7 @@ from spin_jax.evaluation.interface import chosen
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import find
 from spin_jax.runtime.progress import Expected
+from spin_jax.self_play.pairs import is_given, is_sampled, iterations_mixed
 from spin_jax.self_play.run import Run
 from spin_jax.training.programs import is_mixed, is_scored
 from spin_jax.training.schedule import num_steps
@@ -54,9 +55,8 @@ def loops(run: Run, only: Sequence[str] = STAGES) -> list[Expected]:
 
 def steps_of(run: Run, t: int) -> int:
     """Steps that iteration t trains for."""
-    train, given = run.config.train, _has_responses(run)
-    iterations = range(max(0, t - run.config.spin.previous_iterations), t + 1)
-    responses = sum(1 if s == 0 and given else run.config.generate.responses for s in iterations)
+    train = run.config.train
+    responses = sum(run.config.generate.responses if is_sampled(run, s) else 1 for s in iterations_mixed(run, t))
     return num_steps(responses * len(run.train_examples), train.epochs, train.batch_size)
 
 
@@ -97,8 +97,10 @@ def _model(run: Run) -> str:
 
 def _steps(run: Run) -> str:
     config = run.config
-    steps = ", ".join(f"{steps_of(run, t):,}" for t in range(config.iterations))
-    line = f"iterations: {config.iterations}, of {steps} steps of {config.train.batch_size} pairs"
+    steps = ", ".join(f"{steps_of(run, t):,}" for t in range(config.iterations)) + " steps"
+    if config.train.match_flops:
+        steps = f"as many steps as spend the FLOPs of {config.train.match_flops},"
+    line = f"iterations: {config.iterations}, of {steps} of {config.train.batch_size} pairs"
     if config.sft.epochs:
         first = num_steps(len(run.train_examples), config.sft.epochs, config.train.batch_size, "--config.sft.epochs")
         line = f"{line}; before them SFT, of {first:,} steps"
@@ -126,14 +128,9 @@ def _position(run: Run) -> str:
 def _stage(run: Run, t: int) -> str:
     """The first stage of an iteration that has not made its result."""
     directory = run.iteration(t)
-    if not (directory / "generated" / "pairs.parquet").exists() and not (t == 0 and _has_responses(run)):
+    if not (directory / "generated" / "pairs.parquet").exists() and not is_given(run, t):
         return "generate"
     return "score" if is_scored(run.config.spin) and not (directory / "scores" / "steps.npz").exists() else "train"
-
-
-def _has_responses(run: Run) -> bool:
-    """Whether the data has the opponent's responses of iteration 0."""
-    return run.train_examples[0].generated is not None
 
 
 def _unfinished(run: Run) -> int:

@@ -14,6 +14,7 @@ from spin_jax.generation.response_files import Response, forget_parts
 from spin_jax.runtime import multihost
 from spin_jax.self_play.run import Run
 from spin_jax.self_play.workdir import check_model
+from spin_jax.training.programs import reads_generated
 
 
 def write_responses(
@@ -40,34 +41,62 @@ def write_responses(
     forget_parts(directory)
 
 
+def is_given(run: Run, t: int) -> bool:
+    """Whether the generated responses of iteration t are those of the data."""
+    has = run.train_examples[0].generated is not None
+    return has and (t == 0 or run.config.generate.source == "data")
+
+
+def is_sampled(run: Run, t: int) -> bool:
+    """Whether responses are written for iteration t to train on."""
+    return reads_generated(run.config.spin) and not is_given(run, t)
+
+
+def asked_examples(run: Run) -> list[Example]:
+    """The examples whose prompts the opponent answers. Where the objective reads no generated response, held-out ones
+    alone."""
+    return (run.train_examples if reads_generated(run.config.spin) else []) + run.held_out_examples
+
+
 def pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
     """(train, held-out) pairs whose y' are the responses of iteration t."""
     if t not in run.pairs:
         path = run.iteration(t) / "generated" / "pairs.parquet"
-        if multihost.on_process_zero(path.exists):
+        asked = asked_examples(run)
+        if not asked:
+            sampled = {}
+        elif multihost.on_process_zero(path.exists):
             complaint = f"{path} was written by another model than that in {run.start_of(t)}"
             check_model(
                 read_model(path), run.store.identity_of(run.start_of(t)), complaint, f"delete {path.parent}, and go on"
             )
             sampled = read_sampled(path)
-        elif t == 0 and run.train_examples[0].generated is not None:
-            sampled = {e.row: [(e.generated or "", e.truncated)] for e in run.train_examples + run.held_out_examples}
+        elif is_given(run, t):
+            sampled = {e.row: [(e.generated or "", e.truncated)] for e in asked}
         else:
             raise UserError(f"{path} is missing: run the generate stage of iteration {t} first")
-        examples = run.train_examples + run.held_out_examples
-        if absent := [example.row for example in examples if example.row not in sampled]:
+        if absent := [example.row for example in asked if example.row not in sampled]:
             raise UserError(f"{path} has no response to row {absent[0]}: the data changed; give another --workdir")
-        asked = [(example, response) for example in examples for response in sampled[example.row]]
-        pairs = multihost.parallel_map(lambda one: run.pair(one[0], one[1], t), asked)
-        trained = sum(len(sampled[example.row]) for example in run.train_examples)
-        run.pairs[t] = pairs[:trained], pairs[trained:]
+        train, held_out = (
+            [(example, response) for example in examples for response in sampled.get(example.row, [None])]
+            for examples in (run.train_examples, run.held_out_examples)
+        )
+        pairs = multihost.parallel_map(lambda one: run.pair(one[0], one[1], t), train + held_out)
+        run.pairs[t] = pairs[: len(train)], pairs[len(train) :]
     return run.pairs[t]
 
 
+def iterations_mixed(run: Run, t: int) -> range:
+    """The iterations whose pairs iteration t trains on: its own, then `config.spin.previous_iterations` before it, if
+    their pairs are others."""
+    differ = reads_generated(run.config.spin) and run.config.generate.source != "data"
+    previous = run.config.spin.previous_iterations if differ else 0
+    return range(t, max(0, t - previous) - 1, -1)
+
+
 def mixed_pairs(run: Run, t: int) -> list[Pair]:
-    """The pairs that iteration t trains on: its own, then those of `config.spin.previous_iterations` before it."""
-    oldest = max(0, t - run.config.spin.previous_iterations)
-    return [pair for s in range(t, oldest - 1, -1) for pair in pairs_of(run, s)[0]]
+    """The pairs that iteration t trains on, those of the newest iteration first."""
+    return [pair for s in iterations_mixed(run, t) for pair in pairs_of(run, s)[0]]
 
 
 def with_proto(run: Run, pairs: Sequence[Pair]) -> list[Pair]:

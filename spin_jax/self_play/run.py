@@ -39,14 +39,17 @@ from spin_jax.data.sources import Example
 from spin_jax.data.tokenize import Tokenised
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import check_slice
+from spin_jax.errors import UserError
 from spin_jax.evaluation import interface as evaluators
 from spin_jax.language_model import open_language_model
 from spin_jax.objectives.interface import check_objective
 from spin_jax.reports import REPORTS
+from spin_jax.reports.record import spent_flops
 from spin_jax.runtime import multihost
 from spin_jax.runtime.profiling import Profiler
 from spin_jax.self_play import workdir as workdirs
 from spin_jax.self_play.model_store import ModelStore
+from spin_jax.training.programs import reads_generated
 from spin_jax.training.schedule import check_warmup, num_steps
 
 _LOG = logging.getLogger(__name__)
@@ -149,6 +152,7 @@ def open_run(config: Config, workdir: epath.PathLike, trains: bool = True, profi
     sharding.check_pairs(execution.mesh, config.train.batch_size, config.train.micro_batches)
     models.param_shardings(execution.mesh, model)
     train_examples, held_out, tokens = load_dataset(config, train, workdir, source, chat)
+    _check_given(config, train_examples + held_out)
     _check_steps(config, len(train_examples))
     workdirs.note_start(config, workdir, source, train_examples, held_out)
     if not held_out:
@@ -192,4 +196,18 @@ def _check_steps(config: Config, rows: int) -> None:
     if config.sft.epochs:
         steps = num_steps(rows, config.sft.epochs, train.batch_size, "--config.sft.epochs")
         check_warmup(steps, train.warmup_ratio, "--config.sft.epochs")
-    check_warmup(num_steps(rows * config.generate.responses, train.epochs, train.batch_size), train.warmup_ratio)
+    if train.match_flops:
+        for t in range(config.iterations):
+            spent_flops(train.match_flops, t)
+        return
+    responses = config.generate.responses if reads_generated(config.spin) and config.generate.source != "data" else 1
+    check_warmup(num_steps(rows * responses, train.epochs, train.batch_size), train.warmup_ratio)
+
+
+def _check_given(config: Config, examples: list[Example]) -> None:
+    """Refuse to take the data's generated responses where a row has none."""
+    if config.generate.source == "data" and (bare := [one.row for one in examples if one.generated is None]):
+        raise UserError(
+            f"--config.generate.source=data: row {bare[0]} of {config.data.train} has no generated response; rows need "
+            "`real` and `generated`, or with --config.data.layout=preference `chosen` and `rejected`"
+        )

@@ -1,5 +1,6 @@
 """A training stage of a run, put together: its programs, where it starts, which pairs each step takes."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from spin_jax.data.packing import Plan, make_packing, pack_batch, plan_training
 from spin_jax.data.pairs import Pair, choose
 from spin_jax.devices import sharding
 from spin_jax.runtime import multihost
+from spin_jax.self_play.flops import matched_steps
 from spin_jax.self_play.pairs import mixed_pairs, with_proto
 from spin_jax.self_play.run import Run
 from spin_jax.training import programs
@@ -58,13 +60,15 @@ def _planned(run: Run, spec: programs.TrainingSpec, start: epath.Path, seed: int
 
 
 def spin_stage(run: Run, t: int) -> TrainingStage:
-    """Iteration t's: its own pairs, then those of `config.spin.previous_iterations` before it."""
+    """Iteration t's, for `config.train.epochs`, or for the FLOPs of another run."""
     train, pairs = run.config.train, mixed_pairs(run, t)
-    steps = num_steps(len(pairs), train.epochs, train.batch_size)
+    steps = 1 if train.match_flops else num_steps(len(pairs), train.epochs, train.batch_size)
     spec = programs.spin_spec(run.config, run.model, run.execution, t, steps)
     if "proto" in spec.objective.responses:
         pairs = with_proto(run, pairs)
     pairs = [choose(pair, spec.objective.responses) for pair in pairs]
+    if train.match_flops:
+        spec = dataclasses.replace(spec, steps=matched_steps(run, t, spec, pairs))
     return _planned(run, spec, run.start_of(t), run.config.seed + t, pairs)
 
 

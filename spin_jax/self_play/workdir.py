@@ -30,6 +30,7 @@ _STAGES = (
     ("lora.", (*_SFT, *_SPIN)),
     ("sft.learning_rate", _SFT),
     ("sft.optimizer", (*_SFT, *_CONTROL)),
+    ("sft.loss_on", (*_SFT, *_CONTROL)),
     ("sft.control_learning_rate", _CONTROL),
 )
 

@@ -86,6 +86,11 @@ def is_scored(spin: SpinConfig) -> bool:
     return spin.opponent == "stored" and OBJECTIVES[spin.loss].reference
 
 
+def reads_generated(spin: SpinConfig) -> bool:
+    """Whether the objective learns from responses that a model has written."""
+    return bool({"generated", "proto"} & set(OBJECTIVES[spin.loss].responses))
+
+
 def is_mixed(spin: SpinConfig, t: int) -> bool:
     """Whether the reference of iteration t is a mixture of the opponent and theta_0, which are the same at iteration
     0."""

@@ -16,7 +16,7 @@ from spin_jax.data.packing import Packing, pack_batch, plan_scoring
 from spin_jax.data.pairs import Pair
 from spin_jax.devices.sharding import make_mesh
 from spin_jax.models import REMAT_POLICIES, Execution
-from spin_jax.objectives.logprobs import pair_logprobs
+from spin_jax.objectives.logprobs import Scores, pair_logprobs, pair_scores
 
 # (prompt, real, generated) tokens: short beside long, responses of one token, one of none.
 LENGTHS = ((1, 6, 4), (10, 6, 9), (3, 1, 2), (7, 4, 1), (5, 3, 0), (4, 0, 2))
@@ -122,6 +122,22 @@ def test_any_number_of_responses_to_a_prompt_are_blind_to_each_other(count, atte
     padded_grads, by_rows = jax.jit(jax.grad(padded_sum, has_aux=True))(tiny.params())
     np.testing.assert_allclose(packed, by_rows[jnp.array(order)], rtol=5e-6)
     assert_trees_close(packed_grads, padded_grads, 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_entropy_and_accuracy_are_those_of_all_logits_and_have_no_gradient(chunk):
+    batch, pairs, places = make_batch(), tiny.pairs(LENGTHS), tiny.places(tiny.pairs(LENGTHS), IN_TWO_ROWS)
+    execution = dataclasses.replace(PLAIN, logits_chunk=chunk)
+
+    def scores(params: dict) -> Scores:
+        return pair_scores(tiny.CONFIG, params, batch, execution)
+
+    found, expected = scores(tiny.params()), padded.pair_scores(tiny.CONFIG, tiny.params(), pairs, PLAIN)
+    for x_BPY, x_P2 in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x_BPY[places], x_P2, rtol=1e-5, atol=1e-5)
+    assert 0 < float(expected[2].sum()) < sum(real + generated for _, real, generated in LENGTHS)
+    gradient = jax.grad(lambda params: scores(params).entropy.sum() + scores(params).correct.sum())(tiny.params())
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
 def test_ids_in_the_padding_change_no_bit():

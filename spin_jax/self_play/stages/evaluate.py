@@ -14,11 +14,14 @@ from spin_jax.evaluation.interface import Subject, evaluate
 from spin_jax.evaluation.score_files import delete_parts
 from spin_jax.generation.engine import Engine
 from spin_jax.generation.response_files import Response
-from spin_jax.reports.record import read_result, write_result
+from spin_jax.reports.record import PETA, SPENT, read_result, write_result
 from spin_jax.runtime import metric_writer, multihost, out_of_memory
+from spin_jax.self_play.flops import iteration_flops
 from spin_jax.self_play.pairs import pairs_of, sft_pair
 from spin_jax.self_play.run import Run
 from spin_jax.self_play.stages.score import EVALUATION_PARTS, held_out_scores, score_pairs_of
+from spin_jax.self_play.training_stage import spin_stage
+from spin_jax.training.programs import reads_generated
 
 
 @out_of_memory.tells("evaluate", out_of_memory.for_training)
@@ -39,8 +42,11 @@ def evaluate_policy(run: Run, t: int) -> None:
 
     def measure() -> dict:
         train, held_out = pairs_of(run, t)
-        known = {"generated/tokens": float(np.mean([len(pair.responses[1]) for pair in train]))}
-        known["generated/truncated"] = float(np.mean([pair.truncated[1] for pair in train]))
+        stage = spin_stage(run, t)
+        known = {SPENT: iteration_flops(run, t, stage.spec, stage.pairs) / PETA}
+        if written := train if reads_generated(run.config.spin) else held_out:
+            known["generated/tokens"] = float(np.mean([len(pair.responses[1]) for pair in written]))
+            known["generated/truncated"] = float(np.mean([pair.truncated[1] for pair in written]))
         if not held_out:
             known |= _last_step(run.iteration(t))
         policy = _subject(run, t, f"iteration {t}", run.start_of(t + 1), run.iteration(t))
@@ -50,11 +56,12 @@ def evaluate_policy(run: Run, t: int) -> None:
     _measure_once(run.iteration(t), measure)
 
 
-def evaluate_control(run: Run, t: int, directory: epath.Path) -> None:
-    """The summary's row of the baseline of iteration t, in `directory`."""
+def evaluate_control(run: Run, t: int, directory: epath.Path, spent: float) -> None:
+    """The summary's row of the baseline of iteration t, in `directory`, which was trained for so many FLOPs."""
 
     def measure() -> dict:
-        return evaluate(_subject(run, t, f"SFT control {t}", directory / "model", directory, " SFT control"))
+        subject = _subject(run, t, f"SFT control {t}", directory / "model", directory, " SFT control")
+        return evaluate(subject, {SPENT: spent / PETA})
 
     _measure_once(directory, measure)
 

@@ -5,7 +5,7 @@ import logging
 from spin_jax.generation.engine import Engine, Progress, warn_if_endless
 from spin_jax.generation.response_files import note_settings
 from spin_jax.runtime import multihost, out_of_memory
-from spin_jax.self_play.pairs import write_responses
+from spin_jax.self_play.pairs import asked_examples, is_given, write_responses
 from spin_jax.self_play.run import Run
 
 _LOG = logging.getLogger(__name__)
@@ -17,9 +17,11 @@ def generate_responses(run: Run, t: int) -> None:
     directory = run.iteration(t) / "generated"
     if multihost.on_process_zero((directory / "pairs.parquet").exists):
         return
-    examples = run.train_examples + run.held_out_examples
-    if t == 0 and all(example.generated is not None for example in examples):
-        _LOG.info("iteration 0 takes the generated responses that %s holds", run.config.data.train)
+    examples = asked_examples(run)
+    if not examples:
+        return
+    if is_given(run, t):
+        _LOG.info("iteration %d takes the generated responses that %s holds", t, run.config.data.train)
         return
     model = run.store.identity_of(run.start_of(t))
     multihost.on_process_zero(

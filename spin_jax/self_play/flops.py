@@ -1,0 +1,56 @@
+"""Model FLOPs that an iteration spends, as the algorithm asks for them: what baselines are matched by.
+
+Counted are the matmuls of sampling, scoring and training on the rows to train on, without padding and recomputation.
+"""
+
+from collections.abc import Sequence
+
+from spin_jax.data.packing import forward_flops
+from spin_jax.data.pairs import Pair, choose
+from spin_jax.errors import UserError, as_flag
+from spin_jax.reports.record import spent_flops
+from spin_jax.self_play.pairs import is_sampled, pairs_of
+from spin_jax.self_play.run import Run
+from spin_jax.training.programs import TrainingSpec, is_mixed, is_scored
+
+
+def sampling_flops(run: Run, t: int) -> float:
+    """Of the responses that were written for iteration t to train on; 0 where it takes those of the data, or none."""
+    if not is_sampled(run, t):
+        return 0.0
+    return sum(forward_flops(run.model, choose(pair, ["generated"])) for pair in pairs_of(run, t)[0])
+
+
+def iteration_flops(run: Run, t: int, spec: TrainingSpec, pairs: Sequence[Pair]) -> float:
+    """Of iteration t, whose steps are on such pairs: sampling, scoring, training."""
+    return sampling_flops(run, t) + spec.steps * iteration_step_flops(run, t, spec, pairs)
+
+
+def iteration_step_flops(run: Run, t: int, spec: TrainingSpec, pairs: Sequence[Pair]) -> float:
+    """Of a step of iteration t on such pairs, on average, and of the scoring that it needs."""
+    passes = spec.flops_multiplier + is_scored(run.config.spin) * (1 + is_mixed(run.config.spin, t))
+    return passes * _forward_flops(run, pairs)
+
+
+def sft_step_flops(run: Run, spec: TrainingSpec, pairs: Sequence[Pair]) -> float:
+    """Of a step of supervised fine-tuning on such pairs, on average."""
+    return spec.flops_multiplier * _forward_flops(run, pairs)
+
+
+def _forward_flops(run: Run, pairs: Sequence[Pair]) -> float:
+    """Of a forward pass over a batch of such pairs, on average."""
+    return sum(forward_flops(run.model, pair) for pair in pairs) * run.config.train.batch_size / len(pairs)
+
+
+def matched_steps(run: Run, t: int, spec: TrainingSpec, pairs: Sequence[Pair]) -> int:
+    """Steps for which iteration t spends what the same iteration of the run in `config.train.match_flops` has spent.
+
+    Raises:
+        UserError: sampling alone has cost as much.
+    """
+    left = spent_flops(run.config.train.match_flops, t) - sampling_flops(run, t)
+    steps = round(left / iteration_step_flops(run, t, spec, pairs))
+    if steps < 1:
+        flag = as_flag("train.match_flops", run.config.train.match_flops)
+        raise UserError(f"{flag}: iteration {t} of that run spent less than sampling alone costs here; leave it out")
+    return steps
