@@ -73,6 +73,10 @@ class ChatFormat:
         """
         raise NotImplementedError
 
+    def sampled_ids(self, prompt: Sequence[Message], text: str, truncated: bool) -> np.ndarray:
+        """The ids that the opponent would have sampled for a text, a stop id last unless it is `truncated`."""
+        return self.generated_response(prompt, text, truncated)
+
 
 def load_chat(
     directory: pathlib.Path,
@@ -200,8 +204,14 @@ class PaperFormat(ChatFormat):
     name: ClassVar[str] = "paper"
 
     def generation_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
-        question = self.codec.hide(_single_turn(prompt))
-        return _ids(self.codec.encode(f"### Instruction: {question}\n\n### Response: "))
+        return _ids(self.codec.encode(self._asked(prompt)))
+
+    def sampled_ids(self, prompt: Sequence[Message], text: str, truncated: bool) -> np.ndarray:
+        ids = self.codec.encode_after(self._asked(prompt), self.codec.hide(text))
+        return _ids(ids if truncated else [*ids, self.stop_ids[0]])
+
+    def _asked(self, prompt: Sequence[Message]) -> str:
+        return f"### Instruction: {self.codec.hide(_single_turn(prompt))}\n\n### Response: "
 
     def training_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
         eos, question = self.tokenizer.eos_token, self.codec.hide(_single_turn(prompt))
