@@ -18,8 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 from spin_jax import checkpoints, models
 from spin_jax.config import FIELDS, Config, base_config, freeze, override
 from spin_jax.data.chat_format import ChatFormat, load_chat
+from spin_jax.data.rows import make_all
 from spin_jax.data.sources import Example, Message, encodable, read_prompts
-from spin_jax.data.tokenize import ask, tokenise
+from spin_jax.data.tokenize import tokenise
 from spin_jax.devices.accelerators import Device
 from spin_jax.errors import UserError
 from spin_jax.evaluation.scoring import Scorer
@@ -126,7 +127,7 @@ class Model:
 
     def encode(self, prompts: Sequence[str | Sequence[Message]]) -> list[np.ndarray]:
         """What the model is asked with to answer each prompt: int32 token ids, for an `engine`."""
-        return ask(self.chat, read_prompts(prompts), "prompt ")
+        return make_all(self.chat.generation_prompt, read_prompts(prompts), "prompt ")
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of a response's token ids, without special tokens."""

@@ -4,8 +4,8 @@ import codecs
 import collections
 import json
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
@@ -27,6 +27,9 @@ _NO_ROWS = (
 )
 _MISNAMED = ((b"PAR1", ".parquet"), (b"[", ".json"))  # how files begin that are called .jsonl, and should not be
 _STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # what etils reads them with
+
+T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Place(NamedTuple):
@@ -57,6 +60,22 @@ class Mistakes:
             named = [f"{before}{', '.join(numbers)}: {what}" for (before, what), numbers in self._numbers.items()]
             more = [f"and {self._count - NAMED:,} more rows"] if self._count > NAMED else []
             raise UserError("; ".join(named + more))
+
+
+def make_all(make: Callable[[Item], T], items: Iterable[Item], before: str) -> list[T]:
+    """[make(item) for item in items].
+
+    Raises:
+        UserError: `make` refused items; it names all of them by `before` and their positions.
+    """
+    made, mistakes = [], Mistakes()
+    for position, item in enumerate(items):
+        try:
+            made.append(make(item))
+        except UserError as error:
+            mistakes.add(Place(before, position), error)
+    mistakes.refuse()
+    return made
 
 
 def read_rows(source: str, split: str) -> Iterator[tuple[Place, object]]:

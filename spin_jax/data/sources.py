@@ -16,7 +16,7 @@ from spin_jax.data.layouts import LAYOUTS
 from spin_jax.data.layouts.columns import UNWANTED, Fields, Unusable, refuse_kinds
 from spin_jax.data.layouts.interface import detect_layout
 from spin_jax.data.layouts.turns import Message, asked, exchange, message, read_turns
-from spin_jax.data.rows import Mistakes, Place, read_rows
+from spin_jax.data.rows import Mistakes, make_all, read_rows
 from spin_jax.errors import UserError
 
 MANY_SKIPPED = 0.25  # the share of rows left out that is worth a warning
@@ -197,17 +197,9 @@ def read_prompts(prompts: Sequence[str | Sequence[Message]]) -> list[list[Messag
     """
     if isinstance(prompts, str):
         raise UserError("prompts must be a list: write [prompt] for one")
-    read, mistakes, mended = [], Mistakes(), []
-    for index, prompt in enumerate(prompts):
-        try:
-            turns = _turns_of(prompt)
-        except UserError as error:
-            mistakes.add(Place("prompt ", index), error)
-            continue
-        read.append(_mended(turns))
-        mended += [index] if read[-1] != turns else []
-    mistakes.refuse()
-    for note in _notes(mended, []):
+    given = make_all(_turns_of, prompts, "prompt ")
+    read = list(map(_mended, given))
+    for note in _notes([index for index, turns in enumerate(read) if turns != given[index]], []):
         _LOG.warning("prompts: %s", note)
     return read
 

@@ -17,8 +17,7 @@ from spin_jax.data import chat_format as chat_lib
 from spin_jax.data import codec, tokenizer
 from spin_jax.data import template as template_lib
 from spin_jax.data.chat_format import ChatFormat
-from spin_jax.data.rows import Mistakes, Place
-from spin_jax.data.sources import Example, Message, Skip
+from spin_jax.data.sources import Example, Skip
 from spin_jax.errors import UserError
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import write_whole
@@ -53,22 +52,6 @@ def tokenise(chat: ChatFormat, example: Example) -> Tokenised:
     if isinstance(tokens, Skip):
         raise UserError(f"row {tokens.row}: {tokens.reason}")
     return tokens
-
-
-def ask(chat: ChatFormat, prompts: Sequence[Sequence[Message]], before: str) -> list[np.ndarray]:
-    """What a model is asked with to answer each of `prompts`, int32 ids [tokens], not yet cut to a budget.
-
-    Raises:
-        UserError: prompts that the template refuses; it names them by `before` and their positions.
-    """
-    asked, mistakes = [], Mistakes()
-    for position, prompt in enumerate(prompts):
-        try:
-            asked.append(chat.generation_prompt(prompt))
-        except UserError as error:
-            mistakes.add(Place(before, position), error)
-    mistakes.refuse()
-    return asked
 
 
 def _tokenise(chat: ChatFormat, example: Example) -> Tokenised | Skip:

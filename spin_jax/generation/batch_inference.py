@@ -25,8 +25,8 @@ from ml_collections import ConfigDict
 from spin_jax import checkpoints, models, sizing
 from spin_jax.config import FIELDS, Config, DataConfig, flatten, freeze
 from spin_jax.data.chat_format import ChatFormat
+from spin_jax.data.rows import make_all
 from spin_jax.data.sources import Message, as_messages, load_prompts
-from spin_jax.data.tokenize import ask
 from spin_jax.devices.accelerators import check_slice
 from spin_jax.errors import UserError
 from spin_jax.generation.engine import Engine, warn_if_endless
@@ -97,7 +97,8 @@ def _check_free(out: epath.Path) -> None:
 def _tokenise(chat: ChatFormat, prompts: Sequence[str | list[Message]], data: DataConfig) -> list[np.ndarray]:
     """What the model is asked with; a prompt over the budget keeps its end, unless `config.data.long_prompts` says that
     there shall be none."""
-    asked, longest = ask(chat, list(map(as_messages, prompts)), f"{data.train} row "), data.max_prompt_length
+    asked = make_all(chat.generation_prompt, map(as_messages, prompts), f"{data.train} row ")
+    longest = data.max_prompt_length
     if too_long := [row for row, tokens in enumerate(asked) if len(tokens) > longest]:
         what = f"{len(too_long):,} of {len(asked):,} prompts are longer than --config.data.max_prompt_length={longest}"
         if data.long_prompts == "skip":
