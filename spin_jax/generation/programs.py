@@ -1,6 +1,5 @@
 """The jitted programs of sampling, made once for each `DecodeSpec`."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -14,9 +13,9 @@ from spin_jax.models import abstract_params, cast_params, param_shardings, split
 from spin_jax.models.params import make_resharding
 
 
-@dataclasses.dataclass(frozen=True)
 class DecodePrograms:
-    """The functions of `decode_loop`, jitted. Those that take slots or a queue donate them.
+    """The functions of `decode_loop`, jitted; compiled when they are first called. Those that take slots or a queue
+    donate them.
 
     Attributes:
         spec: what they are compiled for.
@@ -29,42 +28,31 @@ class DecodePrograms:
         shrink: (slots, kept) -> Slots, Responses, Report; donates nothing, as no array stays as large as it was.
     """
 
-    spec: decode_state.DecodeSpec
-    lay_out: Callable
-    params: dict
-    start: Callable
-    prefill: Callable
-    decode: Callable
-    drain: Callable
-    shrink: Callable
+    def __init__(self, spec: decode_state.DecodeSpec):
+        self.spec, mesh = spec, spec.execution.mesh
+        rows = jax.tree.map(
+            functools.partial(NamedSharding, mesh),
+            decode_state.row_specs(jax.eval_shape(lambda: decode_state.start(spec, 1, 1, 1))),
+        )
+        slots, queue = rows
+        whole, ended = NamedSharding(mesh, PartitionSpec()), slots.responses
+
+        def make(function: Callable, **options) -> Callable:
+            return jit(mesh, functools.partial(function, spec), **options)
+
+        if spec.by_layer:
+            cast = functools.partial(cast_params, spec.model, dtype=spec.execution.dtype)
+            self.lay_out = jit(mesh, lambda params: split_layers(cast(params)), out_shardings=whole)
+            shardings = whole
+        else:
+            self.lay_out = make_resharding(spec.model, spec.execution)
+            shardings = param_shardings(mesh, spec.model)
+        self.params = located(self.lay_out.eval_shape(abstract_params(spec.model)), shardings)
+        self.start = make(decode_state.start, static_argnums=(0, 1, 2), out_shardings=rows)
+        self.prefill = make(decode_loop.prefill, donate_argnums=1, out_shardings=queue)
+        self.decode = make(decode_loop.decode, donate_argnums=(1, 2), out_shardings=(slots, queue, ended, whole))
+        self.drain = make(decode_loop.drain, donate_argnums=1, out_shardings=slots)
+        self.shrink = make(decode_loop.shrink, static_argnums=1, out_shardings=(slots, ended, whole))
 
 
-@functools.cache
-def decode_programs(spec: decode_state.DecodeSpec) -> DecodePrograms:
-    """The programs of a spec; compiled when they are first called."""
-    mesh = spec.execution.mesh
-    rows = jax.tree.map(
-        functools.partial(NamedSharding, mesh),
-        decode_state.row_specs(jax.eval_shape(lambda: decode_state.start(spec, 1, 1, 1))),
-    )
-    slots, queue = rows
-    whole, ended = NamedSharding(mesh, PartitionSpec()), slots.responses
-
-    def make(function: Callable, **options) -> Callable:
-        return jit(mesh, functools.partial(function, spec), **options)
-
-    if spec.by_layer:
-        cast = functools.partial(cast_params, spec.model, dtype=spec.execution.dtype)
-        lay_out, shardings = jit(mesh, lambda params: split_layers(cast(params)), out_shardings=whole), whole
-    else:
-        lay_out, shardings = make_resharding(spec.model, spec.execution), param_shardings(mesh, spec.model)
-    return DecodePrograms(
-        spec=spec,
-        lay_out=lay_out,
-        params=located(lay_out.eval_shape(abstract_params(spec.model)), shardings),
-        start=make(decode_state.start, static_argnums=(0, 1, 2), out_shardings=rows),
-        prefill=make(decode_loop.prefill, donate_argnums=1, out_shardings=queue),
-        decode=make(decode_loop.decode, donate_argnums=(1, 2), out_shardings=(slots, queue, ended, whole)),
-        drain=make(decode_loop.drain, donate_argnums=1, out_shardings=slots),
-        shrink=make(decode_loop.shrink, static_argnums=1, out_shardings=(slots, ended, whole)),
-    )
+decode_programs = functools.cache(DecodePrograms)
