@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import math
-from typing import Any
 
 from etils import epath
 
@@ -47,11 +46,8 @@ def fingerprint(directory: epath.PathLike, *, weights: bool = True) -> dict[str,
     }
     if weights:
         parts["weights"] = _tensor_hashes(stored_tensors(directory))
-    return {name: _digest(content) for name, content in parts.items()}
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    texts = {name: json.dumps(content, sort_keys=True) for name, content in parts.items()}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def _file_hash(file: epath.Path) -> str | None:

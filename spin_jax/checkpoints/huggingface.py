@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax.checkpoints import safetensors
 from spin_jax.checkpoints.directory import INDEX, read_config, resolve, stored_tensors, tokenizer_files
+from spin_jax.devices.transfer import gathered
 from spin_jax.errors import UserError
 from spin_jax.models import ModelConfig, abstract_params, cast_params
 from spin_jax.models.weights import Weight, weights
@@ -260,10 +260,7 @@ def _fetch(tensor: _Tensor, params: dict, dtype: np.dtype) -> np.ndarray | jax.A
     """One tensor in our layout, on the devices of all hosts, from wherever its shards are."""
     param: Any = functools.reduce(dict.__getitem__, tensor.path, params)
     ours = (param if tensor.layer is None else param[tensor.layer]).astype(dtype)
-    if isinstance(ours, jax.Array) and not ours.is_fully_addressable:
-        mesh = cast(NamedSharding, ours.sharding).mesh
-        ours = jax.device_put(ours, NamedSharding(mesh, PartitionSpec()))
-    return ours
+    return gathered(ours) if isinstance(ours, jax.Array) else ours
 
 
 def _configs(

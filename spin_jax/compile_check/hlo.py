@@ -59,9 +59,6 @@ class Array:
         """Bytes that it takes in HBM: 0 for an array elsewhere."""
         return 0.0 if self.space else self.bytes
 
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
-
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:

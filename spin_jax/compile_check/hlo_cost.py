@@ -176,7 +176,6 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     is_async: bool
     ends: str
-    op_name: str
 
     @property
     def bytes(self) -> float:
@@ -258,7 +257,7 @@ def _collective(instruction: Instruction, computation: Computation, kind: str, i
         arrays = instruction.arrays[len(arrays) : 2 * len(arrays)]  # (operands, results, context)
     elif kind == "all-gather":
         arrays = instruction.arrays
-    return Collective(kind, arrays, groups(instruction), is_async, ends, instruction.op_name)
+    return Collective(kind, arrays, groups(instruction), is_async, ends)
 
 
 def groups(instruction: Instruction) -> tuple[tuple[int, ...], ...]:

@@ -42,7 +42,7 @@ def files_of_split(path: epath.Path, split: str) -> list[epath.Path]:
         UserError: there is none, or it cannot be told which.
     """
     folders = [folder for folder in (path, path / "data") if folder.is_dir()]
-    named = [(_without_shard(file), file) for folder in folders for file in _files(folder)]
+    named = [(_SHARD.sub("", file.stem), file) for folder in folders for file in _files(folder)]
     for inner in [inner for folder in folders for inner in _visible(folder) if inner.is_dir()]:
         if _says(inner.name, split) or _says_any_split(inner.name):
             named += [(inner.name, file) for file in ([inner] if is_saved_dataset(inner) else _files(inner))]
@@ -97,10 +97,6 @@ def _may_hold_rows(file: epath.Path) -> bool:
         return True
     with file.open("rb") as content:
         return bool(_LIST_OF_ROWS.match(content.read(4096)))
-
-
-def _without_shard(file: epath.Path) -> str:
-    return _SHARD.sub("", file.stem)
 
 
 def _check_alone(path: epath.Path, split: str, chosen: list[tuple[str, epath.Path]]) -> None:

@@ -28,9 +28,14 @@ def everywhere(value: object, mesh: Mesh | AbstractMesh) -> jax.Array:
     return to_devices(np.asarray(value), NamedSharding(mesh, PartitionSpec()))
 
 
+def gathered(array: jax.Array) -> jax.Array:
+    """An array that is split over several processes, whole on each of its mesh's devices; any other as it is."""
+    if array.is_fully_addressable:
+        return array
+    mesh = typing.cast(NamedSharding, array.sharding).mesh
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+
+
 def to_host(array: jax.Array) -> np.ndarray:
     """The whole of a small array that is split over a mesh, on every process."""
-    if not array.is_fully_addressable:
-        mesh = typing.cast(NamedSharding, array.sharding).mesh
-        array = jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
-    return np.asarray(array)
+    return np.asarray(gathered(array))

@@ -30,7 +30,9 @@ def keep(output: epath.Path | None = None) -> None:
     if _setting("jax_compilation_cache_dir") is not None:
         return
     shared = output is not None and (is_remote(output) or multihost.are_several())
-    directory = _beside(output) / "compiled" if output is not None and shared else user_cache("compiled")
+    directory = user_cache("compiled")
+    if output is not None and shared:  # beside it, or in it where it is a whole bucket, whose parent is "gs://"
+        directory = (output if os.fspath(output.parent).endswith("/") else output.parent) / "compiled"
     if is_remote(directory):
         # jax derives from it where XLA keeps what it found in tuning for GPUs, and XLA's own files are local only.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
@@ -45,10 +47,6 @@ def keep(output: epath.Path | None = None) -> None:
             )
             return
     jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
-
-
-def _beside(output: epath.Path) -> epath.Path:
-    return output if os.fspath(output.parent).endswith("/") else output.parent  # a bucket's parent is "gs://"
 
 
 def _prepare(directory: epath.Path | pathlib.Path, bounded: bool) -> None:

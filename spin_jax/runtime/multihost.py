@@ -1,8 +1,8 @@
 """Several processes as one run: each makes its share, all agree, and the first one writes.
 
-A process drives the devices of its host (`jax.distributed`). All of them run the same program, so every function here
-is called by all, in the same order; with one process it is as if it were not there. What is exchanged are answers, rows
-of token ids at most. Params never pass through here.
+A process drives the devices of its host (`jax.distributed`). All processes run the same program and call every function
+here in the same order; with one process nothing is exchanged. Only small values are exchanged, rows of token
+ids at most; params never are.
 """
 
 import contextvars
@@ -28,8 +28,8 @@ from spin_jax.config import Config, as_json
 from spin_jax.errors import UserError
 from spin_jax.runtime.files import write_whole
 
-# How long a process that ends waits for the others to end too. Past it, all of them are ended: one that failed alone
-# takes the others, who wait for it in some collective, along.
+# How long a process that ends waits for the others to end too. After that jax ends all of them: where one has failed
+# alone, the others wait for it in some collective and would never end.
 SHUTDOWN_SECONDS = 15
 SHARED_ROWS = 8192  # rows made between two exchanges, by all processes together
 GATHERED = 1024  # items of a process in one exchange
@@ -53,7 +53,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     Raises:
         UserError: jax does not find it out.
     """
-    if coordinator is None and not _has_tpu():
+    has_tpu = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+    if coordinator is None and not has_tpu:
         return
     address = None if coordinator == "auto" else coordinator
     if address:
@@ -70,12 +71,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         logging.getLogger("spin_jax").setLevel(logging.ERROR)
 
 
-def _has_tpu() -> bool:
-    return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
-
-
 def are_several() -> bool:
-    """Whether there are other processes that this call is made on, too."""
+    """Whether other processes make the call that this one is in."""
     return jax.process_count() > 1 and not _alone.get()
 
 
@@ -97,7 +94,7 @@ def gather(value: T) -> list[T]:
 
 
 def gather_lists(items: Sequence[Item]) -> list[Item]:
-    """Every process's items, by process; so many at a time that little memory is needed beside them."""
+    """Every process's items, in the order of processes; exchanged in blocks of `GATHERED`, to need little memory."""
     if not are_several():
         return list(items)
     blocks = max(gather(math.ceil(len(items) / GATHERED)))
@@ -141,7 +138,7 @@ def on_process_zero(make: Callable[[], T]) -> T:
 
 
 def _run_alone(make: Callable[[], T]) -> T:
-    """make() with no other process in sight: what it calls may be made for several, and would wait for the others."""
+    """make() as if this were the only process: functions of this module that it calls must not wait for the others."""
     token = _alone.set(True)
     try:
         return make()
@@ -150,24 +147,20 @@ def _run_alone(make: Callable[[], T]) -> T:
 
 
 def parallel_map(make: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
-    """[make(item) for item in items], of which a process makes every n-th and all get all."""
+    """[make(item) for item in items] on every process; each of n processes makes every n-th."""
     first, step = jax.process_index(), jax.process_count()
     if step == 1:
-        return [make(item) for item in items]
+        return list(map(make, items))
     made: list[T] = []
     for start in range(0, len(items), SHARED_ROWS):
         block = items[start : start + SHARED_ROWS]
-        parts = on_all_processes(functools.partial(_make_all, make, block[first::step]))
+        parts = on_all_processes(lambda block=block: list(map(make, block[first::step])))
         made += [parts[i % step][i // step] for i in range(len(block))]
     return made
 
 
-def _make_all(make: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
-    return [make(item) for item in items]
-
-
 def any_process(flag: bool) -> jax.Array:
-    """Whether any process says so, on all: a bool scalar on the devices, which is not waited for here."""
+    """Tell all processes whether `flag` is set on any: a bool scalar on the devices, which is not waited for here."""
     by_device, reduce = _any_process()
     flags = jax.make_array_from_callback((jax.device_count(),), by_device, lambda _: np.array([flag]))
     return reduce(flags)

@@ -157,7 +157,8 @@ def prepare(directory: epath.PathLike, settings: ToyConfig, seed: int) -> tuple[
         write_whole(note, made_with)
     if not data.exists():
         examples, _ = make_examples(seed, settings.train_rows, settings.eval_prompts)
-        write_whole(data, "".join(json.dumps({"messages": _messages(example)}) + "\n" for example in examples))
+        rows = [{"messages": [*one.prompt, {"role": "assistant", "content": one.response}]} for one in examples]
+        write_whole(data, "".join(json.dumps(row) + "\n" for row in rows))
     if not (model / "config.json").exists():
         make_tokenizer(model)
         _write_model(model, settings, seed)
@@ -198,10 +199,6 @@ def _write_model(directory: epath.Path, settings: ToyConfig, seed: int) -> None:
 
 def _example(row: int, prompt: str, response: str) -> Example:
     return Example(row, ({"role": "user", "content": prompt},), response)
-
-
-def _messages(example: Example) -> list[dict[str, str]]:
-    return [*example.prompt, {"role": "assistant", "content": example.response}]
 
 
 def _draw(rng: np.random.Generator, choices: list[tuple[str, float]]) -> str:

@@ -42,13 +42,11 @@ def _history(row: Fields) -> list[Message]:
     if not row.held("history"):
         return []
     pairs = row.get("history")
-    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str] for pair in pairs
+    ):
         raise UserError("history must be a list of [question, answer] pairs")
     return [message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
-
-
-def _is_pair(pair: object) -> bool:
-    return isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
 alpaca = exchange_layout("instruction [+ input] + output", ("instruction",), _ALPACA)
