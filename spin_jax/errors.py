@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend, and how its messages write a field."""
+"""The exception for mistakes that a user can mend, and the form in which its messages write a field."""
 
 import re
 import shlex
@@ -14,13 +14,13 @@ class UserError(ValueError):
 
 
 def as_flag(field: str, value: object) -> str:
-    """A field and a value as a shell reads them, such as `--config.spin.beta="(0.1, 5.0)"`; long values are cut."""
+    """The flag that sets a field, quoted for a shell: `--config.spin.beta="(0.1, 5.0)"`; long values are cut."""
     text = value if isinstance(value, str) else repr(value)
     return quoted(f"--config.{field}={text if len(text) <= 100 else text[:97] + '...'}")
 
 
 def quoted(word: str) -> str:
-    """A word as a shell reads it back, with quotes where it needs them; of a flag, around its value."""
+    """Quote a word for a shell, if it needs quotes; of a flag, quote the value alone."""
     flag = (re.match(r"--[\w.]+=", word) or [""])[0]
     value = word[len(flag) :]
     if not re.fullmatch(r"[\w@%+=:,./~-]*[\w/]", value):

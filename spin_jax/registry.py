@@ -1,4 +1,4 @@
-"""Names to things that are each in a file of their own, which is imported when its name is first used."""
+"""A mapping from names to things in files of their own, each imported when its name is first used."""
 
 import pkgutil
 from collections import UserDict

@@ -1,4 +1,4 @@
-"""What a config leaves to the devices, chosen by their number, kind and memory, before anything is downloaded.
+"""Choose what a config leaves open by the number, kind and memory of the devices, before anything is downloaded.
 
 Left to them are sizes that change no result beyond rounding: the mesh, `model.remat`, `train.micro_batches`,
 `train.row_length`, and the slots of sampling. A choice rests on an estimate of bytes, which tests hold against the TPU

@@ -1,4 +1,4 @@
-"""What a config field is: its default, its documentation, and what a value of it may be, refused in one line."""
+"""A config field: its default, its documentation, and the values that it may have; others are refused in one line."""
 
 import dataclasses
 import difflib
@@ -60,7 +60,7 @@ class Field:
     decodes: bool = False
 
     def words(self) -> tuple[str, ...]:
-        """The words that it may be. A registry is asked when they are wanted: it belongs to who reads the field."""
+        """The words that a value may be. Registries are imported only here: their packages are on higher floors."""
         words = ((pkgutil.resolve_name(choice) if ":" in choice else (choice,)) for choice in self.choices)
         return tuple(itertools.chain.from_iterable(words))
 

@@ -68,7 +68,7 @@ class HostBatch:
     Attributes:
         arrays: numpy arrays.
         rows: numbers of its pairs' rows in the data set.
-        facts: scalars known without a device (mean lengths, shares truncated, fill), logged beside the step's metrics.
+        host_metrics: scalars that need no device (mean lengths, shares truncated, fill), logged with the metrics.
         tokens: slots of its rows that are not padding.
         flops: model FLOPs of one forward pass: what the mathematics needs, a prompt once for all its responses,
             nothing for padding.

@@ -23,7 +23,7 @@ class Packing:
     """How batches are cut into rows.
 
     Attributes:
-        ways: the number of rows is a multiple: devices that split them, times micro-batches.
+        num_shards: the number of rows is a multiple of it: devices that split them, times micro-batches.
         multiple: tokens that a row's length is a multiple of.
         row_length: tokens that rows have at most, on average; where a pair is longer, as many as it has.
         shapes: that the batches of a stage have at most; each is a program to compile.
@@ -161,7 +161,7 @@ def pack_batch(
     """Lay out those of `pairs` that `rows` names.
 
     Args:
-        responses: names of a pair's responses, for its facts.
+        responses: names of a pair's responses, for the names of `host_metrics`.
         mean_over: "pairs" or "tokens", as `Objective.mean_over`: what the weights make of a sum over pairs.
         reference_logps: log p_t of the responses, [pairs of the batch, Y], row after row; None gives NaN, where nobody
             reads them.

@@ -44,14 +44,14 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """Tells the partitioner how x lies, inside of jit; an axis that the mesh does not divide stays whole."""
+    """Tell the partitioner, inside jit, how x is split; an axis that the mesh does not divide stays whole."""
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, fitting(mesh, x.shape, axes))
 
 
 def fitting(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
-    """Where an array with these logical axes lies; an axis that the mesh does not divide stays whole."""
+    """The sharding of an array with these logical axes; an axis that the mesh does not divide stays whole."""
     return NamedSharding(
         mesh,
         spec(*(axis if size % num_shards(mesh, axis) == 0 else None for axis, size in zip(axes, shape, strict=True))),
@@ -136,7 +136,8 @@ def decode_shards(devices: int, asked: int, sizes: Sequence[int]) -> int:
 
 
 def decode_mesh(train: Mesh, num_shards: int) -> Mesh:
-    """The same devices in the same order, for sampling: weights and cache split `ways` ways, rows the rest."""
+    """The devices of the training mesh in the same order, for sampling: `num_shards` of them share each copy of the
+    weights, and rows are split over the copies."""
     return _mesh(train.devices.reshape(train.size // num_shards, 1, num_shards))
 
 

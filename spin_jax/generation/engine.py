@@ -263,7 +263,7 @@ class Engine:
 
 
 def warn_if_endless(responses: Sequence[Response], max_new_tokens: int) -> None:
-    """Say so if hardly a response ended, as human ones do."""
+    """Warn if hardly any response ended."""
     ended = sum(not one.truncated or len(one.tokens) < max_new_tokens for one in responses)  # or at a stop string
     if ended < _FEW_ENDED * len(responses):
         _LOG.warning(

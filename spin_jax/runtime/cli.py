@@ -1,4 +1,4 @@
-"""What the commands share: their flags, the config with what flags change in it, errors of one line, exit statuses."""
+"""What the commands share: flags, the config that flags change, errors of one line, exit statuses."""
 
 import ast
 import difflib
@@ -47,8 +47,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def log_plainly() -> None:
-    """What `spin_jax` has to tell goes to stderr, with the time where that is no terminal; of other packages, warnings
-    alone, and there no bars, which redraw themselves."""
+    """Log to stderr: all that `spin_jax` tells, and warnings of other packages. Where stderr is no terminal, put the
+    time before each line, and switch off the bars of other packages, which redraw themselves."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of every save at INFO
     form = "%(message)s"
     if not sys.stderr.isatty():
@@ -61,7 +61,7 @@ def log_plainly() -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing, with each error as one line; what is no flag is an error, too."""
+    """Parse flags as absl does, but refuse an argument that is no flag, and give each error as one line."""
     if {"--help", "-help", "-h", "-?"} & set(argv):
         app.usage(shorthelp=True, writeto_stdout=True)
         sys.exit(0)
@@ -83,8 +83,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _gathered(words: Sequence[str]) -> Iterator[str]:
-    """Flags that change a field as values of one flag. They are written --config.seed=1 or --config.seed 1; and
-    --config.sft.control or --noconfig.sft.control."""
+    """Rewrite each flag that changes a field as a value of --config.section.field. Accepted are --config.seed=1 and
+    --config.seed 1, --config.sft.control and --noconfig.sft.control."""
     rest = iter(words)
     for word in rest:
         change = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", word, re.DOTALL)
@@ -144,7 +144,7 @@ def _default(field: str) -> object:
 
 
 def _read(text: str, default: object) -> object:
-    """A value as it is typed; what cannot be read stays text, which `config.freeze` refuses."""
+    """Parse a value that was typed. Text that cannot be parsed stays text, which `config.freeze` refuses."""
     if isinstance(default, str):
         return text
     if isinstance(default, bool):
@@ -185,13 +185,13 @@ def load_config(name: str) -> ConfigDict:
 
 
 def _like(file: str) -> str:
-    """A config file whose name is near to that of one that is not there."""
+    """The config file whose name is closest to that of a missing one."""
     there = [str(path) for path in [*pathlib.Path("configs").glob("*.py"), *pathlib.Path(file).parent.glob("*.py")]]
     return (difflib.get_close_matches(file, there, n=1, cutoff=0) or ["configs/base.py"])[0]
 
 
 def _checked(file: str, argument: str | None, get_config: Callable | None) -> Callable:
-    """The file's function, which takes the argument that there is."""
+    """Return the file's get_config(), checked to take the argument that was given, or none."""
     if not callable(get_config):
         raise UserError("has no get_config(): write one that returns spin_jax.config.base_config(), changed")
     try:

@@ -1,4 +1,4 @@
-"""Files as a user names them and as they are read and written: what fails, fails in one line that names the file."""
+"""Paths as users write them, and reading and writing that fail with one line that names the file."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from spin_jax.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs"
 _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
-# What to do about an error of the operating system's in writing.
+# What to do about errors of the operating system while writing.
 _REMEDIES = {
     errno.ENOSPC: "make room, and start the same again: it goes on from here",
     errno.EDQUOT: "make room within the quota, and start the same again: it goes on from here",
@@ -27,7 +27,7 @@ _REMEDIES = {
 
 
 def expand(path: epath.PathLike) -> epath.Path:
-    """A path as the user means it: a leading `~` or `~USER` is a home directory, wherever no shell has seen it.
+    """Expand a leading `~` or `~USER` to a home directory, since no shell has done so for a path in a config.
 
     Raises:
         UserError: there is no such user, or the path is an object store's that cannot be used.
@@ -46,7 +46,7 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def user_cache(name: str) -> pathlib.Path:
-    """A directory of this user's, for what can be made anew; it need not be there."""
+    """This user's cache directory of that name, for files that can be made again; it may not exist yet."""
     cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if cache.startswith("~"):  # a user without a home, as in some containers
         cache = os.path.join(tempfile.gettempdir(), f"cache-of-{os.getuid()}")
@@ -57,7 +57,7 @@ def user_cache(name: str) -> pathlib.Path:
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes a file beside its name and renames it, so that whoever sees the name sees all of it.
+    """Write a file under another name and rename it, so that a reader never sees half of it.
 
     Raises:
         UserError: it cannot be written; see `writing`.
@@ -72,7 +72,7 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[None]:
-    """Whatever goes wrong while something is written at or under `path` becomes one line: why, and how much is free.
+    """Turn any error while writing at or under `path` into one line: why, and how much space is free.
 
     Raises:
         UserError: the disk is full, the directory read-only, the object store cannot be reached.
@@ -98,7 +98,7 @@ def writing(path: epath.PathLike) -> Iterator[None]:
 
 
 def _os_error(error: Exception) -> int | None:
-    """The operating system's number of an error, in the words of tensorstore too, which writes the checkpoints."""
+    """The operating system's number of an error, also of one that tensorstore raised while writing a checkpoint."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os_error_code='(\d+)'", str(error))
@@ -124,10 +124,10 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reading(path: epath.PathLike, remedy: str) -> Iterator[None]:
-    """Whatever a library raises over a file that is not what it should be becomes one line that ends in `remedy`.
+    """Turn any error that a library raises over a damaged file into one line that ends in `remedy`.
 
     Raises:
-        UserError: always, in the place of any other exception.
+        UserError: in place of any other exception.
     """
     try:
         yield
@@ -172,6 +172,6 @@ def read_json_if_there(file: epath.PathLike) -> dict[str, Any]:
 
 
 def find(directory: epath.PathLike, pattern: str) -> list[epath.Path]:
-    """What matches a pattern in a directory, by name. The directory's own name may hold any characters: epath's glob
-    takes brackets in it for a part of the pattern, and finds nothing."""
+    """Paths that match a pattern in a directory, sorted. The directory's name is escaped first: epath's glob would read
+    brackets in it as part of the pattern."""
     return sorted(epath.Path(glob.escape(os.fspath(directory))).glob(pattern))

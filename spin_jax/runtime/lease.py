@@ -1,8 +1,8 @@
 """A directory is one run's at a time: a small file in it says whose, and is renewed while the run lives.
 
-No lock is known to network file systems and object stores alike, so the lease is written and read back. Whoever finds
-another's lease looks whether its process is there, if it is one of this machine, and else watches for a while whether
-it is renewed: clocks of two machines are never compared.
+No lock works on both network file systems and object stores, so the lease is written and read back. A run that finds
+another run's lease checks whether that process lives, if it is on this machine; else it watches for a while whether the
+lease is renewed. Clocks of two machines are never compared.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ FILE_NAME = "lease.json"
 RENEW_SECONDS = 15.0  # an object takes one write a second; nobody waits for this one
 STALE_SECONDS = 60.0  # a lease of another machine that is not renewed for so long is free
 LOOK_SECONDS = 2.0
-# Whoever else takes the lease at the same moment has written it by then; the last one to write has it.
+# By then any other run that takes the lease at the same moment has written it; the last one to write has it.
 SETTLE_SECONDS, REMOTE_SETTLE_SECONDS = 0.1, 2.0
 
 _LOG = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ class Lease:
 
 @contextlib.contextmanager
 def held(directory: epath.Path, name: str) -> Iterator[None]:
-    """While inside, no other run goes on in `directory`, which is made where it is missing. Several processes of one
-    run share a lease, by way of the first. Inside of another one of the same thread, nothing more.
+    """Hold `directory`, made if missing, so that no other run works in it. Process 0 holds the lease for all processes
+    of a run. Nested in another `held` of the same thread and directory, it does nothing.
 
     Args:
         directory: an absolute path, or gs://...
@@ -158,7 +158,7 @@ def _read(path: epath.Path) -> Lease | None:
 
 
 def _write(path: epath.Path, lease: Lease) -> None:
-    """Whole or not at all; beside a name of its own, for another may be writing its lease at this moment."""
+    """Write whole or not at all, by way of a name of its own, since another run may be writing its lease now."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{lease.holder}")
     partial.write_text(json.dumps(dataclasses.asdict(lease)) + "\n")
@@ -166,7 +166,7 @@ def _write(path: epath.Path, lease: Lease) -> None:
 
 
 def _machine() -> str:
-    """This machine since its start, and the container within it."""
+    """Identify this machine since it was booted, and the container on it."""
     with contextlib.suppress(OSError):
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     return f"{socket.gethostname()} {uuid.getnode()}"

@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 
 def is_exhausted(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that memory ran out. A full disk, which tensorstore calls
-    RESOURCE_EXHAUSTED as well, is none."""
+    """Whether an error, or one of its causes, says that memory ran out. A full disk, which tensorstore calls
+    RESOURCE_EXHAUSTED too, does not count."""
     while error:
         if isinstance(error, MemoryError):
             return True
@@ -36,14 +36,14 @@ def is_exhausted(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def told(what: str, tries: Sequence[str]) -> Iterator[None]:
-    """Where memory runs out inside, one line says so.
+    """Turn an out-of-memory error inside into one line.
 
     Args:
         what: the stage, as the user knows it.
         tries: settings that help, in the order in which to try them.
 
     Raises:
-        UserError: in the place of the error, whose frames are let go: they hold the arrays that fill the memory.
+        UserError: in place of the error. Its frames are dropped: they hold the arrays that fill the memory.
     """
     try:
         yield
@@ -55,7 +55,7 @@ def told(what: str, tries: Sequence[str]) -> Iterator[None]:
 
 
 def tells(what: str, tries: Callable[[Config], Sequence[str]]) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """`told`, around a function whose first argument is a config or has one."""
+    """Decorate a function, whose first argument is a config or has one, with `told`."""
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
         @functools.wraps(function)
@@ -94,7 +94,7 @@ def for_training(config: Config) -> list[str]:
 
 
 def for_loading(config: Config | None = None) -> list[str]:
-    """What makes the rest need less: data and weights as they are read."""
+    """What makes reading data and weights need less memory."""
     del config
     return ["a machine with more memory", "fewer rows (--config.data.max_rows)", "a smaller model"]
 
@@ -117,7 +117,7 @@ def _bytes(pattern: re.Pattern, text: str) -> float | None:
 
 
 def _free() -> float | None:
-    """Bytes free on this process's fullest device; of a CPU, on the host, within the limit of this process."""
+    """Bytes free on this process's fullest device; for CPUs, bytes free on the host within this process's limit."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return min(one["bytes_limit"] - one["bytes_in_use"] for one in stats)

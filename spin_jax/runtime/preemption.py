@@ -40,7 +40,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """While inside, a signal is kept as a wish; a second Ctrl-C interrupts at once. Inside of another, nothing more."""
+    """Keep a signal as a wish while inside; a second Ctrl-C interrupts at once. Nested in another, do nothing."""
     global _asked
     if signal.getsignal(signal.SIGTERM) is _note:
         yield

@@ -1,4 +1,4 @@
-"""How far a long loop is, and the whole run: a bar where it can redraw itself, elsewhere a line now and then."""
+"""Progress of a long loop and of the whole run: a bar in a terminal or notebook, elsewhere a line now and then."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ def is_live() -> bool:
 
 
 class Loop:
-    """A loop of `total` units, `done` of which an earlier start has made. The first process alone shows it.
+    """A loop of `total` units, of which an earlier start has made `done`. Only the first process shows it.
 
     Attributes:
         done: units so far.
@@ -60,7 +60,7 @@ class Loop:
         return time.perf_counter() - self._began
 
     def advance(self, units: int = 1, **facts: str) -> None:
-        """So many units more are done; `facts` are shown beside them."""
+        """Count more units as done, and show `facts` beside them."""
         self.done += units
         self._facts = facts
         now = time.perf_counter()
@@ -74,7 +74,7 @@ class Loop:
             self._write()
 
     def _seconds_a_unit(self) -> float | None:
-        """Since the first units; None before there are others."""
+        """Measured after the first units, which waited for the compiler; None before there are others."""
         if self._first is None or self.done == self._first[1]:
             return None
         return (time.perf_counter() - self._first[0]) / (self.done - self._first[1])
@@ -116,7 +116,7 @@ def _duration(seconds: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """A loop that a run will make: its name, and how large it is among those of its kind, which take time by size."""
+    """A loop that a run will make. Loops of one kind take time in proportion to their size."""
 
     name: str
     kind: str
@@ -132,13 +132,13 @@ class _Run:
         self._ended = time.perf_counter()
 
     def begin(self, name: str) -> None:
-        """What comes before it is done, or was."""
+        """Drop the loops before this one: they are done."""
         names = [loop.name for loop in self._loops]
         if name in names:
             self._loops = self._loops[names.index(name) :]
 
     def end(self, name: str, share: float) -> None:
-        """A loop is done, such a share of it by this process."""
+        """Note that a loop is done, and which share of it this process made."""
         if self._goes_on(name):
             loop = self._loops.pop(0)
             if share:
@@ -146,8 +146,8 @@ class _Run:
             self._ended = time.perf_counter()
 
     def seconds_left(self, name: str, share: float, of_loop: float | None) -> float | None:
-        """With those of the loop that goes on, which is called `name`; None while it is not known: where a loop of a
-        kind that is to come has not been made yet."""
+        """Seconds left of the run, given those left of the loop `name`. None while that is not known: until a loop of
+        each kind that is to come has been made once."""
         if of_loop is None or not self._goes_on(name):
             return None
         now, *later = self._loops
@@ -160,8 +160,8 @@ class _Run:
         return bool(self._loops) and self._loops[0].name == name
 
     def _for_size_1(self, loop: Expected, share: float, left: float) -> float:
-        """Seconds from the end of the loop before; a small share of a loop has a large one of the compiler's time, and
-        counts as half."""
+        """Seconds that a loop of this kind and of size 1 takes, from the end of the loop before. A share below half
+        counts as half, since much of its time is the compiler's."""
         return (time.perf_counter() - self._ended + left) / (max(share, 0.5) * loop.size)
 
 
@@ -170,7 +170,7 @@ _run = _Run()
 
 @contextlib.contextmanager
 def expected(loops: Sequence[Expected]) -> Iterator[None]:
-    """While inside, a run makes these loops, in order: each then says how long the whole will take."""
+    """Announce the loops that a run makes inside, in order, so that each can say how long the whole will take."""
     global _run
     _run = _Run(loops)
     try:
