@@ -113,6 +113,19 @@ def test_what_fits_is_not_refused(devices, name, changes, caplog):
     assert not caplog.records
 
 
+def test_an_objective_of_three_responses_takes_more_and_one_of_one_less():
+    needed = []
+    for loss in ("sft", "ipo", "tspin"):
+        config, model = shipped("zephyr_7b", spin__loss=loss)
+        chosen = sizing.choose(config, model, DEVICES["v5e-16"])
+        chosen = replace(chosen, {"train.micro_batches": 4, "model.remat": "full"})
+        needed.append(sizing.training_bytes(chosen, model, sizing.target(chosen, model, DEVICES["v5e-16"])))
+    sft, two, three = needed
+    assert sft["logits"] < two["logits"] < three["logits"]
+    assert sft["activations"] < two["activations"] < three["activations"]
+    assert sft["params"] == two["params"] == three["params"]
+
+
 def test_a_laptop_is_told_its_own_memory():
     config, model = shipped("zephyr_7b")
     chosen = sizing.choose(config, model, LAPTOP * 8)  # which share what there is

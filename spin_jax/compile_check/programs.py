@@ -71,13 +71,13 @@ def make_programs(
     Raises:
         UserError: config, model and devices do not go together.
     """
+    check_objective(config.spin)
     config = sizing.choose(config, model, devices)
     execution, decode = on_both_meshes(config, model, devices)
     sharding.check_pairs(execution.mesh, config.train.batch_size, config.train.micro_batches)
     params = sharding.located(abstract_params(model), param_shardings(execution.mesh, model))
     engine = Engine(model, config.generate, decode, stop_ids=(model.vocab_size - 1,))
     scorer = Scorer(model, config.train, execution)
-    check_objective(config.spin)
     pairs = [_blank_pair(*of_pair) for of_pair in lengths or [sizing.longest_pair(config)] * config.train.batch_size]
     scored = [choose(pair, RESPONSES) for pair in pairs[: len(pairs) // config.train.micro_batches]]
     spec = programs.spin_spec(config, model, execution, t=0, steps=1000)  # the number of steps changes constants alone

@@ -8,7 +8,8 @@
       iteration_T/
         generated/part-*.jsonl       responses of the opponent, batch by batch and process by process
         generated/pairs.parquet      the authors' layout, when all are there
-        scores/                      the opponent's log-probs of each training step's pairs, and of the held-out ones
+        scores/                      the opponent's log-probs of each training step's pairs, and of the held-out ones;
+                                     theta_0's, where the reference is mixed
         checkpoints/                 of the training state, until model/ is whole
         metrics.jsonl, tensorboard/, profile/
         model/                       the policy, a Hugging Face directory: the next opponent

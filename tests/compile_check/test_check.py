@@ -16,7 +16,7 @@ import tpu
 from spin_jax.checkpoints import read_config
 from spin_jax.compile_check import __main__, check, compiler
 from spin_jax.compile_check.known_models import known
-from spin_jax.compile_check.programs import Program
+from spin_jax.compile_check.programs import Program, make_programs
 from spin_jax.config import Config, replace
 from spin_jax.devices.accelerators import CPU, TPUS, GiB, Slice, find_slice
 from spin_jax.errors import UserError
@@ -196,3 +196,22 @@ def test_mistakes_are_one_line(tmp_path, flags, says):
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("loss, responses", [("sft", 1), ("ipo", 2), ("tspin", 3)])
+def test_the_step_is_given_the_responses_that_its_objective_asks_for(loss, responses):
+    """Held-out pairs have two all the same."""
+    changes = {"data.train": "d", "spin.loss": loss, "generate.batch_size": 8, "train.batch_size": 8}
+    config = replace(Config(), changes | {"train.micro_batches": 1, "mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1})
+    made = {
+        program.name: program
+        for program in make_programs(config, known("HuggingFaceTB/SmolLM2-135M-Instruct"), jax.devices())
+    }
+    assert made["train step"].args[2].reference_logps_BPY.shape[-1] == responses
+    assert made["scoring"].args[1].reference_logps_BPY.shape[-1] == 2
+
+
+def test_settings_that_the_objective_does_not_read_are_refused_here_too():
+    config = replace(Config(), {"data.train": "d", "spin.label_smoothing": 0.1})
+    with pytest.raises(UserError, match="label_smoothing=0.1 is not read by --config.spin.loss=logistic"):
+        make_programs(config, known("HuggingFaceTB/SmolLM2-135M-Instruct"), jax.devices())

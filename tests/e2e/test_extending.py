@@ -3,7 +3,6 @@
 import functools
 import importlib
 import json
-import math
 import pathlib
 import sys
 
@@ -100,7 +99,7 @@ def test_all_of_them_in_a_run_that_two_processes_begin_and_one_goes_on_with(show
     assert "attention by_head" in ended.output  # the kernel
     assert "24 rows: 24 used" in ended.output and "columns not used" not in ended.output  # the layout
     first, *_ = read_metrics(run / "iteration_0" / "metrics.jsonl")
-    assert first["loss"] == pytest.approx(2 * math.log(2), abs=1e-5) and "rewards/margin" not in first  # the objective
+    assert first["loss"] == pytest.approx(2, abs=1e-5) and "rewards/margin" not in first  # the objective
     results = [json.loads((run / part / "result.json").read_text()) for part in ("", "iteration_0")]
     accuracies = {row["model"]: row["choices/accuracy"] for row in results}  # the evaluator
     assert all(0 <= accuracy <= 1 for accuracy in accuracies.values()) and "held_out/nats_per_token" in results[0]
