@@ -179,7 +179,7 @@ def training_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, 
     mesh, train = config.mesh, config.train
     shards, count = mesh.fsdp * mesh.tensor, num_params(model)
     adamw = "adamw" in (train.optimizer, config.sft.optimizer if config.sft.epochs or config.sft.control else "")
-    trained = num_adapter_params(model, config.lora.rank) if config.lora.rank else count
+    trained = num_adapter_params(model, config.lora) if config.lora.rank else count
     held = {"params": 4 * trained, "optimizer": (8 if adamw else 4) * trained}
     held["gradients"] = 4 * trained * (2 if train.micro_batches > 1 else 1)
     if config.lora.rank or config.spin.opponent == "live":

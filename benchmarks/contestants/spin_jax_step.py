@@ -68,8 +68,9 @@ def main() -> None:
         objective = batch_loss(OBJECTIVES["logistic"], Settings(beta=s["beta"]), model, execution)
     if rank:
         opponent = params
-        params = programs.make_adapters(model, rank, mesh)(jax.random.key(0))
-        objective = on_adapters(objective, config.lora.alpha / rank, live=False)
+        lora = replace(config, {"lora.rank": rank}).lora
+        params = programs.make_adapters(model, lora, mesh)(jax.random.key(0))
+        objective = on_adapters(objective, lora.scale, live=False)
     optimizer = make_optimizer("rmsprop", optax.constant_schedule(s["learning_rate"]), s["clip_norm"], 0.0)
     init, train_step = programs.jit_training(objective, optimizer, parts, params, mesh)
     state = init(params)

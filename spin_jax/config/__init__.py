@@ -151,6 +151,11 @@ def _check_sampling(generate: GenerateConfig, max_prompt_length: int) -> None:
 
 def _check_training(config: Config) -> None:
     train, sft = config.train, config.sft
+    if not config.lora.target_modules:
+        raise UserError(
+            "--config.lora.target_modules=() updates nothing: name linear layers, as "
+            f"{as_flag('lora.target_modules', ('q_proj', 'v_proj'))}, or train all weights with --config.lora.rank=0"
+        )
     if train.warmup_ratio == 1:
         raise UserError("--config.train.warmup_ratio=1 must be below 1: it is a share of the steps")
     if train.micro_batches > train.batch_size:

@@ -6,8 +6,11 @@ a value (arXiv 2401.01335, section 6.1 and appendix B).
 """
 
 import dataclasses
+import math
 
 from spin_jax.config.fields import BY_ITERATION, CONTENT, FREE, LENGTH, Field, above, at_least, field
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,8 +322,8 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank updates (LoRA) of all linear layers of attention and MLP, in every training stage, in place of full
-    fine-tuning; each iteration's are merged into its model.
+    """Low-rank updates (LoRA) of the linear layers of attention and MLP, in every training stage, in place of full
+    fine-tuning; each iteration's are merged into its model, and kept beside it as an adapter of PEFT.
 
     They want about ten times the learning rate: the alignment handbook's DPO recipes for zephyr-7b have 5e-6 with LoRA
     (rank 16, alpha 16) and 5e-7 without.
@@ -334,6 +337,28 @@ class LoraConfig:
     alpha: float = field(
         16.0, "Updates count alpha / rank times, so that another rank needs no other learning rate.", bounds=above(0)
     )
+    use_rslora: bool = field(
+        False,
+        "Updates count alpha / sqrt(rank) times instead (rsLoRA, arXiv 2312.03732), which a large rank needs to learn "
+        "as much as a small one.",
+    )
+    dropout: float = field(
+        0.0,
+        "Share of the numbers of an update's input that a training step sets to 0, the others growing for it; never in "
+        "scoring, sampling or evaluation. 0: PEFT's default; an iteration makes few passes over its pairs.",
+        bounds=at_least(0, 0.99),
+    )
+    target_modules: tuple[str, ...] = field(
+        LINEAR_LAYERS,
+        "Linear layers with an update, by Hugging Face's names. All of them: it takes all to match full fine-tuning "
+        "(arXiv 2305.14314, section 4).",
+        choices=LINEAR_LAYERS,
+    )
+
+    @property
+    def scale(self) -> float:
+        """How many times updates count."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)

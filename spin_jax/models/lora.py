@@ -1,39 +1,79 @@
 """Low-rank updates of a frozen model's linear layers (LoRA, arXiv 2106.09685), as a tree of their own.
 
 The tree follows the params', with {"a": f32 [L, *inputs, R], "b": f32 [L, R, *outputs]} in the place of each weight of
-a layer that is a matmul's, and nothing for embeddings, norms and biases. The updated weight is w + scale a b.
+a layer that is a matmul's and among `config.lora.target_modules`, and nothing for embeddings, norms and biases. The
+updated weight is w + scale a b.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.nn import initializers
 from jax.sharding import Mesh
 
+from spin_jax.config import LoraConfig
 from spin_jax.devices.sharding import fitting
 from spin_jax.models.config import ModelConfig
-from spin_jax.models.projections import Adapted, low_rank_axes
-from spin_jax.models.weights import Weight, weights
+from spin_jax.models.projections import Adapted, Dropout, low_rank_axes
+from spin_jax.models.weights import Weight, stacked_weights, weights
 
 
-def init_adapters(config: ModelConfig, rank: int, key: jax.Array) -> dict:
-    """Fresh updates: b zero, so that they change nothing yet; a uniform in +-1 / sqrt(inputs), as Hugging Face's PEFT
-    draws it (kaiming_uniform_ with a = sqrt(5), src/peft/tuners/lora/layer.py). Jittable, to be born sharded."""
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(_each_weight(config, lambda _: 0)))))
+@functools.cache
+def adapter_weights(config: ModelConfig, lora: LoraConfig) -> dict:
+    """The table of the updates, as a tree like them; names are those of Hugging Face's PEFT, without its prefix."""
 
-    def draw(weight: Weight) -> dict:
-        a, b = _pair(config, weight, rank).values()
-        bound = 1 / math.sqrt(math.prod(a.shape[1:-1]))
-        return {"a": jax.random.uniform(next(keys), a.shape, a.dtype, -bound, bound), "b": jnp.zeros(b.shape, b.dtype)}
+    def pair(weight: Weight) -> dict[str, Weight]:
+        inputs, stem = weight.inputs or 0, weight.name.removesuffix("weight")
+        (*_, a_rank), (b_rank, *_) = low_rank_axes(weight.logical_axes, inputs)
+        a_axes = (*weight.axes[:inputs], (a_rank, lora.rank))
+        b_axes = ((b_rank, lora.rank), *weight.axes[inputs:])
+        a = Weight(f"{stem}lora_A.weight", a_axes, _uniform, inputs)
+        return {"a": a, "b": Weight(f"{stem}lora_B.weight", b_axes, initializers.zeros, inputs=1)}
 
-    return _each_weight(config, draw)
+    def updated(weight: Weight) -> bool:
+        return bool(weight.inputs) and weight.module in lora.target_modules
+
+    layer = {block: entries for block, entries in weights(config)["layers"].items() if isinstance(entries, dict)}
+    pairs = {
+        block: {name: pair(weight) for name, weight in entries.items() if updated(weight)}
+        for block, entries in layer.items()
+    }
+    return {"layers": {block: entries for block, entries in pairs.items() if entries}}
 
 
-def attach(params: dict, adapters: dict, scale: float) -> dict:
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Of [L, *inputs, R], in +-1 / sqrt(inputs), as PEFT draws it (kaiming_uniform_ with a = sqrt(5),
+    src/peft/tuners/lora/layer.py)."""
+    bound = 1 / math.sqrt(math.prod(shape[1:-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def init_adapters(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict:
+    """Fresh updates: b zero, so that they change nothing yet. Jittable, to be born sharded."""
+    layer = adapter_weights(config, lora)["layers"]
+    keys = iter(jax.random.split(key, sum(map(len, layer.values()))))
+
+    def draw(pair: dict[str, Weight]) -> dict:
+        key = next(keys)
+        return {name: one.init(key, (config.num_layers, *one.shape), jnp.float32) for name, one in pair.items()}
+
+    # In the table's order, which jax.tree.map would not keep.
+    return {"layers": {block: {name: draw(pair) for name, pair in pairs.items()} for block, pairs in layer.items()}}
+
+
+def attach(params: dict, adapters: dict, scale: float, dropout: Dropout | None = None) -> dict:
     """Params for `forward` that compute with the updated weights, both held as they are; gradients reach the adapters
-    alone."""
-    return _replace(params, adapters, lambda w, a, b: Adapted(w, a, scale * b))
+    alone. `dropout`: split over weights and layers, each of which drops numbers of its own."""
+    if dropout is not None:
+        pairs, treedef = jax.tree.flatten(adapters, is_leaf=lambda entry: "a" in entry)
+        own = (Dropout(jax.random.fold_in(dropout.key, i), dropout.rate) for i in range(len(pairs)))
+        adapters = treedef.unflatten(
+            pair | {"dropout": each.split(len(pair["a"]))} for pair, each in zip(pairs, own, strict=True)
+        )
+    return _replace(params, adapters, lambda w, a, b, dropout=None: Adapted(w, a, scale * b, dropout))
 
 
 def merge(params: dict, adapters: dict, scale: float) -> dict:
@@ -46,47 +86,26 @@ def merge(params: dict, adapters: dict, scale: float) -> dict:
     return _replace(params, adapters, add)
 
 
-def num_adapter_params(config: ModelConfig, rank: int) -> int:
+def num_adapter_params(config: ModelConfig, lora: LoraConfig) -> int:
     """How many numbers the low-rank updates have."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_adapters(config, rank)))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_adapters(config, lora)))
 
 
-def abstract_adapters(config: ModelConfig, rank: int) -> dict:
+def abstract_adapters(config: ModelConfig, lora: LoraConfig) -> dict:
     """The tree of `init_adapters` as jax.ShapeDtypeStruct: no memory, no compute."""
-    return _each_weight(config, lambda weight: _pair(config, weight, rank))
+    table = stacked_weights(config, adapter_weights(config, lora))
+    return jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), table)
 
 
-def adapter_shardings(mesh: Mesh, config: ModelConfig, rank: int) -> dict:
+def adapter_shardings(mesh: Mesh, config: ModelConfig, lora: LoraConfig) -> dict:
     """The NamedSharding of every array of `init_adapters`: split over fsdp by the axis that the weight is split by, or
     else by the rank, where that divides; a rank that does not is a small one."""
-
-    def place(weight: Weight) -> dict:
-        axes = low_rank_axes(weight.logical_axes, weight.inputs or 0)
-        pair = _pair(config, weight, rank)
-        return {name: fitting(mesh, pair[name].shape, ("layers", *of)) for name, of in zip(pair, axes, strict=True)}
-
-    return _each_weight(config, place)
-
-
-def _pair(config: ModelConfig, weight: Weight, rank: int) -> dict[str, jax.ShapeDtypeStruct]:
-    a, b = (*weight.shape[: weight.inputs], rank), (rank, *weight.shape[weight.inputs :])
-    return {name: jax.ShapeDtypeStruct((config.num_layers, *x), jnp.float32) for name, x in (("a", a), ("b", b))}
-
-
-def _each_weight(config: ModelConfig, function: Callable) -> dict:
-    """A tree of function(weight) for what is updated, in the table's order."""
-    layer = weights(config)["layers"]
-    blocks = {name: entries for name, entries in layer.items() if isinstance(entries, dict)}
-    return {
-        "layers": {
-            block: {name: function(weight) for name, weight in entries.items() if weight.inputs}
-            for block, entries in blocks.items()
-        }
-    }
+    table = stacked_weights(config, adapter_weights(config, lora))
+    return jax.tree.map(lambda weight: fitting(mesh, weight.shape, weight.logical_axes), table)
 
 
 def _replace(params: dict, adapters: dict, function: Callable) -> dict:
-    """`params` with function(w, a, b) in the place of each weight w that has an update."""
+    """`params` with function(w, a=..., b=...) in the place of each weight w that has an update."""
     layers = dict(params["layers"])
     for block, pairs in adapters["layers"].items():
         layers[block] = layers[block] | {name: function(layers[block][name], **ab) for name, ab in pairs.items()}

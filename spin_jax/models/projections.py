@@ -98,6 +98,27 @@ def _sum_scatter(x: jax.Array, axis: int, execution: Execution) -> jax.Array:
 project.defvjp(_project_forward, _project_backward)
 
 
+class Dropout(NamedTuple):
+    """What drops out of the input of a low-rank update, as PEFT's lora_dropout has it (arXiv 1207.0580): each number
+    with the probability `rate`; the others are divided by 1 - rate.
+
+    Attributes:
+        key: a jax.random key, or an array of them.
+        rate: f32, a number for each key; at 0 an input stays as it is, to the bit.
+    """
+
+    key: jax.Array
+    rate: jax.Array
+
+    def split(self, count: int) -> "Dropout":
+        """As many independent ones, along a first axis."""
+        return Dropout(jax.random.split(self.key, count), jnp.broadcast_to(self.rate, (count,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kept = jax.random.uniform(self.key, x.shape) >= self.rate
+        return jnp.where(kept, x.astype(jnp.float32) / (1 - self.rate), 0.0).astype(x.dtype)
+
+
 class Adapted(NamedTuple):
     """w + a b: a frozen weight with a low-rank update (LoRA, arXiv 2106.09685), in the place of the weight in a tree
     of params.
@@ -106,11 +127,13 @@ class Adapted(NamedTuple):
         w: [*inputs, *outputs], in any dtype; not differentiated.
         a: f32 [*inputs, R].
         b: f32 [R, *outputs].
+        dropout: of what a is multiplied with.
     """
 
     w: jax.Array
     a: jax.Array
     b: jax.Array
+    dropout: Dropout | None = None
 
 
 def low_rank_axes(axes: tuple[str | None, ...], inputs: int) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
@@ -128,12 +151,13 @@ def project_adapted(
     execution: Execution,
     out_dtype: jnp.dtype,
 ) -> jax.Array:
-    """`project` of w + a b as x w + (x a) b: the sum is never made, and neither is the gradient of w."""
+    """`project` of w + a b as x w + (drop(x) a) b: the sum is never made, and neither is the gradient of w."""
     x_axes, w_axes, y_axes = re.split(",|->", expression)
     inputs = weight.a.ndim - 1
     a_axes, b_axes = low_rank_axes(axes, inputs)
     low_axes = "".join(axis for axis in x_axes if axis in y_axes) + "R"
-    low: Any = project(f"{x_axes},{w_axes[:inputs]}R->{low_axes}", x, weight.a, a_axes, execution, x.dtype)
+    dropped = x if weight.dropout is None else weight.dropout(x)
+    low: Any = project(f"{x_axes},{w_axes[:inputs]}R->{low_axes}", dropped, weight.a, a_axes, execution, x.dtype)
     update: Any = project(f"{low_axes},R{w_axes[inputs:]}->{y_axes}", low, weight.b, b_axes, execution, out_dtype)
     frozen: Any = project(expression, x, jax.lax.stop_gradient(weight.w), axes, execution, out_dtype)
     return frozen + update

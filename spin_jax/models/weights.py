@@ -37,6 +37,11 @@ class Weight:
     float32: bool = False
 
     @property
+    def module(self) -> str:
+        """Hugging Face's name of the layer that has it, such as "q_proj"."""
+        return self.name.split(".")[-2]
+
+    @property
     def logical_axes(self) -> tuple[str | None, ...]:
         return tuple(name for name, _ in self.axes)
 
@@ -86,14 +91,14 @@ def weights(config: ModelConfig) -> dict:
     return table if config.tie_embeddings else table | {"lm_head": _linear("lm_head", D, V)}
 
 
-def stacked_weights(config: ModelConfig) -> dict:
-    """The table with the axis of layers in front of each weight that layers have."""
+def stacked_weights(config: ModelConfig, table: dict | None = None) -> dict:
+    """The table, or another one of the model, with the axis of layers in front of each weight that layers have."""
     layers = ("layers", config.num_layers)
 
     def stack(weight: Weight) -> Weight:
         return dataclasses.replace(weight, axes=(layers, *weight.axes))
 
-    table = weights(config)
+    table = weights(config) if table is None else table
     return table | {"layers": jax.tree.map(stack, table["layers"])}
 
 

@@ -87,10 +87,10 @@ def _computation(run: Run) -> str:
 
 
 def _model(run: Run) -> str:
-    params, rank = models.num_params(run.model), run.config.lora.rank
+    params, lora = models.num_params(run.model), run.config.lora
     trained = "all of them trained"
-    if rank:
-        trained = f"{models.num_adapter_params(run.model, rank):,} in updates of rank {rank} trained"
+    if lora.rank:
+        trained = f"{models.num_adapter_params(run.model, lora):,} in updates of rank {lora.rank} trained"
     rows = f"{len(run.train_examples):,} rows to train on, {len(run.held_out_examples):,} held out"
     return f"{run.source}: {params:,} parameters, {trained}; {rows}"
 

@@ -36,9 +36,9 @@ from spin_jax.training.train_step import TrainState, init_state, make_step, on_a
 
 
 @functools.cache
-def make_adapters(model: ModelConfig, rank: int, mesh: Mesh) -> Callable:
+def make_adapters(model: ModelConfig, lora: LoraConfig, mesh: Mesh) -> Callable:
     """key -> fresh low-rank updates, born where they live."""
-    return jit(mesh, functools.partial(init_adapters, model, rank), out_shardings=adapter_shardings(mesh, model, rank))
+    return jit(mesh, functools.partial(init_adapters, model, lora), out_shardings=adapter_shardings(mesh, model, lora))
 
 
 @functools.cache
@@ -61,6 +61,7 @@ class TrainingSpec:
         peak, steps: see `optimizer.learning_rate_schedule`.
         train: read are its warm-up, weight decay, largest norm of a gradient, and micro-batches.
         lora: of low-rank updates; with a rank of 0 all weights are trained.
+        seed: of what their dropout sets to 0, a constant of the program as the schedule is; 0 without dropout.
     """
 
     model: ModelConfig
@@ -73,6 +74,7 @@ class TrainingSpec:
     steps: int
     train: TrainConfig
     lora: LoraConfig
+    seed: int = 0
 
     @property
     def flops_multiplier(self) -> int:
@@ -111,6 +113,7 @@ def spin_spec(config: Config, model: ModelConfig, execution: Execution, t: int, 
         steps=steps,
         train=train,
         lora=config.lora,
+        seed=config.seed + t if config.lora.dropout else 0,
     )
 
 
@@ -146,27 +149,28 @@ class Training(NamedTuple):
 @functools.lru_cache(maxsize=4)  # a program is specific to an iteration's schedule
 def make_training(spec: TrainingSpec) -> Training:
     """The programs of a training stage."""
-    model, mesh, train, rank, merge, frozen = spec.model, spec.execution.mesh, spec.train, spec.lora.rank, None, None
+    model, mesh, train, lora = spec.model, spec.execution.mesh, spec.train, spec.lora
+    merge, frozen, dropout = None, None, None
     trained, cast = (
         located(abstract_params(model), param_shardings(mesh, model)),
         make_resharding(model, spec.execution),
     )
-    if rank or spec.live:
+    if lora.rank or spec.live:
         frozen = located(cast.eval_shape(trained), param_shardings(mesh, model))
     loss = batch_loss(spec.objective, spec.settings, model, spec.execution)
-    if rank:
-        scale = spec.lora.alpha / rank
-        merge, loss = make_merging(model, scale, mesh), on_adapters(loss, scale, spec.live)
-        trained = located(abstract_adapters(model, rank), adapter_shardings(mesh, model, rank))
+    if lora.rank:
+        merge, loss = make_merging(model, lora.scale, mesh), on_adapters(loss, lora.scale, spec.live)
+        trained = located(abstract_adapters(model, lora), adapter_shardings(mesh, model, lora))
+        dropout = (lora.dropout, spec.seed) if lora.dropout else None
     schedule = learning_rate_schedule(spec.peak, spec.steps, train.warmup_ratio)
     optimizer = make_optimizer(spec.optimizer, schedule, train.clip_norm, train.weight_decay)
-    init, step = jit_training(loss, optimizer, train.micro_batches, trained, mesh)
+    init, step = jit_training(loss, optimizer, train.micro_batches, trained, mesh, dropout)
     state = located(init.eval_shape(trained), state_shardings(optimizer, trained))
 
     def begin(params: dict, seed: int) -> tuple[TrainState, dict | None]:
         frozen = None
-        if rank:  # the f32 params are read again to be merged
-            frozen, params = cast(params), make_adapters(model, rank, mesh)(jax.random.key(seed))
+        if lora.rank:  # the f32 params are read again to be merged
+            frozen, params = cast(params), make_adapters(model, lora, mesh)(jax.random.key(seed))
         elif spec.live:
             frozen = jax.tree.map(jnp.copy, cast_params(model, params, spec.execution.dtype))
         return init(params), frozen
@@ -175,16 +179,22 @@ def make_training(spec: TrainingSpec) -> Training:
 
 
 def jit_training(
-    loss: BatchLoss, optimizer: optax.GradientTransformation, micro_batches: int, params: dict, mesh: Mesh
+    loss: BatchLoss,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int,
+    params: dict,
+    mesh: Mesh,
+    dropout: tuple[float, int] | None = None,
 ) -> tuple[Callable, Callable]:
     """The jitted (init: params -> state, `train_step.make_step`); both donate their first argument.
 
     Args:
         params: arrays or jax.ShapeDtypeStructs, with their shardings.
+        dropout: see `train_step.make_step`.
     """
     shardings = state_shardings(optimizer, params)
     init = functools.partial(init_state, optimizer=optimizer)
-    step = make_step(loss, optimizer, micro_batches)
+    step = make_step(loss, optimizer, micro_batches, dropout)
     return (
         jit(mesh, init, donate_argnums=0, out_shardings=shardings),
         jit(mesh, step, donate_argnums=0, out_shardings=(shardings, None, sharding.batch_sharding(mesh))),

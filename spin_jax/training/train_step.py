@@ -1,5 +1,6 @@
 """One optimizer step, as pure functions on pytrees."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -9,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spin_jax.data.batch import Batch
-from spin_jax.models import attach
+from spin_jax.models import Dropout, attach
 from spin_jax.objectives.interface import BatchLoss
 
 
@@ -32,11 +33,14 @@ class TrainState(NamedTuple):
 
 def on_adapters(loss: BatchLoss, scale: float, live: bool) -> BatchLoss:
     """`loss` as a function of low-rank updates of frozen params, which are the step's `opponent` then: the policy is
-    opponent + scale a b, and one copy of the opponent serves both. `live`: the loss asks for the opponent."""
+    opponent + scale a b, and one copy of the opponent serves both. `live`: the loss asks for the opponent, of whose
+    input nothing drops out."""
 
-    def adapted(adapters: dict, opponent: dict | None, batch: Batch) -> tuple[jax.Array, tuple]:
+    def adapted(
+        adapters: dict, opponent: dict | None, batch: Batch, dropout: Dropout | None = None
+    ) -> tuple[jax.Array, tuple]:
         assert opponent is not None, "low-rank updates are of frozen params, which the step is given"
-        return loss(attach(opponent, adapters, scale), opponent if live else None, batch)
+        return loss(attach(opponent, adapters, scale, dropout), opponent if live else None, batch)
 
     return adapted
 
@@ -60,7 +64,12 @@ def state_shardings(optimizer: optax.GradientTransformation, params: dict) -> Tr
     return TrainState(everywhere, param_shardings, opt_state, everywhere)
 
 
-def make_step(loss_fn: BatchLoss, optimizer: optax.GradientTransformation, micro_batches: int) -> Callable:
+def make_step(
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int,
+    dropout: tuple[float, int] | None = None,
+) -> Callable:
     """step(state, opponent, batch, scoring=False) -> (state, metrics, log-probs [B, P, Y]), to be jitted; pure.
 
     The batch's leading axis is cut into `micro_batches` equal parts, whose gradients are added up in f32: the loss, its
@@ -70,34 +79,49 @@ def make_step(loss_fn: BatchLoss, optimizer: optax.GradientTransformation, micro
     With `scoring`, a bool scalar, the state stays as it is and no gradient is computed. The log-probs are those that a
     training call finds, bit for bit, since the same instructions of the same program compute them: what the opponent is
     scored with, see docs/algorithm.md. Metrics mean nothing then.
+
+    Args:
+        loss_fn: a `BatchLoss`; with dropout, one of `on_adapters`.
+        dropout: (rate, seed): what drops out of the inputs of low-rank updates is a function of (seed, step,
+            micro-batch). Nothing does with `scoring`, and while all b are 0 it makes no difference.
     """
 
-    def gradient(params: dict, opponent: dict | None, batch: Batch, scoring: jax.Array | bool):
+    def dropout_at(step: jax.Array, scoring: jax.Array | bool) -> Dropout | None:
+        if dropout is None:
+            return None
+        rate, seed = dropout
+        return Dropout(jax.random.fold_in(jax.random.key(seed), step), jnp.where(scoring, 0.0, rate))
+
+    def gradient(params: dict, opponent: dict | None, batch: Batch, scoring: jax.Array | bool, dropped: Dropout | None):
         """(gradient, metrics, log-probs); the gradient is 0, and not computed, with `scoring`."""
-        loss, backward, (metrics, logps) = jax.vjp(lambda p: loss_fn(p, opponent, batch), params, has_aux=True)
+        loss_of = loss_fn if dropped is None else functools.partial(loss_fn, dropout=dropped)
+        loss, backward, (metrics, logps) = jax.vjp(lambda p: loss_of(p, opponent, batch), params, has_aux=True)
         # The backward pass is the first branch, which the compile check counts.
         (grads,) = jax.lax.cond(
             scoring, lambda: (jax.tree.map(jnp.zeros_like, params),), lambda: backward(jnp.ones_like(loss))
         )
         return grads, metrics, logps
 
-    def summed(params: dict, opponent: dict | None, batch: Batch, scoring: jax.Array | bool):
+    def summed(params: dict, opponent: dict | None, batch: Batch, scoring: jax.Array | bool, dropped: Dropout | None):
         if micro_batches == 1:
-            return gradient(params, opponent, batch, scoring)
+            return gradient(params, opponent, batch, scoring, dropped)
 
         def accumulate(total, part):
-            grads, metrics, logps = gradient(params, opponent, part, scoring)
+            grads, metrics, logps = gradient(params, opponent, part[0], scoring, part[1])
             return jax.tree.map(jnp.add, total, (grads, metrics)), logps
 
         # Part i takes rows i, i + micro_batches, ...: each device keeps the rows that it holds.
         parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
-        shapes = jax.eval_shape(gradient, params, opponent, jax.tree.map(lambda x: x[0], parts), scoring)
+        parts = (parts, dropped and dropped.split(micro_batches))
+        part, of_part = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradient, params, opponent, part, scoring, of_part)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2])
         (grads, metrics), logps = jax.lax.scan(accumulate, zeros, parts)
         return grads, metrics, jnp.swapaxes(logps, 0, 1).reshape(-1, *logps.shape[2:])
 
     def step(state: TrainState, opponent: dict | None, batch: Batch, scoring: jax.Array | bool = False):
-        grads, metrics, logps = summed(state.params, opponent, batch, scoring)
+        dropped = dropout_at(state.step, scoring)
+        grads, metrics, logps = summed(state.params, opponent, batch, scoring, dropped)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)

@@ -25,7 +25,7 @@ from spin_jax.compile_check import compiler
 from spin_jax.compile_check.estimate import read_work
 from spin_jax.compile_check.known_models import known
 from spin_jax.compile_check.programs import kernel_share, make_programs
-from spin_jax.config import freeze, override
+from spin_jax.config import LoraConfig, freeze, override
 from spin_jax.data.packing import Packing, plan_training
 from spin_jax.devices import sharding
 from spin_jax.devices.accelerators import find_slice
@@ -92,7 +92,9 @@ def test_low_rank_updates_cost_one_copy_of_the_model_and_no_gradient_of_it(compi
     fields = {"lora.rank": rank, "spin.opponent": "live", "model.remat": "full", "train.micro_batches": 1}
     report = compiled("v5e-8", "train step", layers, **fields)
     model = dataclasses.replace(MODEL, num_layers=layers)
-    updates = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(abstract_adapters(model, rank))) / chips
+    updates = (
+        sum(4 * math.prod(x.shape) for x in jax.tree.leaves(abstract_adapters(model, LoraConfig(rank=rank)))) / chips
+    )
     matrices, norms = 2 * num_params(model), 2 * (2 * layers + 1) * model.hidden_size  # norms are f32, and everywhere
     assert report.bytes["opponent"] == pytest.approx(matrices / chips + norms * (2 - 1 / chips), rel=1e-6)
     assert report.bytes["adapters"] == updates

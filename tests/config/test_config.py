@@ -71,6 +71,11 @@ def test_freezing_imports_no_jax():
         ({"generate.stop_strings": ("",)}, """--config.generate.stop_strings="('',)" has an empty text"""),
         ({"generate.min_new_tokens": 257}, "--config.generate.min_new_tokens=257 is more than --config.generate.max_n"),
         ({"generate.prompt_bucket": 2048}, "--config.generate.prompt_bucket=2048 pads every prompt to so many tokens"),
+        ({"lora.target_modules": ()}, "--config.lora.target_modules=() updates nothing: name linear layers, as"),
+        (
+            {"lora.target_modules": ("q_proj", "lm_head")},
+            """--config.lora.target_modules="('q_proj', 'lm_head')" is not one of q_proj, k_proj, v_proj, o_proj, gate_p""",
+        ),
         ({"train.warmup_ratio": 1.0}, "--config.train.warmup_ratio=1 must be below 1"),
         (
             {"train.micro_batches": 65},

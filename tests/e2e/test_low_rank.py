@@ -16,6 +16,7 @@ from spin_jax.self_play.algorithm import self_play
 
 RANK = 3
 CHANGES = {"lora.rank": RANK, "train.learning_rate": (1e-2,), "train.epochs": 2.0, "spin.opponent": "live"}
+CHANGES |= {"lora.dropout": 0.1}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import padded
 import pytest
 import tiny
 
-from spin_jax.config import GenerateConfig
+from spin_jax.config import GenerateConfig, LoraConfig
 from spin_jax.data.packing import Packing, forward_flops
 from spin_jax.devices import sharding
 from spin_jax.generation.engine import Engine
@@ -108,7 +108,7 @@ def test_eight_devices_compute_what_one_does(attention):
 
 
 def test_low_rank_updates_are_those_of_the_merged_weights():
-    adapters = init_adapters(CONFIG, 3, jax.random.key(0))
+    adapters = init_adapters(CONFIG, LoraConfig(rank=3), jax.random.key(0))
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)  # b is no longer zero
     logprobs = packed_logprobs(Execution())
     attached, merged = (logprobs(how(params(), adapters, 0.5)) for how in (attach, merge))

@@ -1,5 +1,6 @@
 """Low-rank updates of a frozen model: what they compute, what they train, where they lie."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,9 +12,11 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
+from spin_jax.config import LoraConfig
 from spin_jax.data.packing import Packing
 from spin_jax.devices import sharding
 from spin_jax.models import (
+    Dropout,
     Execution,
     abstract_adapters,
     adapter_shardings,
@@ -24,6 +27,7 @@ from spin_jax.models import (
     param_shardings,
 )
 from spin_jax.models.projections import Adapted, project_adapted
+from spin_jax.models.weights import weights
 from spin_jax.objectives import OBJECTIVES
 from spin_jax.objectives.interface import Settings, batch_loss
 from spin_jax.objectives.logprobs import pair_logprobs
@@ -31,7 +35,8 @@ from spin_jax.training import programs
 from spin_jax.training.optimizer import make_optimizer
 from spin_jax.training.train_step import init_state, make_step, on_adapters
 
-RANK, SCALE, BETA = 4, 0.5, 0.1
+LORA, BETA = LoraConfig(rank=4, alpha=2.0), 0.1
+SCALE = LORA.scale
 COMPUTE = Execution(remat="none")
 
 PACKING = Packing(8, 8, 1)  # eight rows, for any mesh
@@ -39,7 +44,7 @@ PACKING = Packing(8, 8, 1)  # eight rows, for any mesh
 
 def adapters(seed: int = 1) -> dict:
     """As after some training: b is not zero."""
-    fresh = init_adapters(tiny.CONFIG, RANK, jax.random.key(seed))
+    fresh = init_adapters(tiny.CONFIG, LORA, jax.random.key(seed))
     leaves, treedef = jax.tree.flatten(fresh)
     rng = np.random.default_rng(seed)
     return treedef.unflatten([leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves])
@@ -68,7 +73,7 @@ def assert_close(actual, expected, share: float) -> None:
 
 def test_fresh_updates_change_nothing_at_all():
     """Not by a bit: an iteration starts with margins of exactly 0."""
-    fresh = init_adapters(tiny.CONFIG, RANK, jax.random.key(0))
+    fresh = init_adapters(tiny.CONFIG, LORA, jax.random.key(0))
     attached = jax.jit(
         lambda base, fresh, batch: pair_logprobs(tiny.CONFIG, attach(base, fresh, SCALE), batch, COMPUTE)
     )
@@ -135,16 +140,16 @@ def test_gradients_are_those_of_the_equations_and_the_frozen_weight_has_none():
 OPTIMIZER = make_optimizer("rmsprop", optax.constant_schedule(1e-2), 1.0, 0.0)
 
 
-def lora_step(live: bool, micro_batches: int = 1, optimizer: optax.GradientTransformation = OPTIMIZER):
+def lora_step(live: bool, micro_batches: int = 1, optimizer: optax.GradientTransformation = OPTIMIZER, dropout=None):
     objective = on_adapters(batch_loss(OBJECTIVES["logistic"], Settings(beta=BETA), tiny.CONFIG, COMPUTE), SCALE, live)
-    return make_step(objective, optimizer, micro_batches)
+    return make_step(objective, optimizer, micro_batches, dropout)
 
 
 @pytest.mark.parametrize("live", [False, True])
 def test_training_wins_and_the_frozen_model_stays(live):
     base, before = tiny.params(), tiny.host_params()
     step = jax.jit(lora_step(live), donate_argnums=0)
-    state = init_state(init_adapters(tiny.CONFIG, RANK, jax.random.key(0)), OPTIMIZER)
+    state = init_state(init_adapters(tiny.CONFIG, LORA, jax.random.key(0)), OPTIMIZER)
     # As a run scores a stored opponent: by the step itself.
     state, _, scored_BPY = step(state, base, batch(), True)
     history, scored = [], batch()._replace(reference_logps_BPY=scored_BPY)
@@ -158,7 +163,7 @@ def test_training_wins_and_the_frozen_model_stays(live):
         assert history[0]["rewards/margin"] == history[0]["rewards/accuracy"] == 0
     assert history[-1]["loss"] < 0.9 * math.log(2) and history[-1]["rewards/accuracy"] == 1
     jax.tree.map(np.testing.assert_array_equal, base, before)
-    kinds = {leaf.shape for leaf in jax.tree.leaves(abstract_adapters(tiny.CONFIG, RANK))} | {()}
+    kinds = {leaf.shape for leaf in jax.tree.leaves(abstract_adapters(tiny.CONFIG, LORA))} | {()}
     assert {leaf.shape for leaf in jax.tree.leaves(state)} == kinds  # what a checkpoint holds
     # Merged, the policy gives the log-probs that it was trained with.
     merged_P2 = logprobs(merge(base, state.params, SCALE), batch())[tiny.places(tiny.pairs(), PACKING)]
@@ -179,6 +184,89 @@ def test_stored_and_live_opponent_and_micro_batches_agree():
         assert_close(gradient(live, micro_batches), expected, 1e-5)
 
 
+# ---- what drops out
+
+
+def test_what_drops_out_of_an_update_and_what_does_not():
+    """x w + (drop(x) a) b, with a share of the numbers of x at 0 and the others divided by what is left."""
+    rng = np.random.default_rng(0)
+    x, w, a, b = (
+        jnp.array(rng.standard_normal(shape, np.float32)) for shape in ((9, 50, 40), (40, 8), (40, 2), (2, 8))
+    )
+    dropout = Dropout(jax.random.key(1), jnp.float32(0.3))
+    dropped = np.asarray(dropout(x))
+    assert np.mean(dropped == 0) == pytest.approx(0.3, abs=0.01)
+    np.testing.assert_allclose(dropped[dropped != 0], np.asarray(x)[dropped != 0] / 0.7, rtol=1e-6)
+    np.testing.assert_array_equal(dropout._replace(rate=jnp.float32(0))(x), x)
+    y = project_adapted("BTD,DF->BTF", x, Adapted(w, a, b, dropout), ("embed", "mlp"), COMPUTE, x.dtype)
+    np.testing.assert_allclose(y, x @ w + (dropped @ a) @ b, rtol=0, atol=1e-4)
+
+
+def test_each_matrix_of_each_layer_drops_numbers_of_its_own():
+    attached = attach(tiny.params(), adapters(), SCALE, Dropout(jax.random.key(0), jnp.float32(0.5)))
+    keys = [
+        tuple(jax.random.key_data(key).tolist())
+        for block in ("attention", "mlp")
+        for weight in attached["layers"][block].values()
+        if isinstance(weight, Adapted)
+        for key in weight.dropout.key
+    ]
+    assert len(set(keys)) == len(keys) == 7 * tiny.CONFIG.num_layers
+
+
+def test_a_step_with_dropout_starts_at_l_of_zero_and_scores_without():
+    """While b is 0 it makes no difference, to the bit. Then what drops out is a function of (seed, step, micro-batch):
+    of the step in training, and of nothing in scoring, where nothing does."""
+    kept = optax.trace(decay=0.0)  # the optimizer's state is the gradient
+    step = jax.jit(lora_step(live=False, micro_batches=2, optimizer=kept, dropout=(0.5, 7)))
+    fresh = init_state(init_adapters(tiny.CONFIG, LORA, jax.random.key(0)), kept)
+    _, _, scored_BPY = step(fresh, tiny.params(), batch(), True)
+    state, metrics, logps_BPY = step(fresh, tiny.params(), batch()._replace(reference_logps_BPY=scored_BPY), False)
+    np.testing.assert_array_equal(logps_BPY, scored_BPY)
+    assert metrics["loss"] == pytest.approx(math.log(2), rel=2e-7) and metrics["rewards/margin"] == 0
+    without = jax.jit(lora_step(live=False, micro_batches=2, optimizer=kept))
+    assert not np.allclose(*(jax.tree.leaves(s(fresh, tiny.params(), batch(), False)[0])[-2] for s in (step, without)))
+
+    trained = init_state(adapters(), kept)
+    expected = without(trained, tiny.params(), batch(), True)[2]
+    np.testing.assert_allclose(step(trained, tiny.params(), batch(), True)[2], expected, rtol=1e-6)
+    first, again = (step(trained, tiny.params(), batch(), False)[2] for _ in range(2))
+    later = step(trained._replace(step=jnp.int32(1)), tiny.params(), batch(), False)[2]
+    other = jax.jit(lora_step(live=False, micro_batches=2, optimizer=kept, dropout=(0.5, 8)))
+    np.testing.assert_array_equal(first, again)
+    there = np.asarray(expected) != 0
+    for logps in (later, other(trained, tiny.params(), batch(), False)[2], expected):
+        assert np.all(np.abs(np.asarray(first) - logps)[there] > 1e-5)
+
+
+# ---- which weights they update
+
+
+def test_target_modules_are_hugging_faces_names_and_the_others_stay():
+    named = {weight.module for weight in jax.tree.leaves(weights(tiny.CONFIG)["layers"]) if weight.inputs}
+    assert named == set(LoraConfig().target_modules)
+    lora = LoraConfig(rank=2, target_modules=("v_proj", "up_proj"))
+    fresh = init_adapters(tiny.CONFIG, lora, jax.random.key(0))
+    assert {block: set(pairs) for block, pairs in fresh["layers"].items()} == {"attention": {"v"}, "mlp": {"up"}}
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(lambda x: x.shape, abstract_adapters(tiny.CONFIG, lora))
+    only_mlp = init_adapters(tiny.CONFIG, dataclasses.replace(lora, target_modules=("down_proj",)), jax.random.key(0))
+    assert set(only_mlp["layers"]) == {"mlp"}
+    base, updated = tiny.params(), merge(tiny.params(), jax.tree.map(lambda x: x + 0.1, fresh), SCALE)
+    changed = {
+        path[-1].key
+        for (path, before), after in zip(
+            jax.tree_util.tree_leaves_with_path(base), jax.tree.leaves(updated), strict=True
+        )
+        if np.any(before != after)
+    }
+    assert changed == {"v", "up"}
+
+
+def test_rank_stabilised_scaling():
+    assert LoraConfig(rank=64, alpha=16.0).scale == 0.25
+    assert LoraConfig(rank=64, alpha=16.0, use_rslora=True).scale == 2.0
+
+
 # ---- where they lie
 
 
@@ -187,7 +275,7 @@ def two_steps(sizes: tuple[int, int, int], line: int = 0) -> tuple[dict, dict]:
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     execution = Execution(mesh=mesh, line=line)
     base = jax.device_put(tiny.host_params(), param_shardings(mesh, tiny.CONFIG))
-    fresh = programs.make_adapters(tiny.CONFIG, RANK, mesh)(jax.random.key(3))
+    fresh = programs.make_adapters(tiny.CONFIG, LORA, mesh)(jax.random.key(3))
     objective = on_adapters(
         batch_loss(OBJECTIVES["logistic"], Settings(beta=BETA), tiny.CONFIG, execution), SCALE, live=True
     )
@@ -196,7 +284,7 @@ def two_steps(sizes: tuple[int, int, int], line: int = 0) -> tuple[dict, dict]:
     state, rows = init(fresh), jax.device_put(batch(), sharding.batch_sharding(mesh))
     for _ in range(2):
         state, metrics, _ = step(state, base, rows)
-    assert jax.tree.map(lambda x: x.sharding, state.params) == adapter_shardings(mesh, tiny.CONFIG, RANK)
+    assert jax.tree.map(lambda x: x.sharding, state.params) == adapter_shardings(mesh, tiny.CONFIG, LORA)
     return jax.device_get((programs.make_merging(tiny.CONFIG, SCALE, mesh)(base, state.params), metrics))
 
 
@@ -217,9 +305,9 @@ def test_eight_devices_train_what_one_does(sizes, line):
 
 def test_each_matrix_is_split_once_where_the_mesh_divides_it():
     mesh = sharding.make_mesh(2, 2, 2)
-    q, o = (adapter_shardings(mesh, tiny.CONFIG, RANK)["layers"]["attention"][name] for name in "qo")
+    q, o = (adapter_shardings(mesh, tiny.CONFIG, LORA)["layers"]["attention"][name] for name in "qo")
     at = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
     assert q == {"a": at(None, "fsdp", None), "b": at(None, "fsdp", "tensor", None)}
     assert o == {"a": at(None, "tensor", None, "fsdp"), "b": at(None, None, "fsdp")}
-    odd = adapter_shardings(mesh, tiny.CONFIG, 3)["layers"]["attention"]["q"]
+    odd = adapter_shardings(mesh, tiny.CONFIG, LoraConfig(rank=3))["layers"]["attention"]["q"]
     assert odd == {"a": at(None, "fsdp", None), "b": at(None, None, "tensor", None)}
