@@ -31,13 +31,15 @@ TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT
 FETCHED = ["config.json", "generation_config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
+FETCHED += [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
 VARIANTS = ["*.fp16*", "*.bf16*", "*.fp32*"]  # the same weights once more
 
 # What stands where a model is missing, with what to do about it.
 _INSTEAD = (
     (
-        "adapter_config.json",
+        ADAPTER_CONFIG,
         "holds a LoRA adapter, not a model; merge it into its base model (merge_and_unload() of peft) and save that",
     ),
     (
@@ -55,11 +57,6 @@ _INSTEAD = (
 )
 
 _LOG = logging.getLogger(__name__)
-
-
-def describe(path_or_id: str | os.PathLike, revision: str | None = None) -> ModelConfig:
-    """Describe a model from its config.json, and download nothing else; raises like `resolve` and `read_config`."""
-    return read_config(resolve(path_or_id, revision, fetched=["config.json"]))
 
 
 def resolve(
@@ -129,7 +126,7 @@ def read_config_json(directory: epath.PathLike) -> dict[str, Any]:
     if "model_type" in content:
         return content
     inner = [str(file.parent) for depth in ("*", "*/*") for file in find(directory, f"{depth}/config.json")]
-    if inner and not _has_weights(directory):
+    if inner and not has_weights(directory):
         newest = max(inner, key=lambda name: (len(name), name))  # checkpoint-1000, not checkpoint-500
         raise UserError(f"{directory}: not a model but a directory of models; name one of them, such as {newest}")
     if file.exists():
@@ -169,7 +166,16 @@ def _shards(index: epath.Path) -> list[epath.Path]:
     return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
-def _has_weights(directory: epath.Path) -> bool:
+def hub_name(directory: epath.PathLike) -> tuple[str, str | None]:
+    """The (repository, commit) whose snapshot a directory is, or (its absolute path, None)."""
+    match = re.search(r"/models--([^/]+)/snapshots/(\w+)/?$", os.fspath(directory))
+    if match:
+        return match[1].replace("--", "/"), match[2]
+    return (os.fspath(directory) if is_remote(directory) else os.path.abspath(directory)), None
+
+
+def has_weights(directory: epath.Path | pathlib.Path) -> bool:
+    """Whether there is a model's file of weights."""
     return (directory / WEIGHTS).exists() or (directory / INDEX).exists()
 
 
@@ -178,7 +184,7 @@ def _why_none(directory: epath.Path) -> str | None:
     for name in ("config.json", WEIGHTS, INDEX):
         if os.path.islink(directory / name) and not (directory / name).exists():
             return f"{directory / name}: a link whose file is gone; download the model again"
-    if _has_weights(directory):
+    if has_weights(directory):
         return None
     return next((f"{directory}: {what}" for pattern, what in _INSTEAD if find(directory, pattern)), None)
 
@@ -206,14 +212,14 @@ def downloaded(directory: epath.Path) -> Iterator[epath.Path]:
 @contextlib.contextmanager
 def uploaded(directory: epath.Path) -> Iterator[epath.Path]:
     """The directory, or a local one that is copied to the remote one when written; config.json, the sign of a whole
-    model, goes last."""
+    model, goes last, and so does an adapter's."""
     if not is_remote(directory):
         yield directory
         return
     with tempfile.TemporaryDirectory() as local:
         yield epath.Path(local)
         files = [file for file in pathlib.Path(local).rglob("*") if file.is_file()]
-        for file in sorted(files, key=lambda file: file.name == "config.json"):
+        for file in sorted(files, key=lambda file: file.name in ("config.json", ADAPTER_CONFIG)):
             to = directory / file.relative_to(local)
             to.parent.mkdir(parents=True, exist_ok=True)
             epath.Path(file).copy(to, overwrite=True)

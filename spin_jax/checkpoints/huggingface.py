@@ -28,7 +28,7 @@ from spin_jax.runtime import multihost
 from spin_jax.runtime.files import find, read_json, read_json_if_there
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
     """One tensor of a checkpoint: a weight of the model, or that of one layer."""
 
     name: str
@@ -37,35 +37,36 @@ class _Tensor(NamedTuple):
     weight: Weight
 
 
-def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
-    """Every tensor of a checkpoint, those of a layer together, in the table's order."""
-    table: dict[tuple, Any] = dict(flatten_dict(weights(config)))
+def tensors_of(config: ModelConfig, of: dict | None = None) -> Iterator[Tensor]:
+    """Every tensor of a checkpoint, those of a layer together, in the order of the table of weights, or of another
+    table `of` the model."""
+    table: dict[tuple, Any] = dict(flatten_dict(weights(config) if of is None else of))
     of_layers = {path: table.pop(path) for path in list(table) if path[0] == "layers"}
     for path, weight in table.items():
-        yield _Tensor(weight.name, path, None, weight)
+        yield Tensor(weight.name, path, None, weight)
     for layer in range(config.num_layers):
         for path, weight in of_layers.items():
-            yield _Tensor(_name(weight, layer), path, layer, weight)
+            yield Tensor(stored_name(weight, layer), path, layer, weight)
 
 
-def _name(weight: Weight, layer: int) -> str:
+def stored_name(weight: Weight, layer: int) -> str:
     return f"model.layers.{layer}.{weight.name}"
 
 
-def _their_shape(weight: Weight) -> tuple[int, ...]:
+def their_shape(weight: Weight) -> tuple[int, ...]:
     if weight.inputs is None:
         return weight.shape
     outputs = math.prod(weight.shape[weight.inputs :])
     return (outputs, math.prod(weight.shape[: weight.inputs])) if weight.inputs else (outputs,)
 
 
-def _to_ours(weight: Weight, theirs: np.ndarray) -> np.ndarray:
+def to_ours(weight: Weight, theirs: np.ndarray) -> np.ndarray:
     """Always a view, so that a mapped tensor stays unread: axes are swapped, then split."""
     return (theirs.T if weight.inputs else theirs).reshape(weight.shape)
 
 
-def _to_theirs(weight: Weight, ours: np.ndarray) -> np.ndarray:
-    shape = _their_shape(weight)
+def to_theirs(weight: Weight, ours: np.ndarray) -> np.ndarray:
+    shape = their_shape(weight)
     return ours.reshape(shape[::-1]).T if weight.inputs else ours.reshape(shape)
 
 
@@ -91,7 +92,7 @@ def load(
     directory = resolve(path_or_id, revision)
     config = read_config(directory)
     stored = stored_tensors(directory)
-    _check_tensors(directory, config, stored)
+    check_tensors(directory, config, stored)
 
     abstract = jax.eval_shape(functools.partial(cast_params, config, dtype=dtype), abstract_params(config))
     if shardings is None:
@@ -100,7 +101,7 @@ def load(
 
     def place(path: tuple, weight: Weight, param: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         stacked = path[0].key == "layers"
-        names = [_name(weight, layer) for layer in range(config.num_layers)] if stacked else [weight.name]
+        names = [stored_name(weight, layer) for layer in range(config.num_layers)] if stacked else [weight.name]
         read = _reader(weight, {name: stored[name] for name in names}, param, stacked)
         # Waiting lets go of this param's host copy before the next is read.
         return jax.block_until_ready(jax.make_array_from_callback(param.shape, sharding, cast(Any, read)))
@@ -121,7 +122,7 @@ def _reader(
             layers, parts, index = (index[0], out, index[1:]) if stacked else (slice(None), out[None], index)
             for part, (name, tensor) in zip(parts, list(stored.items())[layers], strict=True):
                 with np.errstate(over="ignore"):  # it is refused below
-                    part[...] = _to_ours(weight, tensor.map())[index]
+                    part[...] = to_ours(weight, tensor.map())[index]
                 if not _all_finite(part):
                     raise UserError(
                         f"{tensor.file}: {name} holds values that are not finite in {part.dtype}; download it again, "
@@ -185,7 +186,7 @@ def save(
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").unlink(missing_ok=True)
-    tensors = {tensor.name: tensor for tensor in _tensors(config)}
+    tensors = {tensor.name: tensor for tensor in tensors_of(config)}
     split = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: math.prod(tensor.weight.shape) * dtype.itemsize,
@@ -193,41 +194,47 @@ def save(
         max_shard_size=max_shard_bytes,
     )
     for file, names in split.filename_to_tensors.items():
-        fetched = (_fetch(tensors[name], params, dtype) for name in names)
-        if writes:
-            shapes = {name: _their_shape(tensors[name].weight) for name in names}
-            theirs = (_to_theirs(tensors[name].weight, np.asarray(x)) for name, x in zip(names, fetched, strict=True))
-            safetensors.write(directory / file, shapes, dtype, theirs)
-        else:
-            for ours in fetched:  # take part in the gathering, of one tensor at a time
-                jax.block_until_ready(ours)
+        write_tensors(directory / file, {name: tensors[name] for name in names}, params, dtype)
     if writes:
         # Files of an older model that were not replaced go, lest they be read instead.
         for old in (*find(directory, "model*.safetensors"), *find(directory, INDEX)):
             if old.name not in split.filename_to_tensors and not old.is_dir():
                 old.unlink()
         if split.is_sharded:
-            _write_json(directory / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+            write_json(directory / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
         if source is not None:
-            _copy_tokenizer(source, directory)
+            copy_tokenizer(source, directory)
         for name, content in configs.items():
-            _write_json(directory / name, content)
+            write_json(directory / name, content)
+
+
+def write_tensors(file: pathlib.Path, tensors: Mapping[str, Tensor], params: dict, dtype: np.dtype) -> None:
+    """Writes a file of tensors under their names, each fetched from `params` when its turn comes; all processes must
+    call it, and the first one writes."""
+    fetched = (_fetch(tensor, params, dtype) for tensor in tensors.values())
+    if multihost.is_first():
+        shapes = {name: their_shape(tensor.weight) for name, tensor in tensors.items()}
+        theirs = (to_theirs(one.weight, np.asarray(x)) for one, x in zip(tensors.values(), fetched, strict=True))
+        safetensors.write(file, shapes, dtype, theirs)
+    else:
+        for ours in fetched:  # take part in the gathering, of one tensor at a time
+            jax.block_until_ready(ours)
 
 
 def holds(directory: str | os.PathLike, config: ModelConfig, params: dict) -> bool:
     """Whether a directory holds these very weights, a tensor at a time; f32, as `save` writes them with that dtype."""
     stored = stored_tensors(directory)
 
-    def is_same(tensor: _Tensor) -> bool:
-        ours = _to_theirs(tensor.weight, np.asarray(_fetch(tensor, params, jnp.float32)))
+    def is_same(tensor: Tensor) -> bool:
+        ours = to_theirs(tensor.weight, np.asarray(_fetch(tensor, params, jnp.float32)))
         return tensor.name in stored and np.array_equal(stored[tensor.name].map(), ours, equal_nan=True)
 
-    return all(map(is_same, _tensors(config)))
+    return all(map(is_same, tensors_of(config)))
 
 
-def _check_tensors(directory: pathlib.Path, config: ModelConfig, stored: dict[str, safetensors.StoredTensor]) -> None:
+def check_tensors(directory: pathlib.Path, config: ModelConfig, stored: dict[str, safetensors.StoredTensor]) -> None:
     """The checkpoint holds the tensors that config.json describes, and nothing else that would be lost."""
-    expected = {tensor.name: _their_shape(tensor.weight) for tensor in _tensors(config)}
+    expected = {tensor.name: their_shape(tensor.weight) for tensor in tensors_of(config)}
     if missing := [name for name in expected if name not in stored]:
         hint = "is config.json that of these weights?"
         if missing == ["lm_head.weight"]:
@@ -256,7 +263,7 @@ def _count(names: list[str]) -> str:
     return f"tensor {names[0]} is" if len(names) == 1 else f"tensor {names[0]} and {len(names) - 1} others are"
 
 
-def _fetch(tensor: _Tensor, params: dict, dtype: np.dtype) -> np.ndarray | jax.Array:
+def _fetch(tensor: Tensor, params: dict, dtype: np.dtype) -> np.ndarray | jax.Array:
     """One tensor in our layout, on the devices of all hosts, from wherever its shards are."""
     param: Any = functools.reduce(dict.__getitem__, tensor.path, params)
     ours = (param if tensor.layer is None else param[tensor.layer]).astype(dtype)
@@ -274,7 +281,7 @@ def _configs(
     return {"generation_config.json": {**ids, **generation, **token_ids}, "config.json": model}
 
 
-def _copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
+def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
     """The source's tokenizer, and nothing of an older one: a template that is left over might be taken before its."""
     for old in tokenizer_files(directory):
         old.unlink()
@@ -284,6 +291,6 @@ def _copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
         shutil.copyfile(file, copy)
 
 
-def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+def write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2) + "\n"
     safetensors.write_whole(file, lambda stream: stream.write(text.encode()))

@@ -17,7 +17,11 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 class ModelSection:
     """The SFT model and how it computes. (`models.ModelConfig` is its architecture.)"""
 
-    path: str = field("", "The SFT model: a Hugging Face directory or Hub id; 'toy:' makes a tiny one.", resume=CONTENT)
+    path: str = field(
+        "",
+        "The SFT model, or a PEFT adapter of it: a Hugging Face directory or Hub id; 'toy:' makes a tiny one.",
+        resume=CONTENT,
+    )
     revision: str = field("", "Hub revision: a branch, tag or commit; '' is the default branch.", resume=CONTENT)
     compute_dtype: str = field(
         "auto",

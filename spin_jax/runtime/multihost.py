@@ -36,7 +36,7 @@ GATHERED = 1024  # items of a process in one exchange
 
 _LOG = logging.getLogger(__name__)
 
-_alone = contextvars.ContextVar("alone", default=False)  # inside of `on_process_zero`
+_alone = contextvars.ContextVar("alone", default=False)  # inside of `run_alone`
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -77,8 +77,9 @@ def are_several() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what all share, shows progress and keeps the log."""
-    return jax.process_index() == 0
+    """Whether this process is the one that writes what all share, shows progress and keeps the log; inside of
+    `run_alone` each is."""
+    return _alone.get() or jax.process_index() == 0
 
 
 def gather(value: T) -> list[T]:
@@ -134,10 +135,10 @@ def on_process_zero(make: Callable[[], T]) -> T:
     Whether a file exists is asked this way: all must do the same next, and a network file system may show the same
     directory to each of them at another time.
     """
-    return typing.cast(T, on_all_processes(lambda: _run_alone(make) if is_first() else None)[0])
+    return typing.cast(T, on_all_processes(lambda: run_alone(make) if is_first() else None)[0])
 
 
-def _run_alone(make: Callable[[], T]) -> T:
+def run_alone(make: Callable[[], T]) -> T:
     """make() as if this were the only process: functions of this module that it calls must not wait for the others."""
     token = _alone.set(True)
     try:

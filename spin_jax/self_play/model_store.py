@@ -8,6 +8,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from spin_jax import checkpoints, models
+from spin_jax.config import LoraConfig
 from spin_jax.errors import UserError
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import writing
@@ -63,6 +64,11 @@ class ModelStore:
     def keep_params(self, directory: epath.Path, params: dict) -> None:
         """Give the f32 params of `directory` back, which `take_params` took: they were not changed."""
         self._loaded = (directory, params)
+
+    def export_adapter(self, directory: epath.Path, lora: LoraConfig, adapters: dict, start: epath.Path) -> None:
+        """Write low-rank updates of the model in `start` as an adapter of PEFT."""
+        with writing(directory), checkpoints.uploaded(directory) as local:
+            checkpoints.save_adapter(local, self._model, lora, adapters, base=start)
 
     def export(self, directory: epath.Path, params: dict) -> None:
         """Write params as a Hugging Face directory. From then on they are what the files hold."""

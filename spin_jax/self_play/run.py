@@ -13,6 +13,7 @@
         checkpoints/                 of the training state, until model/ is whole
         metrics.jsonl, tensorboard/, profile/
         model/                       the policy, a Hugging Face directory: the next opponent
+        adapter/                     with config.lora.rank: what of model/ was trained, as an adapter of its start
         result.json                  the iteration's line in the summary
         control/                     plain SFT for as much compute, where the config asks for it
       result.json                    the starting model's line in the summary

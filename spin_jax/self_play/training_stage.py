@@ -86,7 +86,7 @@ def fit_stage(
     name: str,
     start_loss: tuple[float, float] | None = None,
 ) -> dict:
-    """The params of the stage's start, trained; low-rank updates are merged into them."""
+    """The params of the stage's start, trained; low-rank updates are written to `adapter/` and merged into them."""
     spec, training = stage.spec, stage.training
     _LOG.info("%s", stage.plan)
     state, frozen = training.begin(run.store.take_params(stage.start), stage.seed)
@@ -104,6 +104,7 @@ def fit_stage(
         state = fit(step, state, frozen, make_batch, loop)
     if training.merge:
         del frozen
+        run.store.export_adapter(directory / "adapter", spec.lora, state.params, stage.start)
         return training.merge(run.store.take_params(stage.start), state.params)
     return state.params
 

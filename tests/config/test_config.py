@@ -74,7 +74,7 @@ def test_freezing_imports_no_jax():
         ({"lora.target_modules": ()}, "--config.lora.target_modules=() updates nothing: name linear layers, as"),
         (
             {"lora.target_modules": ("q_proj", "lm_head")},
-            """--config.lora.target_modules="('q_proj', 'lm_head')" is not one of q_proj, k_proj, v_proj, o_proj, gate_p""",
+            """--config.lora.target_modules="('q_proj', 'lm_head')" is not one of q_proj, k_proj, v_proj""",
         ),
         ({"train.warmup_ratio": 1.0}, "--config.train.warmup_ratio=1 must be below 1"),
         (

@@ -1,22 +1,31 @@
 """A whole run with low-rank updates: what is exported, and that a cut run ends as one that was not."""
 
+import json
 import math
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 import tiny_files
 
+import spin_jax
 from spin_jax import checkpoints
 from spin_jax.runtime.metric_writer import read_metrics
 from spin_jax.runtime.preemption import Stopped
 from spin_jax.self_play import training_stage
 from spin_jax.self_play.algorithm import self_play
+from spin_jax.self_play.run import open_run
 
 RANK = 3
 CHANGES = {"lora.rank": RANK, "train.learning_rate": (1e-2,), "train.epochs": 2.0, "spin.opponent": "live"}
 CHANGES |= {"lora.dropout": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where adapters are merged
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,34 @@ def test_each_iteration_is_its_opponent_and_a_low_rank_update(lora_run, tiny_mod
                     assert sizes[RANK - 1] > 1e-4 > 1e-5 > sizes[RANK], f"iteration {t}, {name}: {sizes}"
         start = end
     assert [row["model"] for row in rows] == ["SFT", "iteration 0", "iteration 1"]
+
+
+def test_each_iteration_leaves_an_adapter_of_its_start(lora_run, tiny_model):
+    """Merged into the model that it names, it is the exported one."""
+    workdir, _ = lora_run
+    for t, start in enumerate((tiny_model, workdir / "iteration_0" / "model")):
+        adapter = workdir / f"iteration_{t}" / "adapter"
+        settings = json.loads((adapter / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == str(start)
+        assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (RANK, 16, 0.1)
+        merged = checkpoints.load(checkpoints.resolve(adapter))[1]
+        exported = checkpoints.load(workdir / f"iteration_{t}" / "model")[1]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), merged, exported)
+
+
+def test_a_run_starts_from_an_adapter_and_goes_on_wherever_it_is_merged(lora_run, tiny_data, tmp_path, monkeypatch):
+    adapter = lora_run[0] / "iteration_1" / "adapter"
+    config, sources = tiny_files.make_config(adapter, tiny_data, CHANGES), []
+    for cache in "first", "second":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        sources.append(open_run(config, tmp_path / "run").source)
+    first, second = (checkpoints.load(source)[1] for source in sources)
+    assert sources[0] != sources[1]
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    model = spin_jax.load(adapter)
+    assert model.sample(["abc"], max_new_tokens=4, temperature=0.0) == spin_jax.load(
+        lora_run[0] / "iteration_1" / "model"
+    ).sample(["abc"], max_new_tokens=4, temperature=0.0)
 
 
 def list_of(part) -> np.ndarray:

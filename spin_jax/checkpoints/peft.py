@@ -1,0 +1,213 @@
+"""Adapters of Hugging Face's PEFT in and out: low-rank updates of linear layers, and the model that they are of.
+
+An adapter's directory has adapter_config.json, which names its base, and adapter_model.safetensors with A [R, inputs]
+and B [outputs, R] of each updated layer (https://huggingface.co/docs/peft/developer_guides/checkpoint). One that a run
+starts from is merged into its base first, once: everything else sees models only.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spin_jax.checkpoints import directory as directories
+from spin_jax.checkpoints import huggingface, safetensors
+from spin_jax.checkpoints.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, has_weights, hub_name, read_config
+from spin_jax.checkpoints.fingerprints import fingerprint
+from spin_jax.config import LoraConfig
+from spin_jax.errors import UserError
+from spin_jax.models import ModelConfig, adapter_weights
+from spin_jax.models.weights import Weight, weights
+from spin_jax.runtime import multihost
+from spin_jax.runtime.files import read_json, user_cache, writing
+
+_PREFIX = "base_model.model."
+_READ = ("peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "init_lora_weights")
+# What changes nothing in a trained adapter's model; which layers it updates is seen from its tensors.
+_IGNORED = ("task_type", "inference_mode", "auto_mapping", "peft_version", "target_modules", "exclude_modules")
+_IGNORED += ("layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core", "qalora_group_size")
+_OFF = (None, False, "none", {}, [])
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change the base, too
+
+_LOG = logging.getLogger(__name__)
+
+
+def save_adapter(
+    directory: str | os.PathLike, config: ModelConfig, lora: LoraConfig, adapters: dict, *, base: os.PathLike
+) -> None:
+    """Writes low-rank updates (the tree of `models.init_adapters`) as an adapter that PEFT reads, in float32.
+
+    Like `huggingface.save`: all processes must call it, and adapter_config.json comes last.
+
+    Args:
+        base: the directory of the model that they are updates of; adapter_config.json names it, or, of a snapshot of a
+            Hub repository, the repository and its commit.
+    """
+    directory, alpha = pathlib.Path(directory), lora.alpha
+    if multihost.is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / ADAPTER_CONFIG).unlink(missing_ok=True)
+    tensors = huggingface.tensors_of(config, adapter_weights(config, lora))
+    named = {_PREFIX + tensor.name: tensor for tensor in tensors}
+    huggingface.write_tensors(directory / ADAPTER_WEIGHTS, named, adapters, np.dtype(np.float32))
+    if multihost.is_first():
+        name, revision = hub_name(base)
+        content = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": name,
+            "revision": revision,
+            "r": lora.rank,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "use_rslora": lora.use_rslora,
+            "lora_dropout": lora.dropout,
+            "target_modules": list(lora.target_modules),
+            "bias": "none",
+            "inference_mode": True,
+        }
+        huggingface.write_json(directory / ADAPTER_CONFIG, content)
+
+
+def describe(path_or_id: str | os.PathLike, revision: str | None = None) -> ModelConfig:
+    """Describe a model from its config.json, or an adapter's base, and download nothing else; raises like `resolve`
+    and `read_config`."""
+    directory = directories.resolve(path_or_id, revision, fetched=["config.json", ADAPTER_CONFIG])
+    return _of_base(directory, describe) if _is_adapter(directory) else read_config(directory)
+
+
+def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+    """The local directory of a model, as `directory.resolve` finds it. Of an adapter: its base with the adapter merged
+    into it in float32, with the adapter's tokenizer if it has one; made once, and kept in the user's cache.
+
+    Raises:
+        UserError: also if the adapter is of another kind than we compute, or does not fit its base.
+    """
+    directory = directories.resolve(path_or_id, revision)
+    if not _is_adapter(directory):
+        return directory
+    return multihost.run_alone(lambda: _merged(directory, _of_base(directory, resolve)))
+
+
+def _is_adapter(directory: pathlib.Path) -> bool:
+    return (directory / ADAPTER_CONFIG).is_file() and not has_weights(directory)
+
+
+def _of_base(directory: pathlib.Path, find: Callable) -> Any:
+    """`find` of the base that an adapter names, once the adapter is known to be supported."""
+    file, content = directory / ADAPTER_CONFIG, _read_settings(directory)
+    name, revision = content.get("base_model_name_or_path"), content.get("revision")
+    if not name:
+        raise UserError(f"{file}: base_model_name_or_path is empty; write the directory or Hub id of its base there")
+    try:
+        return find(name, None if os.path.isdir(name) else revision)
+    except UserError as error:
+        raise UserError(f"{file}: its base_model_name_or_path: {error}") from None
+
+
+def _merged(directory: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
+    """The directory of the base with the adapter merged into it."""
+    content, model = _read_settings(directory), read_config(base)
+    stored = directories.stored_tensors(base)
+    huggingface.check_tensors(base, model, stored)
+    updates, rank = _updates(directory, base, model, content), content["r"]
+    scale = content["lora_alpha"] / (math.sqrt(rank) if content.get("use_rslora") else rank)
+
+    def read(weight: Weight, layer: int | None = None) -> np.ndarray:
+        name = weight.name if layer is None else huggingface.stored_name(weight, layer)
+        theirs = stored[name].map()
+        if name in updates:
+            a, b = (tensor.map().astype(np.float32) for tensor in updates[name])
+            if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                raise UserError(f"{directory / ADAPTER_WEIGHTS}: the update of {name} is not finite; train it anew")
+            theirs = theirs.astype(np.float32) + np.float32(scale) * (b @ a)
+        return huggingface.to_ours(weight, theirs)
+
+    def param(path: tuple, weight: Weight) -> np.ndarray | _Layers:
+        return _Layers(weight, read) if path[0].key == "layers" else read(weight)
+
+    own_tokenizer = (directory / "tokenizer_config.json").is_file()
+    files = [directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS]
+    files += directories.tokenizer_files(directory) if own_tokenizer else []
+    hashes = [fingerprint(base), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
+    merged = user_cache("merged") / hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+    if (merged / "config.json").is_file():
+        return merged
+    _LOG.info("%s: an adapter of %s; the two merged are kept in %s", directory, base, merged)
+    with writing(merged.parent):
+        merged.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=merged.parent) as partial:
+            whole = pathlib.Path(partial) / "model"
+            params = jax.tree.map_with_path(param, weights(model))
+            huggingface.save(whole, model, params, source=base, dtype=jnp.dtype(jnp.float32))
+            if own_tokenizer:
+                huggingface.copy_tokenizer(directory, whole)
+            if not merged.exists():  # another process may have been faster
+                whole.rename(merged)
+    return merged
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """A param whose layers are read when they are asked for."""
+
+    weight: Weight
+    read: Callable[[Weight, int], np.ndarray]
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return self.read(self.weight, layer)
+
+
+def _read_settings(directory: pathlib.Path) -> dict[str, Any]:
+    """adapter_config.json of a kind of adapter that is a sum of w and scale B A, and nothing besides."""
+    file = directory / ADAPTER_CONFIG
+    content = read_json(file)
+    remedy = "merge it into its base with merge_and_unload() of peft, and name the merged model"
+    on = {name: value for name, value in content.items() if name not in _READ + _IGNORED and value not in _OFF}
+    if content.get("peft_type") != "LORA":
+        on = {"peft_type": content.get("peft_type")} | on
+    if content.get("init_lora_weights") not in _PLAIN_STARTS:
+        on["init_lora_weights"] = content["init_lora_weights"]
+    for name, value in on.items():
+        raise UserError(f"{file}: {name}={json.dumps(value)} is not supported; {remedy}")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(content.get(name), (int, float)) or not content[name] > 0:
+            raise UserError(f"{file}: {name}={json.dumps(content.get(name))} must be a number above 0; mend it")
+    return content
+
+
+def _updates(
+    directory: pathlib.Path, base: pathlib.Path, model: ModelConfig, content: dict[str, Any]
+) -> dict[str, tuple[safetensors.StoredTensor, safetensors.StoredTensor]]:
+    """(A, B) of each updated tensor of the base, by its name."""
+    file, rank = directory / ADAPTER_WEIGHTS, content["r"]
+    if not file.is_file():
+        raise UserError(f"{directory}: has no {ADAPTER_WEIGHTS}; save the adapter with peft anew, which writes it")
+    found, updates = safetensors.read_header(file), {}
+    for tensor in huggingface.tensors_of(model):
+        if tensor.layer is None or not tensor.weight.inputs:
+            continue
+        outputs, inputs = huggingface.their_shape(tensor.weight)
+        stem = _PREFIX + tensor.name.removesuffix("weight")
+        shapes = {f"{stem}lora_A.weight": (rank, inputs), f"{stem}lora_B.weight": (outputs, rank)}
+        if not shapes.keys() & found.keys():
+            continue
+        for name, shape in shapes.items():
+            if name not in found or found[name].shape != shape:
+                has = f"has the shape {found[name].shape}" if name in found else "is missing"
+                raise UserError(f"{file}: {name} {has}, where r={rank} and {base} ask for {shape}: not its base?")
+        a, b = (found.pop(name) for name in shapes)
+        updates[tensor.name] = (a, b)
+    if found or not updates:
+        what = f"{next(iter(found))} is no update" if found else "there is no update"
+        raise UserError(f"{file}: {what} of a linear layer in {base}: not its base, or not supported")
+    return updates
