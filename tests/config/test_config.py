@@ -1,4 +1,3 @@
-import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from spin_jax.config.__main__ import listing
 from spin_jax.config.schema import FIELDS
 from spin_jax.errors import UserError, as_flag
 from spin_jax.generation.sampling import MAX_RESPONSES
+from spin_jax.runtime.cli import load_config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 TOY = {"model.path": "toy:", "data.train": "toy:"}
@@ -35,10 +35,7 @@ def refusal(changes) -> str:
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.name)
 def test_every_shipped_config_is_valid(file):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = load_config(str(file))
     assert set(flatten(config)) == set(flatten(base_config()))
     config.model.path = config.model.path or "a/model"  # what some leave to the command line
     config.data.train = config.data.train or "a/data"
@@ -162,7 +159,7 @@ def test_a_field_says_what_it_is_and_may_have_its_default(name):
 
 
 def test_a_word_that_is_nearly_a_choice_is_told_it():
-    assert refusal({"spin.loss": "hings"}).endswith("sft: did you mean hinge?")
+    assert refusal({"spin.loss": "hings"}).endswith("ssd: did you mean hinge?")
 
 
 @pytest.mark.parametrize(
