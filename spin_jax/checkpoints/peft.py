@@ -32,12 +32,15 @@ from spin_jax.runtime import multihost
 from spin_jax.runtime.files import read_json, user_cache, writing
 
 _PREFIX = "base_model.model."
-_READ = ("peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "init_lora_weights")
+_ONLY = {
+    "peft_type": ("LORA",),
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # others change the base, too
+}
+_READ = ("base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", *_ONLY)
 # What changes nothing in a trained adapter's model; which layers it updates is seen from its tensors.
 _IGNORED = ("task_type", "inference_mode", "auto_mapping", "peft_version", "target_modules", "exclude_modules")
 _IGNORED += ("layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core", "qalora_group_size")
 _OFF = (None, False, "none", {}, [])
-_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change the base, too
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,19 +65,10 @@ def save_adapter(
     huggingface.write_tensors(directory / ADAPTER_WEIGHTS, named, adapters, np.dtype(np.float32))
     if multihost.is_first():
         name, revision = hub_name(base)
-        content = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": name,
-            "revision": revision,
-            "r": lora.rank,
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "use_rslora": lora.use_rslora,
-            "lora_dropout": lora.dropout,
-            "target_modules": list(lora.target_modules),
-            "bias": "none",
-            "inference_mode": True,
-        }
+        content = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
+        content |= {"base_model_name_or_path": name, "revision": revision, "r": lora.rank}
+        content |= {"lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "use_rslora": lora.use_rslora}
+        content |= {"lora_dropout": lora.dropout, "target_modules": list(lora.target_modules)}
         huggingface.write_json(directory / ADAPTER_CONFIG, content)
 
 
@@ -151,8 +145,11 @@ def _merged(directory: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
             huggingface.save(whole, model, params, source=base, dtype=jnp.dtype(jnp.float32))
             if own_tokenizer:
                 huggingface.copy_tokenizer(directory, whole)
-            if not merged.exists():  # another process may have been faster
+            try:
                 whole.rename(merged)
+            except OSError:
+                if not (merged / "config.json").is_file():  # else another process was faster
+                    raise
     return merged
 
 
@@ -172,13 +169,10 @@ def _read_settings(directory: pathlib.Path) -> dict[str, Any]:
     file = directory / ADAPTER_CONFIG
     content = read_json(file)
     remedy = "merge it into its base with merge_and_unload() of peft, and name the merged model"
-    on = {name: value for name, value in content.items() if name not in _READ + _IGNORED and value not in _OFF}
-    if content.get("peft_type") != "LORA":
-        on = {"peft_type": content.get("peft_type")} | on
-    if content.get("init_lora_weights") not in _PLAIN_STARTS:
-        on["init_lora_weights"] = content["init_lora_weights"]
-    for name, value in on.items():
-        raise UserError(f"{file}: {name}={json.dumps(value)} is not supported; {remedy}")
+    others = dict.fromkeys((name for name in content if name not in _READ + _IGNORED), _OFF)
+    for name, supported in (_ONLY | others).items():
+        if (value := content.get(name)) not in supported:
+            raise UserError(f"{file}: {name}={json.dumps(value)} is not supported; {remedy}")
     for name in ("r", "lora_alpha"):
         if not isinstance(content.get(name), (int, float)) or not content[name] > 0:
             raise UserError(f"{file}: {name}={json.dumps(content.get(name))} must be a number above 0; mend it")

@@ -202,6 +202,21 @@ def test_what_drops_out_of_an_update_and_what_does_not():
     np.testing.assert_allclose(y, x @ w + (dropped @ a) @ b, rtol=0, atol=1e-4)
 
 
+def test_what_drops_out_does_not_depend_on_the_mesh():
+    mesh = sharding.make_mesh(2, 2, 2)
+    base = jax.device_put(tiny.host_params(), param_shardings(mesh, tiny.CONFIG))
+    dropout = Dropout(jax.random.key(0), jnp.float32(0.5))
+
+    def dropped(params: dict, execution: Execution, batch) -> jax.Array:
+        attached = jax.jit(lambda p, a, d: pair_logprobs(tiny.CONFIG, attach(p, a, SCALE, d), batch, execution))
+        return attached(params, adapters(), dropout)
+
+    rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
+    alone, split = dropped(tiny.params(), COMPUTE, batch()), dropped(base, Execution(mesh=mesh), rows)
+    np.testing.assert_allclose(split, alone, rtol=1e-5)
+    assert np.max(np.abs(alone - logprobs(merge(tiny.params(), adapters(), SCALE), batch()))) > 1e-2
+
+
 def test_each_matrix_of_each_layer_drops_numbers_of_its_own():
     attached = attach(tiny.params(), adapters(), SCALE, Dropout(jax.random.key(0), jnp.float32(0.5)))
     keys = [
