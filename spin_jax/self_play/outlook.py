@@ -32,7 +32,7 @@ def loops(run: Run, only: Sequence[str] = STAGES) -> list[Expected]:
     """The loops of a whole run, in order and by the names that the stages give them. A run of some of the stages ends
     with the first iteration that is not finished."""
     config, held_out, found = run.config, bool(run.held_out_examples), []
-    evaluated = held_out and "held_out" in chosen(config)
+    evaluated, sampled = (held_out and evaluator in chosen(config) for evaluator in ("held_out", "samples"))
     if config.sft.epochs:
         found.append(Expected("SFT", "SFT"))
     whole = set(only) == set(STAGES)
@@ -45,10 +45,12 @@ def loops(run: Run, only: Sequence[str] = STAGES) -> list[Expected]:
                 loops += [("score under theta_0", "score", steps_of(run, t))] * is_mixed(config.spin, t)
                 loops += [("score", "score", steps_of(run, t))]
         if "train" in only:
-            loops += [("train", "train", steps_of(run, t))] + [("evaluate", "held-out", 1)] * evaluated
+            loops += [("train", "train", steps_of(run, t))] + [("sample SFT", "sample", 1)] * (sampled and t == 0)
+            loops += [("evaluate", "held-out", 1)] * evaluated + [("sample", "sample", 1)] * sampled
             if config.sft.control:  # for as much compute as the iteration
                 loops += [("SFT control", "control", steps_of(run, t))]
                 loops += [("evaluate SFT control", "held-out", 1)] * evaluated
+                loops += [("sample SFT control", "sample", 1)] * sampled
         found += [Expected(f"iteration {t}: {name}", kind, size) for name, kind, size in loops]
     return found
 

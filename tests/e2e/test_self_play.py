@@ -21,6 +21,8 @@ from spin_jax.self_play.run import open_run
 
 LEARNED = {"loss", "rewards/real", "rewards/generated", "rewards/margin", "rewards/accuracy", "logps/real"}
 LEARNED |= {"logps/generated", "grad_norm", "learning_rate"}
+LEARNED |= {f"{name}/{y}" for name in ("logps_per_token", "entropy", "token_accuracy") for y in ("real", "generated")}
+LEARNED |= {"kl/generated"}
 COUNTED = {"lengths/real", "lengths/generated", "truncated/real", "truncated/generated", "fill"}
 TIMED = {"tokens_per_second", "model_tflops_per_second"}
 
@@ -110,7 +112,7 @@ def test_a_run_tells_what_it_goes_on_with(finished, tmp_path, gone, position):
 def test_workdir_is_laid_out_as_documented(finished):
     for t in range(2):
         names = {path.name for path in (finished.workdir / f"iteration_{t}").iterdir()}
-        assert names == {"generated", "scores", "metrics.jsonl", "tensorboard", "model", "result.json"}
+        assert names == {"generated", "scores", "metrics.jsonl", "tensorboard", "model", "result.json", "samples.jsonl"}
         assert [path.name for path in (finished.workdir / f"iteration_{t}" / "generated").iterdir()] == [
             "pairs.parquet"
         ]
@@ -128,6 +130,27 @@ def test_summary_has_a_row_for_each_model(finished):
     assert all(row["model"] in text for row in finished.rows) and "nats_per_token" in text
 
 
+def test_answers_to_the_held_out_prompts_are_kept(finished):
+    """theta_0 is the opponent of iteration 0; the policy of iteration 0 answers as the opponent of iteration 1 does."""
+    start, first, second = (
+        {
+            row["row"]: row
+            for row in map(json.loads, (finished.workdir / name / "samples.jsonl").read_text().splitlines())
+        }
+        for name in ("", "iteration_0", "iteration_1")
+    )
+    assert len(start) == tiny_files.EVAL_ROWS and all(row["policy"] == row["opponent"] for row in start.values())
+    assert {row: kept["policy"] for row, kept in first.items()} == {
+        row: kept["opponent"] for row, kept in second.items()
+    }
+    for row, summary in zip((start, first, second), finished.rows, strict=True):
+        assert summary["samples/truncated"] == np.mean([kept["truncated"] for kept in row.values()])
+    shown = [line for line in finished.told if "answers held-out prompts" in line]
+    assert len(shown) == 3 and all(
+        shown[0].count(who) >= tiny_files.EVAL_ROWS for who in ("real", "opponent", "policy")
+    )
+
+
 def test_metrics_have_every_field_once_a_step(finished):
     for t, steps in ((0, 2), (1, 4)):  # 16 pairs by 8; then as many again from the iteration before
         rows = read_metrics(finished.workdir / f"iteration_{t}" / "metrics.jsonl")
@@ -136,6 +159,7 @@ def test_metrics_have_every_field_once_a_step(finished):
         # The policy starts as its own opponent, whose scores are of the same program and rows.
         assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
         assert rows[0]["rewards/real"] == rows[0]["rewards/generated"] == rows[0]["rewards/accuracy"] == 0
+        assert rows[0]["kl/generated"] == 0 and 0 < rows[0]["entropy/real"] < np.log(104)
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 

@@ -12,7 +12,7 @@ from spin_jax.data.sources import Example
 from spin_jax.data.tokenize import tokenise
 from spin_jax.evaluation.interface import Subject, evaluate
 from spin_jax.evaluation.score_files import delete_parts
-from spin_jax.generation.engine import Engine
+from spin_jax.generation.engine import Engine, Progress
 from spin_jax.generation.response_files import Response
 from spin_jax.reports.record import PETA, SPENT, read_result, write_result
 from spin_jax.runtime import metric_writer, multihost, out_of_memory
@@ -29,7 +29,7 @@ def evaluate_start(run: Run) -> None:
     """The summary's first row: theta_0, the opponent of iteration 0, which has scored the held-out pairs."""
 
     def measure() -> dict:
-        start = _subject(run, 0, "SFT", run.start_of(0), run.workdir)
+        start = _subject(run, 0, "SFT", run.start_of(0), run.workdir, " SFT")
         return evaluate(dataclasses.replace(start, held_out_logps=functools.partial(held_out_scores, run, 0)))
 
     _measure_once(run.workdir, measure)
@@ -92,7 +92,10 @@ def _subject(run: Run, t: int, name: str, model: epath.Path, directory: epath.Pa
     ) -> list[Response]:
         settings = dataclasses.replace(run.config.generate, **changes)
         engine = Engine.for_chat(run.model, settings, run.decode, run.chat)
-        return engine.generate(run.store.params(model), prompts, seed=run.config.seed, iteration=iteration)
+        progress = Progress(f"iteration {t}: sample{whose}")
+        return engine.generate(
+            run.store.params(model), prompts, seed=run.config.seed, iteration=iteration, progress=progress
+        )
 
     return Subject(
         name=name,
