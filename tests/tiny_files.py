@@ -38,6 +38,7 @@ SETTINGS = {
     "model.compute_dtype": "float32",  # sums on one device and on many are compared
     "iterations": 2,
     "data.eval_rows": EVAL_ROWS,
+    "evaluate.evaluators": ("held_out",),  # and no samples, which the session's finished run has
     "data.max_length": 64,
     "data.max_prompt_length": 48,  # holds the paper's templates
     "generate.max_new_tokens": 8,

@@ -71,7 +71,8 @@ def finished(tmp_path_factory, tiny_model, tiny_data) -> Finished:
         trained_on.append([int(row) for step in range(spec.steps) for row in make_batch(step).rows])
         return fit(step_fn, state, opponent, make_batch, spec)
 
-    config, workdir = tiny_files.make_config(tiny_model, tiny_data), tmp_path_factory.mktemp("finished")
+    config = tiny_files.make_config(tiny_model, tiny_data, {"evaluate.evaluators": ("auto",)})
+    workdir = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_stage, "fit", watched)
         patch.setattr(progress, "is_live", lambda: False)

@@ -85,7 +85,8 @@ def test_the_kernel_is_plain_attention(shown, sliding_window):
 
 def test_all_of_them_in_a_run_that_two_processes_begin_and_one_goes_on_with(shown):
     """Every process executes the config file, at every start."""
-    flags = [f"--config.{name}={value}" for name, value in CHANGES.items() if name != "data.eval_rows"]
+    given = ("data.eval_rows", "evaluate.evaluators")  # by the page's own config file
+    flags = [f"--config.{name}={value}" for name, value in CHANGES.items() if name not in given]
     command = ["-m", "spin_jax.main", "--config=my_config.py", "--workdir=runs/mine", *flags]
     several = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
     both = [[*command, "--stages=generate,score", *several, f"--process_id={i}"] for i in range(2)]

@@ -69,7 +69,7 @@ def flip(file: pathlib.Path) -> None:
     ids=["weights", "tokenizer", "template", "stop ids"],
 )
 def test_a_start_that_changed_is_refused_with_what_changed(finished, workdir, model, tiny_data, change, changed):
-    config = tiny_files.make_config(model, tiny_data)
+    config = tiny_files.make_config(model, tiny_data, {"evaluate.evaluators": ("auto",)})
     assert self_play(config, workdir) == finished.rows
     change(model)
     untrain(workdir)
@@ -86,7 +86,9 @@ def test_the_same_model_and_data_may_lie_elsewhere(finished, workdir, model, tin
     data = shutil.copy(tiny_data, tmp_path / "renamed.jsonl")
     untrain(workdir)
     monkeypatch.chdir(tmp_path)
-    config = tiny_files.make_config(pathlib.Path("model"), pathlib.Path("renamed.jsonl"))
+    config = tiny_files.make_config(
+        pathlib.Path("model"), pathlib.Path("renamed.jsonl"), {"evaluate.evaluators": ("auto",)}
+    )
     assert self_play(config, workdir) == finished.rows
     noted = json.loads((workdir / "config.json").read_text())
     assert (noted["model.path"], noted["data.train"]) == ("model", pathlib.Path(data).name)
@@ -256,7 +258,9 @@ def test_damaged_settings_of_answers_are_named_with_what_to_delete(tiny_model, t
 
 def test_nothing_held_out_shows_the_last_step(tiny_model, tiny_data, tmp_path, caplog):
     caplog.set_level("INFO", "spin_jax")
-    config = tiny_files.make_config(tiny_model, tiny_data, {"iterations": 1, "data.eval_rows": 0})
+    config = tiny_files.make_config(
+        tiny_model, tiny_data, {"iterations": 1, "data.eval_rows": 0, "evaluate.evaluators": ()}
+    )
     [start, row] = self_play(config, tmp_path)
     last = json.loads((tmp_path / "iteration_0" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["last_step/rewards/margin"] == last["rewards/margin"]
