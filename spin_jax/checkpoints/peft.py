@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +89,8 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> pathl
     """
     directory = directories.resolve(path_or_id, revision)
     if not _is_adapter(directory):
+        if (directory / ADAPTER_CONFIG).is_file():
+            _LOG.warning("%s holds a model and an adapter: the model is read, and the adapter is not", directory)
         return directory
     return multihost.run_alone(lambda: _merged(directory, _of_base(directory, resolve)))
 
@@ -100,10 +103,14 @@ def _of_base(directory: pathlib.Path, find: Callable) -> Any:
     """`find` of the base that an adapter names, once the adapter is known to be supported."""
     file, content = directory / ADAPTER_CONFIG, _read_settings(directory)
     name, revision = content.get("base_model_name_or_path"), content.get("revision")
-    if not name:
-        raise UserError(f"{file}: base_model_name_or_path is empty; write the directory or Hub id of its base there")
+    if not isinstance(name, str) or not name or not isinstance(revision, str | None):
+        raise UserError(
+            f"{file}: write the directory or Hub id of its base as base_model_name_or_path, with its revision"
+        )
     try:
         return find(name, None if os.path.isdir(name) else revision)
+    except RecursionError:
+        raise UserError(f"{file}: its base_model_name_or_path={name} leads back to itself; name its base") from None
     except UserError as error:
         raise UserError(f"{file}: its base_model_name_or_path: {error}") from None
 
@@ -134,8 +141,9 @@ def _merged(directory: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
     files += directories.tokenizer_files(directory) if own_tokenizer else []
     hashes = [fingerprint(base), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
     merged = user_cache("merged") / hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
-    if (merged / "config.json").is_file():
+    if (merged / "config.json").is_file() and has_weights(merged):
         return merged
+    shutil.rmtree(merged, ignore_errors=True)  # what a cleaner of caches has left of it
     _LOG.info("%s: an adapter of %s; the two merged are kept in %s", directory, base, merged)
     with writing(merged.parent):
         merged.parent.mkdir(parents=True, exist_ok=True)
@@ -174,8 +182,10 @@ def _read_settings(directory: pathlib.Path) -> dict[str, Any]:
         if (value := content.get(name)) not in supported:
             raise UserError(f"{file}: {name}={json.dumps(value)} is not supported; {remedy}")
     for name in ("r", "lora_alpha"):
-        if not isinstance(content.get(name), (int, float)) or not content[name] > 0:
+        if not isinstance(content.get(name), (int, float)) or not 0 < content[name] < math.inf:
             raise UserError(f"{file}: {name}={json.dumps(content.get(name))} must be a number above 0; mend it")
+    if not isinstance(content.get("use_rslora"), bool | None):
+        raise UserError(f"{file}: use_rslora={json.dumps(content['use_rslora'])} must be true or false; mend it")
     return content
 
 

@@ -77,7 +77,10 @@ def _shown(line: dict) -> str:
 
 
 def _short(text: str) -> str:
-    plain = " ".join(text.split())
+    """In one line, and with no character that would move a terminal's cursor or turn its writing."""
+    plain = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split())
+    )
     return plain if len(plain) <= LONGEST else plain[: LONGEST - 4] + " ..."
 
 

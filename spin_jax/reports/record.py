@@ -78,7 +78,7 @@ def spent_flops(workdir: epath.PathLike, t: int) -> float:
     Raises:
         UserError: there is no such result. The message is of the field that names the run.
     """
-    directory = epath.Path(workdir) / f"iteration_{t}"
+    directory = files.expand(workdir) / f"iteration_{t}"
     found = (read_result(directory) or {}).get(SPENT)
     if not found:
         flag = as_flag("train.match_flops", os.fspath(workdir))

@@ -52,8 +52,8 @@ def _iterate(run: Run, t: int, only: Sequence[str]) -> bool:
     """Iteration t; returns whether to go on with the next one."""
     model = run.iteration(t) / "model" / "config.json"
     was_finished = multihost.on_process_zero(model.exists)
-    if "generate" in only and not generate.generate_responses(run, t):  # y'_i ~ p_t(.|x_i) for every prompt
-        return False  # another program is to write them
+    if "generate" in only:
+        generate.generate_responses(run, t)  # y'_i ~ p_t(.|x_i) for every prompt
     if "score" in only:
         score.score_pairs(run, t)  # log p_t of y_i and y'_i
     if "train" in only:

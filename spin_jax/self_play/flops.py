@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from spin_jax.data.packing import forward_flops
 from spin_jax.data.pairs import Pair, choose
 from spin_jax.errors import UserError, as_flag
-from spin_jax.reports.record import spent_flops
+from spin_jax.reports.record import PETA, spent_flops
 from spin_jax.self_play.pairs import is_sampled, pairs_of
 from spin_jax.self_play.run import Run
 from spin_jax.training.programs import TrainingSpec, is_mixed, is_scored
+from spin_jax.training.schedule import check_warmup
 
 
 def sampling_flops(run: Run, t: int) -> float:
@@ -46,11 +47,16 @@ def matched_steps(run: Run, t: int, spec: TrainingSpec, pairs: Sequence[Pair]) -
     """Steps for which iteration t spends what the same iteration of the run in `config.train.match_flops` has spent.
 
     Raises:
-        UserError: sampling alone has cost as much.
+        UserError: they are not enough for a step, or for no step after the warm-up.
     """
-    left = spent_flops(run.config.train.match_flops, t) - sampling_flops(run, t)
-    steps = round(left / iteration_step_flops(run, t, spec, pairs))
+    train = run.config.train
+    spent, sampling = spent_flops(train.match_flops, t), sampling_flops(run, t)
+    step, flag = iteration_step_flops(run, t, spec, pairs), as_flag("train.match_flops", train.match_flops)
+    steps = round((spent - sampling) / step)
     if steps < 1:
-        flag = as_flag("train.match_flops", run.config.train.match_flops)
-        raise UserError(f"{flag}: iteration {t} of that run spent less than sampling alone costs here; leave it out")
+        raise UserError(
+            f"{flag}: its iteration {t} spent {spent / PETA:.3g} petaflops; here sampling costs {sampling / PETA:.3g} "
+            f"and a step {step / PETA:.3g}: name a longer run, or lower --config.train.batch_size"
+        )
+    check_warmup(steps, train.warmup_ratio, f"the FLOPs of {flag}")
     return steps

@@ -76,7 +76,7 @@ def pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
         else:
             raise UserError(f"{path} is missing: run the generate stage of iteration {t} first")
         if absent := [example.row for example in asked if example.row not in sampled]:
-            raise UserError(f"{path} has no response to row {absent[0]}: the data changed; give another --workdir")
+            raise UserError(f"{path} has no response to row {absent[0]}: data or loss changed; give another --workdir")
         train, held_out = (
             [(example, response) for example in examples for response in sampled.get(example.row, [None])]
             for examples in (run.train_examples, run.held_out_examples)

@@ -1,6 +1,7 @@
 """Adapters in PEFT's layout: what is written is what is read, and what cannot be read says so in one line."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -87,6 +88,23 @@ def test_the_merged_model_is_made_once_and_again_for_another_adapter(adapter, ca
     assert len(os.listdir(cache)) == 2  # and nothing half made
 
 
+def test_a_merged_model_that_lost_its_weights_is_made_again(adapter):
+    first = checkpoints.resolve(adapter)
+    (first / "model.safetensors").unlink()
+    assert checkpoints.resolve(adapter) == first and (first / "model.safetensors").is_file()
+
+
+def test_an_adapter_whose_base_is_itself_is_refused(adapter):
+    change(adapter, base_model_name_or_path=str(adapter))
+    assert "leads back to itself" in refusal(adapter)
+
+
+def test_a_directory_with_a_model_and_an_adapter_is_the_model(adapter, caplog):
+    shutil.copytree(GOLDEN / "llama2", adapter, dirs_exist_ok=True)
+    assert checkpoints.resolve(adapter) == adapter
+    assert "holds a model and an adapter: the model is read, and the adapter is not" in caplog.text
+
+
 def test_an_adapter_of_an_adapter(adapter, tmp_path):
     """Its base is the other one's merged model."""
     config, params = checkpoints.load(checkpoints.resolve(adapter))
@@ -122,7 +140,11 @@ def test_the_tokenizer_is_the_adapters_own_if_it_has_one(adapter, tmp_path):
         ({"r": 0}, "r=0 must be a number above 0"),
         ({"lora_alpha": "16"}, 'lora_alpha="16" must be a number above 0'),
         ({"r": 3}, "lora_A.weight has the shape (2, 32), where r=3 and"),
-        ({"base_model_name_or_path": None}, "base_model_name_or_path is empty; write the directory or Hub id"),
+        ({"lora_alpha": math.inf}, "lora_alpha=Infinity must be a number above 0"),
+        ({"use_rslora": "false"}, 'use_rslora="false" must be true or false'),
+        ({"base_model_name_or_path": None}, "write the directory or Hub id of its base as base_model_name_or_path"),
+        ({"base_model_name_or_path": ["a"]}, "write the directory or Hub id of its base"),
+        ({"revision": 5}, "write the directory or Hub id of its base"),
         ({"base_model_name_or_path": "./gone"}, "its base_model_name_or_path: ./gone: no such directory"),
         ({"base_model_name_or_path": str(GOLDEN / "gemma3")}, "ask for (64, 2): not its base?"),
     ],

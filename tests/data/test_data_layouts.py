@@ -294,10 +294,11 @@ def test_preferences_that_cannot_be_trained_on(tmp_path):
         {"chosen": [*Q, assistant("a")], "rejected": [user("other"), assistant("b")]},
         {"chosen": [*Q, assistant("a"), user("r")], "rejected": [*Q, assistant("b")]},
         {"prompt": "q", "chosen": "", "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": None},
     ]
     with pytest.raises(UserError, match="no row can be used") as refused:
         read(tmp_path, rows, layout="preference")
-    for reason in ("answer different prompts", "the last turn is the user's", "empty response"):
+    for reason in ("answer different prompts", "the last turn is the user's", "empty response", "empty rejected"):
         assert reason in str(refused.value)
     with pytest.raises(UserError, match=r"rows\.jsonl:1: no field among prompt"):
         read(tmp_path, [{"chosen": "a", "rejected": "b"}], layout="preference")

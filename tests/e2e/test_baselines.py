@@ -73,6 +73,18 @@ def test_flops_of_a_run_that_is_not_there_are_refused(tiny_model, tiny_data, tmp
         self_play(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path / "run")
 
 
+def test_flops_of_a_run_that_are_too_few_are_refused(spin, tiny_model, tiny_data, tmp_path):
+    """Not even a step; or steps that are all warm-up, at whose learning rates nothing is learned."""
+    result = json.loads((spin[0] / "iteration_0" / "result.json").read_text())
+    for share, says in ((1e-3, "name a longer run"), (0.5, "are all warm-up")):
+        (tmp_path / f"{share}" / "iteration_0").mkdir(parents=True)
+        less = json.dumps(result | {"petaflops": share * result["petaflops"]})
+        (tmp_path / f"{share}" / "iteration_0" / "result.json").write_text(less)
+        changes = FAST | {"train.match_flops": str(tmp_path / f"{share}")}
+        with pytest.raises(UserError, match=says):
+            self_play(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path / f"run_{share}")
+
+
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("preferences") / "preferences.jsonl"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spin_jax.evaluation.samples import distinct_ngrams, repeated_ngrams
+from spin_jax.evaluation.samples import LONGEST, _short, distinct_ngrams, repeated_ngrams
 
 
 def test_distinct_ngrams_are_counted_over_all_responses():
@@ -18,3 +18,9 @@ def test_repeated_ngrams_are_counted_within_a_response():
     assert repeated_ngrams([loop], 2) == pytest.approx(3 / 5)
     assert repeated_ngrams([loop, [1, 2, 3]], 2) == pytest.approx(3 / 10)
     assert repeated_ngrams([[1], []], 2) == 0
+
+
+def test_what_is_shown_cannot_move_the_cursor():
+    text = "a\x1b[2Jb\u202ec\nd" + "x" * 500
+    shown = _short(text)
+    assert shown.isprintable() and shown.startswith("a\ufffd[2Jb\ufffdc d") and len(shown) == LONGEST

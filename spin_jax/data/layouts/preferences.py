@@ -6,7 +6,7 @@ loss, that is DPO (arXiv 2305.18290).
 
 from collections.abc import Callable
 
-from spin_jax.data.layouts.columns import PREFERENCES, QUESTIONS, Fields
+from spin_jax.data.layouts.columns import PREFERENCES, QUESTIONS, Fields, Unusable
 from spin_jax.data.layouts.exchanges import exchange_layout
 from spin_jax.data.layouts.interface import Layout
 from spin_jax.data.layouts.turns import Message, read_conversation
@@ -31,10 +31,18 @@ def _conversation_of(column: str) -> Callable[[Fields, bool], list[Message]]:
 
 _chosen, _rejected = map(_conversation_of, PREFERENCES)
 
+
+def _generated(row: Fields) -> tuple[list[Message], bool]:
+    turns = _rejected(row, True)
+    if not turns[-1]["content"].strip():
+        raise Unusable(f"empty {REJECTED}")
+    return turns, False
+
+
 # By name alone: such rows often have `messages`, too, and who fine-tunes on those wants no rejected response.
 preference = Layout(
     f"{CHOSEN} + {REJECTED} [+ one of {'/'.join(QUESTIONS)}], if --config.data.layout=preference",
     fits=lambda names, answered: False,
     turns=_chosen,
-    generated=lambda row: (_rejected(row, True), False),
+    generated=_generated,
 )

@@ -4,9 +4,11 @@ With `config.generate.source="external"` the generate stage writes the first two
 ends. When the third is there, the same command checks it, takes the responses, and goes on with scoring and training.
 
     request.json     where the model is, what identifies it, how to sample, and which ids end a response
-    prompts.jsonl    {"row", "number", "model", "tokens"}: a line for each response that is wanted, with its prompt
-    responses.jsonl  {"row", "number", "model"} of that line, with the response's "tokens" or its "text"; and
+    prompts.jsonl    {"row", "number", "request", "tokens"}: a line for each response that is wanted, with its prompt
+    responses.jsonl  {"row", "number", "request"} of that line, with the response's "tokens" or its "text"; and
                      "truncated": true where a budget of tokens ended it
+
+"request" is a mark of the prompt, of the model and of how to sample: a response to anything else is refused.
 """
 
 import hashlib
@@ -18,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from spin_jax.data.pairs import token_ids
+from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
 from spin_jax.generation.response_files import Response
 from spin_jax.runtime.files import reading, write_whole
@@ -35,7 +38,7 @@ def exchange_files(run: Run, t: int, directory: epath.Path, model: Mapping[str, 
     For process zero alone. `model` is what identifies theta_t.
 
     Raises:
-        UserError: a response is missing, there twice, of another model, or broken; it names the line.
+        UserError: a response is missing, there twice, to another request, or broken; it names the line.
     """
     if not (directory / RESPONSES).exists():
         _ask(run, t, directory, model)
@@ -47,45 +50,46 @@ def exchange_files(run: Run, t: int, directory: epath.Path, model: Mapping[str, 
 
 
 def _ask(run: Run, t: int, directory: epath.Path, model: Mapping[str, str]) -> None:
-    generate, lines = run.config.generate, []
+    asked = {"iteration": t, "model": str(run.start_of(t)), "fingerprint": dict(model), "sampling": _sampling(run)}
+    lines = []
     for example in asked_examples(run):
-        for number in range(generate.responses):
-            line = {"row": example.row, "number": number, "model": _mark(model)}
-            lines.append(json.dumps(line | {"tokens": run.asked(example.row).tolist()}) + "\n")
-    sampling = {name: getattr(generate, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
-    sampling |= {
-        "stop_token_ids": list(run.chat.stop_ids),
-        "stop": list(generate.stop_strings),
-        "seed": run.config.seed,
-    }
-    request = {"iteration": t, "model": str(run.start_of(t)), "fingerprint": dict(model), "sampling": sampling}
-    write_whole(directory / REQUEST, json.dumps(request, indent=1) + "\n")
+        tokens, mark = run.asked(example.row).tolist(), _mark(run, example.row, model)
+        for number in range(run.config.generate.responses):
+            lines.append(json.dumps({"row": example.row, "number": number, "request": mark, "tokens": tokens}) + "\n")
+    write_whole(directory / REQUEST, json.dumps(asked, indent=1) + "\n")
     write_whole(directory / PROMPTS, "".join(lines))
-    _LOG.info(
-        "iteration %d waits for responses: let another program answer %s with the model in %s, as %s says; then write "
-        "%s, and start the same command again",
-        *(t, directory / PROMPTS, run.start_of(t), REQUEST, directory / RESPONSES),
-    )
 
 
-def _mark(model: Mapping[str, str]) -> str:
-    """A short name of a model by what identifies it."""
-    return hashlib.sha256(json.dumps(dict(model), sort_keys=True).encode()).hexdigest()[:12]
+def _sampling(run: Run) -> dict[str, object]:
+    generate = run.config.generate
+    names = ("temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens")
+    found: dict[str, object] = {name: getattr(generate, name) for name in names}
+    stops = {"stop_token_ids": list(run.chat.stop_ids), "stop": list(generate.stop_strings)}
+    return found | stops | {"seed": run.config.seed}
+
+
+def _mark(run: Run, row: int, model: Mapping[str, str]) -> str:
+    """A short name of what a response to a row is a response to."""
+    request = [dict(model), _sampling(run), run.asked(row).tolist()]
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _read(run: Run, directory: epath.Path, model: Mapping[str, str]) -> list[Response]:
     """Responses in the order in which they were asked for."""
     examples = {example.row: example for example in asked_examples(run)}
+    marks = {row: _mark(run, row, model) for row in examples}
     wanted = [(row, number) for row in examples for number in range(run.config.generate.responses)]
     path, found = directory / RESPONSES, {}
     with reading(path, "write it anew, a JSON object a line"):
-        lines = path.read_text().splitlines()
+        lines = path.read_text().removeprefix("\ufeff").split("\n")
     for position, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            one = _response(run, examples, json.loads(line), _mark(model))
+            one = _response(run, examples, json.loads(line), marks)
             if (one.row, one.number) in found:
                 raise ValueError(f"row {one.row}, number {one.number} is there twice")
-        except (ValueError, TypeError, KeyError, UserError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, UserError) as error:
             raise UserError(f"{path}:{position}: {_reason(error)}") from None
         found[one.row, one.number] = one
     if missing := [key for key in wanted if key not in found]:
@@ -98,19 +102,40 @@ def _reason(error: Exception) -> str:
     return f"no field {error}" if isinstance(error, KeyError) else str(error)
 
 
-def _response(run: Run, examples: Mapping, line: dict, mark: str) -> Response:
+def _response(run: Run, examples: Mapping[int, Example], line: object, marks: Mapping[int, str]) -> Response:
+    if not isinstance(line, dict):
+        raise ValueError(f"a line must be an object with named fields, not {type(line).__name__}")
     row, number, truncated = line["row"], line["number"], line.get("truncated", False)
-    if line["model"] != mark:
-        raise ValueError(f"a response of model {line['model']!r}, and {mark!r} was asked: copy `model` from {PROMPTS}")
     if row not in examples or number not in range(run.config.generate.responses):
         raise ValueError(f"row {row!r}, number {number!r} was not asked for: copy both from {PROMPTS}")
+    if line["request"] != marks[row]:
+        raise ValueError(
+            f"a response to request {line['request']!r}, and row {row} is now {marks[row]!r}: model, data or sampling "
+            f"changed; delete {PROMPTS} and {RESPONSES}, and answer the new ones"
+        )
     if not isinstance(truncated, bool):
         raise ValueError(f"truncated={truncated!r}: write true or false")
-    if "tokens" in line:
-        tokens = token_ids(line["tokens"], run.model.vocab_size, "tokens") if line["tokens"] else np.zeros(0, np.int32)
-        run.chat.generated_response(examples[row].prompt, tokens, truncated)  # refuses an end that is not one
-        if len(tokens) > (most := run.config.generate.max_new_tokens):
-            raise ValueError(f"{len(tokens)} tokens, and --config.generate.max_new_tokens={most} were asked for")
-    else:
+    if line.get("tokens") is not None:
+        tokens = _sampled(run, examples[row], line["tokens"], truncated)
+    elif isinstance(line["text"], str):
         tokens = run.chat.sampled_ids(examples[row].prompt, line["text"], truncated)
+        if len(tokens) > (most := run.config.generate.max_new_tokens):  # where our own sampler would have cut it
+            tokens, truncated = tokens[:most], True
+    else:
+        raise ValueError(f"text must be text, not {type(line['text']).__name__}")
     return Response(row, number, tokens, truncated, np.zeros(0, np.float32))
+
+
+def _sampled(run: Run, example: Example, ids: list, truncated: bool) -> np.ndarray:
+    """Token ids of a response as the sampler could have drawn them.
+
+    Raises:
+        ValueError, UserError: it could not.
+    """
+    tokens = token_ids(ids, run.model.vocab_size, "tokens") if ids else np.zeros(0, np.int32)
+    run.chat.generated_response(example.prompt, tokens, truncated)  # refuses an end that is not one
+    if np.isin(tokens[:-1], run.chat.stop_ids).any():
+        raise ValueError("a stop id stands before the end: cut the response behind it")
+    if len(tokens) > (most := run.config.generate.max_new_tokens):
+        raise ValueError(f"{len(tokens)} tokens, and --config.generate.max_new_tokens={most} were asked for")
+    return tokens
