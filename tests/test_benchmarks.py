@@ -1,5 +1,5 @@
-"""benchmarks/train_step.py with real contestants, on a tiny model; what packed_step.py says without a compiler; and
-gpu.py, tiny and on a CPU."""
+"""benchmarks/train_step.py with real contestants, on a tiny model; what packed_step.py says without a compiler; gpu.py,
+tiny and on a CPU; and what curves.py runs and draws."""
 
 import importlib.util
 import json
@@ -8,9 +8,16 @@ import os
 import pathlib
 import subprocess
 import sys
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import tiny_files
+from absl.testing import flagsaver
+
+from spin_jax import config as config_lib
+from spin_jax import main  # noqa: F401  (defines its flags)
+from spin_jax.runtime import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BENCHMARK = [sys.executable, ROOT / "benchmarks/train_step.py"]
@@ -174,6 +181,28 @@ def test_steps_of_refilled_slots(monkeypatch):
     assert sampling.steps_when_refilled([3, 4], 8) == 4
     (row,) = sampling.by_cap([9, 1, 2, 9], 2, [6])
     assert (row["static"], row["refilled"], row["mean length"]) == (12, 9, 3.75)
+
+
+def test_curves_of_runs_that_a_config_allows(monkeypatch, tmp_path):
+    """And pictures of made-up metrics, as small as a page wants them, the healthy run in grey."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.chdir(ROOT)
+    import curves
+
+    for name in curves.RUNS:
+        with flagsaver.flagsaver():
+            words = curves.command(name, tmp_path)
+            assert cli.parse_flags(words[1:]) == words[1:2], "every word but the module is a flag"
+            config_lib.freeze(cli.config())
+    assert {picture.run for picture in curves.PICTURES.values()} == set(curves.RUNS)
+    logged = {metric for picture in curves.PICTURES.values() for panel in picture.panels for metric, _ in panel.curves}
+    noise = np.random.default_rng(0)
+    rows = [{"step": step, **{metric: noise.uniform(0.1, 1) for metric in logged}} for step in range(1, 250)]
+    for name, picture in curves.PICTURES.items():
+        svg = curves.draw(picture, {curves.HEALTHY: {0: rows, 1: rows}, picture.run: {0: rows, 1: rows}})
+        ElementTree.fromstring(svg)
+        assert len(svg) < 60_000, name
+        assert (curves.GREY in svg.decode()) and (b"healthy" in svg) == (picture.run != curves.HEALTHY)
 
 
 def test_gpu_in_one_command(tmp_path):

@@ -40,11 +40,37 @@ PLOTS = (
         "log-probability of a response (nats)",
         (("logps/real", "real"), ("logps/generated", "generated")),
     ),
+    Plot(
+        "logps_per_token",
+        "Log-probability of a response's tokens under the policy, their mean",
+        "log-probability a token (nats)",
+        (("logps_per_token/real", "real"), ("logps_per_token/generated", "generated")),
+    ),
+    Plot(
+        "kl",
+        "How far the policy has gone from its opponent, by the generated responses",
+        "KL(opponent || policy) a token, estimated (nats)",
+        (("kl/generated", "generated"),),
+        (0.0, "the opponent itself"),
+    ),
+    Plot(
+        "entropy",
+        "How undecided the policy is about the next token",
+        "entropy of the next token (nats)",
+        (("entropy/real", "in real responses"), ("entropy/generated", "in generated responses")),
+    ),
+    Plot(
+        "lengths",
+        "How long the responses of a batch are",
+        "length of a response (tokens)",
+        (("lengths/real", "real"), ("lengths/generated", "generated")),
+    ),
+    Plot("grad_norm", "Global norm of the gradient, before clipping", "gradient norm", (("grad_norm", "norm"),)),
 )
 
 
 def plots(record: RunRecord) -> dict[str, bytes]:
-    """Loss, margin, accuracy and log-probs of every iteration; none where no iteration has metrics yet.
+    """Each of `PLOTS` that was logged, over every iteration; none where no iteration has metrics yet.
 
     Steps are counted over the whole run; a vertical line is where the opponent was replaced. A result that has
     `iteration` (the number of the iteration that trained the model) and fields `held_out/METRIC`

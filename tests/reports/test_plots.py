@@ -2,10 +2,14 @@
 
 import io
 
+import jax.numpy as jnp
 import numpy as np
 
+from spin_jax.objectives import OBJECTIVES
+from spin_jax.objectives.interface import token_metrics
+from spin_jax.objectives.logprobs import Scores
 from spin_jax.reports import plots as plots_lib
-from spin_jax.reports.plots import plots
+from spin_jax.reports.plots import PLOTS, plots
 from spin_jax.reports.record import RunRecord
 
 
@@ -36,6 +40,19 @@ def test_a_plot_for_each_measure_that_was_logged():
     assert list(files) == ["plots/loss.png", "plots/margin.png", "plots/accuracy.png"]
     for png in files.values():
         assert imread(io.BytesIO(png)).shape[:2] == (576, 1080)
+
+
+def test_curves_of_tokens_are_what_objectives_log():
+    x_BPY = jnp.ones((1, 1, 2))
+    logged = token_metrics(OBJECTIVES["logistic"], Scores(x_BPY, x_BPY, x_BPY), x_BPY, x_BPY)
+    curves = {metric for plot in PLOTS for metric, _ in plot.curves}
+    assert {metric for metric in logged if not metric.startswith("token_accuracy/")} <= curves
+    rows = [{"step": step, **dict.fromkeys(logged, 0.5)} for step in (1, 2)]
+    assert list(plots(RunRecord(None, {}, [], {0: rows}))) == [
+        "plots/logps_per_token.png",
+        "plots/kl.png",
+        "plots/entropy.png",
+    ]
 
 
 def test_plots_count_steps_over_the_run(monkeypatch):
