@@ -13,7 +13,7 @@ from spin_jax.config.fields import BY_ITERATION, CONTENT, FREE, LENGTH, Field, a
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a block
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSection:
     """The SFT model and how it computes. (`models.ModelConfig` is its architecture.)"""
 
@@ -58,7 +58,7 @@ class ModelSection:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The SFT examples and what of them becomes prompt and response."""
 
@@ -106,7 +106,7 @@ class DataConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SftConfig:
     """Supervised fine-tuning: before iteration 0, and as the control of each iteration.
 
@@ -142,7 +142,7 @@ class SftConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """Where the generated responses come from, and how they are sampled."""
 
@@ -204,7 +204,7 @@ class GenerateConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SpinConfig:
     """The objective of an iteration, and the pairs it sees."""
 
@@ -258,7 +258,7 @@ class SpinConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Optimization, in every training stage."""
 
@@ -324,7 +324,7 @@ class TrainConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Low-rank updates (LoRA) of the linear layers of attention and MLP, in every training stage, in place of full
     fine-tuning; each iteration's are merged into its model, and kept beside it as an adapter of PEFT.
@@ -365,7 +365,7 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How devices split the work."""
 
@@ -390,7 +390,7 @@ class MeshConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What the models of a run are measured by."""
 
@@ -402,7 +402,7 @@ class EvaluateConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ToyConfig:
     """The made task of configs/quickstart.py; read only where `model.path` and `data.train` are "toy:"."""
 
@@ -412,7 +412,7 @@ class ToyConfig:
     num_layers: int = field(2, "Depth of its tiny Llama.", bounds=at_least(1, 2**10))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """All of it: what one command is given."""
 

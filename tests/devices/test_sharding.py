@@ -87,7 +87,12 @@ def test_responses_are_the_same_on_one_device_and_on_eight(sizes):
 
     def responses(mesh: Mesh, temperature: float) -> list[tuple]:
         settings = GenerateConfig(
-            temperature, max_new_tokens=8, batch_size=16, prefill_batch_size=8, tail_batch_size=1, prompt_bucket=16
+            temperature=temperature,
+            max_new_tokens=8,
+            batch_size=16,
+            prefill_batch_size=8,
+            tail_batch_size=1,
+            prompt_bucket=16,
         )
         progress = Progress()
         engine = Engine(tiny.CONFIG, settings, Execution(mesh=mesh), stop_ids=(3, 9))
