@@ -68,7 +68,7 @@ def test_the_loss_and_its_slopes_at_the_start(name):
 
 def test_every_objective_with_a_reference_has_its_value_at_the_start_here():
     assert {name for name in OBJECTIVES if OBJECTIVES[name].reference} == set(AT_START)
-    assert [name for name in OBJECTIVES if OBJECTIVES[name].at_start(SETTINGS) is None] == ["tspin", "sft"]
+    assert [name for name in OBJECTIVES if OBJECTIVES[name].at_start(SETTINGS) is None] == ["tspin", "sft", "ssd"]
 
 
 # Policy (-2, -9) and reference (-5, -8): log-ratios 3 and -1, h = 4, the margin 0.8; rewards 0.6 and -0.2.
@@ -118,7 +118,7 @@ def test_a_place_without_a_pair_is_finite_and_so_is_its_gradient(name):
     zeros = jnp.zeros((1, 1, len(objective.responses)))
 
     def loss(policy_BPY):
-        settings = SETTINGS._replace(nll_weight=0.3 * (name != "sft"))
+        settings = SETTINGS._replace(nll_weight=0.3 * (name not in ("sft", "ssd")))
         return jnp.sum(objective.of_pairs(policy_BPY, zeros, zeros.astype(jnp.int32), settings)[0])
 
     value, gradient = jax.value_and_grad(loss)(zeros)
