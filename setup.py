@@ -40,13 +40,14 @@ setup(
         "cuda13": ["jax[cuda13]", "etils[epath-gcs]"],
         # attention for Hopper GPUs; exactly this version, since what we call has no public name
         "tokamax": ['tokamax==0.0.17; python_version >= "3.12"'],
-        "eval": ["lm-eval[hf]>=0.4.10"],  # torch comes with it
+        "eval": ["lm-eval>=0.4.13"],  # without its "hf": no torch
         "tfds": ["tensorflow-datasets>=4.9.6"],
         "check": ["jax[tpu]"],  # compile_check: libtpu of the version that this jax runs with; no TPU is needed
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],  # models with a tokenizer.model alone
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],
         "test": [
             "pytest>=8",
+            "lm-eval>=0.4.13",  # as "eval"
             "sentencepiece>=0.2",
             "protobuf>=4",
             "pytest-xdist>=3.5",
@@ -59,7 +60,7 @@ setup(
             "ipykernel>=6",
             'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"',  # as "check"
         ],
-        # peft before 0.18 imports what transformers 5 has no more
-        "parity": ["torch>=2.4", "peft>=0.18"],
+        # peft before 0.18 imports what transformers 5 has no more; the harness's own model is on accelerate
+        "parity": ["torch>=2.4", "peft>=0.18", "accelerate>=1.0"],
     },
 )

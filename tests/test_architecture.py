@@ -21,6 +21,7 @@ LIGHT = (
     "reports.summary",
     "main",
     "generate",
+    "evaluate",
     "compile_check.__main__",
     "data.sources",
     "data.chat_format",

@@ -10,8 +10,8 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jaxlib.version
@@ -43,8 +43,25 @@ def response_program(model: ModelConfig, execution: Execution) -> Callable:
 
 @functools.cache
 def token_program(model: ModelConfig, execution: Execution) -> Callable:
-    """Jitted (params, batch) -> log-probs of the responses' tokens [B, R]."""
-    return jit(execution.mesh, lambda params, batch: target_scores(model, params, batch.rows, execution).logps)
+    """Jitted (params, batch) -> (log-probs of the responses' tokens, whether each is the most likely one), [B, R]."""
+
+    def program(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        scores = target_scores(model, params, batch.rows, execution)
+        return scores.logps, scores.correct
+
+    return jit(execution.mesh, program)
+
+
+class TokenScores(NamedTuple):
+    """Of a response y to a prompt x, f32 [tokens].
+
+    Attributes:
+        logps: log p(y_j | x, y_<j), in nats.
+        correct: 1 where y_j is the most likely token, as greedy decoding takes it; else 0.
+    """
+
+    logps: np.ndarray
+    correct: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,18 +105,31 @@ class Scorer:
         self, params: dict, prompts: Sequence[TokenIds], responses: Sequence[Sequence[TokenIds]]
     ) -> list[list[np.ndarray]]:
         """`logprobs` token by token: log p(y_j | x, y_<j) in nats, f32 [tokens], of each response to each prompt."""
+        return [[one.logps for one in of_prompt] for of_prompt in self.token_scores(params, prompts, responses)]
+
+    def token_scores(
+        self,
+        params: dict,
+        prompts: Sequence[TokenIds],
+        responses: Sequence[Sequence[TokenIds]],
+        name: str = "score",
+    ) -> list[list[TokenScores]]:
+        """`token_logprobs`, and which tokens greedy decoding would take; `name` is that of `score`."""
         pairs = self._pairs(prompts, responses)
         answered, found = [pair for pair in pairs if pair.responses], [[] for _ in pairs]
         if not answered:
             return found
         plan, run = self.plan(answered), self._with_params(token_program, params)
-        for number, rows in enumerate(plan.batches):
-            preemption.between_batches()
-            logps_BR = to_host(run(self._make_batch(answered, plan, number).arrays))
-            for row, logps_R in zip(rows, logps_BR, strict=True):
-                targets = iter(logps_R)  # in the order in which they were packed
-                for pair in (answered[i] for i in row):
-                    found[pair.row] = [np.fromiter(targets, np.float32, len(y)) for y in pair.responses]
+        scored = (run(self._make_batch(answered, plan, number).arrays) for number in range(len(plan.batches)))
+        with Loop(name, len(answered), "prompt") as loop:
+            for rows, arrays in zip(plan.batches, _one_ahead(scored), strict=True):
+                for row, *of_row in zip(rows, *map(to_host, arrays), strict=True):
+                    start = 0  # responses lie in the order in which they were packed
+                    for pair in (answered[i] for i in row):
+                        for y in pair.responses:
+                            found[pair.row].append(TokenScores(*(x_R[start : start + len(y)] for x_R in of_row)))
+                            start += len(y)
+                loop.advance(sum(map(len, rows)))
         return found
 
     def score(self, params: dict, pairs: Sequence[Pair], name: str = "score", parts: Parts | None = None) -> np.ndarray:
@@ -146,6 +176,16 @@ class Scorer:
         mesh, program = self.execution.mesh, make_program(self.model, self.execution)
         placed = place(params, param_shardings(mesh, self.model))
         return lambda batch: program(placed, to_devices(batch, batch_sharding(mesh)))
+
+
+def _one_ahead(results: Iterator) -> Iterator:
+    """The results, each when the next has been asked for: the devices compute that one while the host reads this."""
+    pending = next(results)
+    for result in results:
+        preemption.between_batches()
+        yield pending
+        pending = result
+    yield pending
 
 
 @dataclasses.dataclass

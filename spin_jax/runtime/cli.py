@@ -121,13 +121,13 @@ def require(**examples: str) -> None:
 # ---- the config
 
 
-def config() -> ConfigDict:
-    """The config of the file, as the flags changed it.
+def config(optional: bool = False) -> ConfigDict:
+    """The config of the file, as the flags changed it; where the file is `optional`, of the defaults without one.
 
     Raises:
         UserError: the file is no config, or a value is not of its field's kind.
     """
-    loaded = load_config(config_file())
+    loaded = config_lib.base_config() if optional and not config_file() else load_config(config_file())
     changes = [change.partition("=") for change in _CHANGES.value]
     config_lib.override(loaded, {field: _read(value, _default(field)) for field, _, value in changes})
     return loaded

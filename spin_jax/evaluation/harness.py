@@ -1,0 +1,297 @@
+"""A model as the lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness) asks it: on `Scorer` and `Engine`.
+
+Answers to one question are responses to one prompt, which is computed once for all of them; questions share packed
+rows, and rows all devices. Text becomes token ids as in the harness's own `hf` model (`lm_eval.models.huggingface`),
+so that scores are comparable: an answer's ids are what the ids of question and answer have after those of the question,
+an empty question is the tokenizer's BOS (else EOS), and what is too long for the model loses its beginning.
+
+`evaluate` is the one function that a command needs. This module imports `lm_eval`, which the extra "eval" brings.
+"""
+
+import functools
+import itertools
+import json
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jinja2
+import lm_eval
+import numpy as np
+from etils import epath
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+
+from spin_jax import checkpoints, models, sizing
+from spin_jax.config import Config, replace
+from spin_jax.config.fields import did_you_mean
+from spin_jax.data.tokenizer import load_tokenizer, own_stop_ids
+from spin_jax.devices.accelerators import Device
+from spin_jax.errors import UserError
+from spin_jax.evaluation.scoring import Scorer, check_finite
+from spin_jax.generation.engine import Engine
+from spin_jax.generation.stop_strings import stop_table
+from spin_jax.language_model import on_both_meshes
+from spin_jax.runtime import multihost
+
+_LOG = logging.getLogger(__name__)
+
+PROMPTS = 8  # a device scores at a time: some thousand tokens with few-shot examples, and the devices are busy
+LOGITS_CHUNK = 256  # positions of which logits are held: little memory, and a matmul large enough
+MAX_NEW_TOKENS = 256  # of an answer, where the task does not say: the `hf` model's own
+
+
+class HarnessModel(TemplateLM):
+    """A Hugging Face model, such as an iteration's. All processes are asked alike, and all answer.
+
+    Args:
+        config: of a run, for `model`, `mesh`, `train.row_length`, sizes of `generate`, and `seed`, which answers are
+            sampled with where a task asks for samples; `model.path` is the model.
+        devices: that share the requests; None is all there are.
+
+    Raises:
+        UserError: it is not there or not supported, or has no tokenizer with an EOS.
+    """
+
+    def __init__(self, config: Config, devices: Sequence[Device] | None = None):
+        super().__init__()
+        self.devices = devices or jax.devices()
+        path, revision = config.model.path, config.model.revision or None
+        source = multihost.on_each_process(lambda: pathlib.Path(checkpoints.resolve(path, revision)))
+        self.model = multihost.on_each_process(lambda: checkpoints.read_config(source))
+        self.tokenizer: Any = multihost.on_each_process(lambda: load_tokenizer(source))
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"{source}: the tokenizer has no eos_token: set one in tokenizer_config.json")
+        self.stop_ids = tuple(dict.fromkeys((self.tokenizer.eos_token_id, *own_stop_ids(source))))
+        sizes = {"train.batch_size": PROMPTS * len(self.devices), "train.micro_batches": 1}
+        sizes["model.logits_chunk"] = config.model.logits_chunk or LOGITS_CHUNK
+        self.config = sizing.choose(replace(config, sizes), self.model, self.devices, run=False)
+        execution, _ = on_both_meshes(self.config, self.model, self.devices)
+        self.scorer = Scorer(self.model, self.config.train, execution)
+        self.generate_config = config.generate  # with the sizes that it leaves to the devices
+        shardings = models.param_shardings(execution.mesh, self.model)
+        self.params = multihost.on_each_process(
+            lambda: checkpoints.load(source, dtype=execution.dtype, shardings=shardings)[1]
+        )
+
+    # ---- what the harness asks of a model's text
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model reads at most."""
+        return self.model.max_position_embeddings
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Token ids, with the tokenizer's own BOS, but no second one behind a text that begins with it."""
+        return list(self._encode(string, add_special_tokens))
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  (a question's answers follow each other)
+    def _encode(self, text: str, add_special_tokens: bool | None) -> list[int]:
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(text, self._prefix)
+        return self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+
+    @functools.cached_property
+    def _prefix(self) -> str:
+        return self.tokenizer.decode(self.prefix_token_id)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                f"{self.config.model.path}: the tokenizer has no chat template: leave --apply_chat_template out, or "
+                "set chat_template in tokenizer_config.json"
+            )
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
+        except jinja2.TemplateError:  # of a template that takes no system turn
+            without_system = [message for message in chat_history if message["role"] != "system"]
+            return self.tokenizer.apply_chat_template(without_system, tokenize=False, **options)
+
+    # ---- log-probs
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log p(continuation | context) in nats, whether greedy decoding would write it) of each request.
+
+        Raises:
+            UserError: a continuation is empty, or longer than the model reads.
+        """
+        if empty := [request for request in requests if not request.arguments[1]]:
+            raise UserError(
+                f"task {empty[0].task_name}: an answer to {_shown(empty[0].arguments[0])} is empty: mend the task"
+            )
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
+    ) -> list[tuple[float, bool]]:
+        """`loglikelihood` of token ids. Continuations of one context are scored as responses to one prompt, as many as
+        a packed row has room for."""
+        prompts, responses, places = [], [], []
+        room: list[int] = []  # tokens that each prompt's row has left
+        newest: dict[tuple[int, ...], int] = {}  # context -> the prompt that its next continuation goes to
+        for text, context, continuation in requests:
+            context = self._fit(text, context, continuation)
+            number = newest.get(context)
+            if number is None or room[number] < len(continuation):
+                number = newest[context] = len(prompts)
+                prompts.append(context)
+                responses.append([])
+                room.append(self.config.train.row_length - len(context))
+            places.append((number, len(responses[number])))
+            responses[number].append(continuation)
+            room[number] -= len(continuation)
+        scores = self.scorer.token_scores(self.params, prompts, responses, "log-likelihood")
+        of_requests = [scores[prompt][response] for prompt, response in places]
+        logps = np.array([one.logps.sum(dtype=np.float64) for one in of_requests])
+        check_finite(logps[:, None], np.arange(len(logps)))
+        return [(float(logp), bool(one.correct.all())) for logp, one in zip(logps, of_requests, strict=True)]
+
+    def _fit(self, text: Any, context: Sequence[int], continuation: Sequence[int]) -> tuple[int, ...]:
+        """The end of a context that a continuation leaves room for; its last token is predicted, and not read."""
+        if not context or not continuation:
+            raise UserError(f"{_shown(text)}: no token is left of the question or of its answer: mend the task")
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"{_shown(text)}: an answer of {len(continuation)} tokens; the model reads {self.max_length} at most"
+            )
+        return tuple(context[-(self.max_length + 1 - len(continuation)) :])
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """log p(text) in nats of each request, in windows that are as long as the model reads."""
+        windows = []
+        for (text,) in (request.args for request in requests):
+            tokens = self.tok_encode(text)
+            of_text = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            windows.append([(text, *make_disjoint_window(window)) for window in of_text])
+        scored = iter(self._loglikelihood_tokens(list(itertools.chain(*windows))))
+        return [float(sum(logp for logp, _ in itertools.islice(scored, len(of_text)))) for of_text in windows]
+
+    # ---- answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """A text for each request (context, settings), which ends before the first of the settings' stop strings.
+
+        The sampled text to request i depends on (weights, seed, i), as all responses do.
+
+        Raises:
+            UserError: a setting is not known, or leaves no room for the context.
+        """
+        alike: dict[str, list[int]] = {}  # settings -> the requests that have them
+        for i, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.arguments[1], sort_keys=True), []).append(i)
+        answers = {}
+        for settings, numbers in alike.items():
+            contexts = {i: self.tok_encode(requests[i].arguments[0]) for i in numbers}
+            answers |= self._answers(contexts, sampling_fields(json.loads(settings)))
+        return [answers[i] for i in range(len(requests))]
+
+    def _answers(self, contexts: Mapping[int, list[int]], fields: Mapping[str, Any]) -> dict[int, str]:
+        """The texts to contexts of token ids, all sampled with the same fields of `config.generate`."""
+        stops, room = fields["stop_strings"], self.max_length - fields["max_new_tokens"]
+        if room < 1:
+            raise UserError(
+                f"a task asks for answers of {fields['max_new_tokens']} tokens (max_gen_toks), and the model reads "
+                f"{self.max_length} at most: lower it in the task"
+            )
+        prompts = {i: ids[-room:] or [self.prefix_token_id] for i, ids in contexts.items()}
+        longest = max(map(len, prompts.values()))
+        # The sizes that are chosen anew are those of sampling, for these lengths.
+        changes = {f"generate.{name}": value for name, value in {**vars(self.generate_config), **fields}.items()}
+        config = replace(self.config, changes | {"data.max_prompt_length": longest, "generate.responses": 1})
+        config = sizing.choose(config, self.model, self.devices, run=False)
+        _, decode = on_both_meshes(config, self.model, self.devices)
+        stops_AV = stop_table(self.tokenizer, stops, self.model.vocab_size)
+        engine = Engine(self.model, config.generate, decode, self.stop_ids, stops_AV)
+        drawn = engine.generate(self.params, prompts, seed=self.config.seed)
+        ends = [*stops, self.tokenizer.decode(self.eot_token_id)]
+        texts = {one.row: self.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in drawn}
+        return {row: postprocess_generated_text(text, ends, None) for row, text in texts.items()}
+
+    def get_model_info(self) -> dict[str, object]:
+        """What a results file says of the model."""
+        dtype = np.dtype(self.scorer.execution.dtype).name
+        return {"model_num_parameters": models.num_params(self.model), "model_dtype": dtype}
+
+
+_SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_new_tokens": int}  # and the kinds of their values
+
+
+def sampling_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's `generation_kwargs` as fields of `config.generate`.
+
+    Raises:
+        UserError: one would change the answer and is not known.
+    """
+    known = normalize_gen_kwargs(dict(settings), MAX_NEW_TOKENS)
+    stops = tuple(stop for stop in known.pop("until") if stop)
+    fields: dict[str, Any] = {"max_new_tokens": known.pop("max_gen_toks"), "stop_strings": stops}
+    sampled = known.pop("do_sample") and known.get("temperature", 0.0) > 0
+    if known.get("num_beams") == 1:
+        known.pop("num_beams")
+    if unknown := known.keys() - _SAMPLING.keys():
+        raise UserError(
+            f"a task's generation_kwargs have {sorted(unknown)[0]}, which is not known here: they may have until, "
+            f"max_gen_toks, do_sample, {', '.join(_SAMPLING)}"
+        )
+    fields |= {name: _SAMPLING[name](value) for name, value in known.items() if value is not None}
+    return fields if sampled else fields | {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+
+
+def _shown(text: Any) -> str:
+    return repr(text if len(str(text)) < 80 else f"{str(text)[:40]}...{str(text)[-30:]}")
+
+
+# ---- a whole evaluation
+
+
+def evaluate(
+    config: Config, tasks: Sequence[str], out: epath.PathLike, include_path: str | None = None, **options
+) -> dict[str, Any]:
+    """Evaluate the model at `config.model.path` on tasks of the harness; the first process writes its results file to
+    `out`, and prints its table.
+
+    Args:
+        tasks: names, or patterns of names, as the harness has them.
+        include_path: a directory with tasks of one's own.
+        options: of `lm_eval.simple_evaluate`, such as num_fewshot=5, limit=10 or apply_chat_template=True.
+
+    Raises:
+        UserError: a task is not known, or the model is not one.
+    """
+    given: dict[str, Any] = {"pretrained": config.model.path}
+    manager = TaskManager(include_path=include_path, metadata=given)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            hint = did_you_mean(task, manager.all_tasks)
+            raise UserError(f"--tasks: {task} is no task of the harness, nor of --include_path{hint}")
+    tracker = EvaluationTracker(output_path=str(out) if multihost.is_first() else None)
+    options |= {"task_manager": manager, "evaluation_tracker": tracker, "log_samples": False}
+    found: Any = manager.match_tasks(list(tasks))
+    simple_evaluate: Any = lm_eval.simple_evaluate  # a wrapper hides its arguments
+    results = simple_evaluate(model=HarnessModel(config), model_args=given, tasks=found, **options)
+    tracker.save_results_aggregated(results)
+    if multihost.is_first():
+        print(make_table(results))
+        if results.get("groups"):
+            print(make_table(results, "groups"))
+    return results
