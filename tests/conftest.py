@@ -30,7 +30,7 @@ from spin_jax.registry import Registry  # noqa: E402
 
 # Files that take minutes, the longest first; `--dist loadfile` would begin with those of the most tests.
 LONGEST = (
-    "tpu_programs processes main scoring benchmarks self_play kills decode_loop generate notebooks sharding low_rank"
+    "processes main scoring harness benchmarks self_play kills decode_loop generate notebooks sharding low_rank"
 ).split()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # a silent [B] + [B, 1] is a wrong loss
