@@ -309,11 +309,14 @@ def test_eight_devices_train_what_one_does(sizes, line):
     alone, alone_metrics = two_steps((1, 1, 1))
     merged, metrics = two_steps(sizes, line)
     # A reward is beta times a difference of two log-probs, a hundred times as large: a bit or two of each is its error.
-    logps, rewards = ({name for name in metrics if name.startswith(kind)} for kind in ("logps/", "rewards/"))
-    bit = np.finfo(np.float32).eps * max(abs(alone_metrics[name]) for name in logps)
-    for name in rewards:
-        np.testing.assert_allclose(metrics[name], alone_metrics[name], rtol=0, atol=4 * BETA * bit, err_msg=name)
-    others = [{name: each[name] for name in each.keys() - rewards} for each in (metrics, alone_metrics)]
+    # KL is such a difference, of log-probs a token.
+    differences = set()
+    for kind, terms, factor in (("rewards/", "logps/", BETA), ("kl/", "logps_per_token/", 1.0)):
+        bit = np.finfo(np.float32).eps * max(abs(alone_metrics[name]) for name in metrics if name.startswith(terms))
+        for name in (name for name in metrics if name.startswith(kind)):
+            np.testing.assert_allclose(metrics[name], alone_metrics[name], rtol=0, atol=4 * factor * bit, err_msg=name)
+            differences.add(name)
+    others = [{name: each[name] for name in each.keys() - differences} for each in (metrics, alone_metrics)]
     assert_close(*others, 1e-5)
     assert_close(merged, alone, 1e-5)
 
