@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import padded
 import pytest
 import tiny
 
@@ -132,6 +133,12 @@ def test_metrics_are_those_of_the_equations():
         "logps/real": logps_P2[:, 0].mean(),
         "logps/generated": logps_P2[:, 1].mean(),
     }
+    # Means over the tokens of each response, and then over pairs.
+    lengths_P2 = np.array([[len(response) for response in pair.responses] for pair in tiny.pairs()])
+    scores = padded.pair_scores(tiny.CONFIG, tiny.params(), tiny.pairs(), COMPUTE)
+    for name, x_P2 in zip(("logps_per_token", "entropy", "token_accuracy"), scores, strict=True):
+        expected |= dict(zip((f"{name}/real", f"{name}/generated"), np.mean(x_P2 / lengths_P2, axis=0), strict=True))
+    expected["kl/generated"] = np.mean((opponent_P2 - logps_P2)[:, 1] / lengths_P2[:, 1])
     assert 0 < expected["rewards/accuracy"] < 1
     assert metrics.keys() == expected.keys() | {"grad_norm", "healthy"}
     for name, value in expected.items():
