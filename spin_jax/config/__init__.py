@@ -19,14 +19,11 @@ from spin_jax.config.schema import (
     DataConfig,
     EvaluateConfig,
     GenerateConfig,
-    LoraConfig,
     MeshConfig,
     ModelSection,
-    SftConfig,
-    SpinConfig,
     ToyConfig,
-    TrainConfig,
 )
+from spin_jax.config.training import LoraConfig, SftConfig, SpinConfig, TrainConfig
 from spin_jax.errors import UserError, as_flag
 
 STAGES = ("generate", "score", "train")  # of an iteration, in order; main and self_play can run some of them alone
