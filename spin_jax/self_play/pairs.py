@@ -43,8 +43,7 @@ def write_responses(
 
 def is_given(run: Run, t: int) -> bool:
     """Whether the generated responses of iteration t are those of the data."""
-    has = run.train_examples[0].generated is not None
-    return has and (t == 0 or run.config.generate.source == "data")
+    return run.has_responses and (t == 0 or run.config.generate.source == "data")
 
 
 def is_sampled(run: Run, t: int) -> bool:

@@ -94,6 +94,11 @@ class Run:
     def _held_out_rows(self) -> frozenset[int]:
         return frozenset(example.row for example in self.held_out_examples)
 
+    @functools.cached_property
+    def has_responses(self) -> bool:
+        """Whether each row of the data has a generated response."""
+        return all(example.generated is not None for example in self.train_examples + self.held_out_examples)
+
     def asked(self, row: int) -> np.ndarray:
         """The token ids that the opponent is asked with, cut to the budget."""
         return self.tokens[row].asked[-self.config.data.max_prompt_length :]
@@ -156,7 +161,7 @@ def open_run(config: Config, workdir: epath.PathLike, trains: bool = True, profi
     models.param_shardings(execution.mesh, model)
     train_examples, held_out, tokens = load_dataset(config, train, workdir, source, chat)
     _check_given(config, train_examples + held_out)
-    _check_steps(config, len(train_examples))
+    _check_steps(config, len(train_examples), workdir)
     workdirs.note_start(config, workdir, source, train_examples, held_out)
     if not held_out:
         _LOG.info("--config.data.eval_rows=0: the summary has the last training step's margin and accuracy instead")
@@ -193,7 +198,7 @@ def _is_finished(config: Config, workdir: epath.Path) -> bool:
     return all((model / "config.json").exists() for model in models_of_last)
 
 
-def _check_steps(config: Config, rows: int) -> None:
+def _check_steps(config: Config, rows: int, workdir: epath.Path) -> None:
     """Refuse a stage of training that fills no batch, or ends before its warm-up does."""
     train = config.train
     if config.sft.epochs:
@@ -201,7 +206,8 @@ def _check_steps(config: Config, rows: int) -> None:
         check_warmup(steps, train.warmup_ratio, "--config.sft.epochs")
     if train.match_flops:
         for t in range(config.iterations):
-            spent_flops(train.match_flops, t)
+            if not (workdir / f"iteration_{t}" / "model" / "config.json").exists():
+                spent_flops(train.match_flops, t)
         return
     responses = config.generate.responses if reads_generated(config.spin) and config.generate.source != "data" else 1
     check_warmup(num_steps(rows * responses, train.epochs, train.batch_size), train.warmup_ratio)

@@ -121,3 +121,18 @@ def test_data_without_generated_responses_are_refused(tiny_model, tiny_data, tmp
     config = tiny_files.make_config(tiny_model, tiny_data, FAST | {"generate.source": "data"})
     with pytest.raises(UserError, match="generate.source=data: row .* has no generated response; rows need"):
         self_play(config, tmp_path)
+
+
+def test_responses_that_only_some_rows_have_are_not_taken(tiny_model, tmp_path):
+    """At iteration 0 the data's are taken if all rows have one; a row without would be trained on an empty one."""
+    rows = tiny_files.make_rows()
+
+    def turns(row: dict, answer: str) -> list[dict]:
+        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
+
+    given = [{"real": turns(row, row["response"]), "generated": turns(row, "zz")} for row in rows[:20]]
+    data = tmp_path / "mixed.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in given + rows[20:]))
+    self_play(tiny_files.make_config(tiny_model, data, FAST), tmp_path / "run", ["generate"])
+    sampled = read_sampled(tmp_path / "run" / "iteration_0" / "generated" / "pairs.parquet")
+    assert len(sampled) == len(rows)
