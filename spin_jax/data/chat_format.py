@@ -11,6 +11,7 @@
 The tokenizer never adds special tokens of its own: a template's text has them all, as `apply_chat_template` assumes.
 """
 
+import abc
 import dataclasses
 import logging
 import pathlib
@@ -32,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatFormat:
+class ChatFormat(abc.ABC):
     """How messages become ids: int32 arrays of shape [tokens]. Prompts are messages as in `Example`.
 
     Each method raises UserError where the template does not take the messages or an id is beyond the vocabulary.
@@ -51,18 +52,19 @@ class ChatFormat:
         """The codec's."""
         return self.codec.tokenizer
 
+    @abc.abstractmethod
     def generation_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
         """What the opponent is asked with."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def training_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
         """What precedes a response when policy and opponent are scored."""
-        raise NotImplementedError
 
     def real_response(self, prompt: Sequence[Message], text: str) -> np.ndarray:
         """The human response as a target, with its end."""
         return self.generated_response(prompt, text, truncated=False)
 
+    @abc.abstractmethod
     def generated_response(
         self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, truncated: bool
     ) -> np.ndarray:
@@ -71,7 +73,6 @@ class ChatFormat:
         `response` holds the sampled ids, a stop id last unless truncated, or the text where a pairs file has only that.
         Raises ValueError if ids and `truncated` disagree.
         """
-        raise NotImplementedError
 
     def sampled_ids(self, prompt: Sequence[Message], text: str, truncated: bool) -> np.ndarray:
         """The ids that the opponent would have sampled for a text, a stop id last unless it is `truncated`."""

@@ -230,10 +230,16 @@ def forward_flops(model: ModelConfig, pair: Pair) -> float:
     spans = [(0, prompt)] + [(prompt, prompt + max(len(y) - 1, 0)) for y in pair.responses]
     for first, end in spans:
         tokens += end - first
-        keys = np.arange(first + 1, end + 1)
-        seen += sum(share * float(np.minimum(keys, w or math.inf).sum()) for w, share in model.window_shares.items())
+        keys = ((_keys_seen(end, w) - _keys_seen(first, w), share) for w, share in model.window_shares.items())
+        seen += sum(share * count for count, share in keys)
     targets = sum(map(len, pair.responses))
     return tokens * flops_per_token(model, seen / tokens) + targets * unembed_flops(model)
+
+
+def _keys_seen(tokens: int, window: int | None) -> int:
+    """Keys that the first tokens of a sequence see, in all: the sum of min(k, window) for k from 1 to `tokens`."""
+    growing = min(tokens, window or tokens)
+    return growing * (growing + 1) // 2 + (tokens - growing) * growing
 
 
 def make_packing(settings: TrainConfig, mesh: Mesh, micro_batches: int = 1) -> Packing:

@@ -3,6 +3,7 @@
 import collections
 import copy
 import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -88,7 +89,7 @@ class ModelConfig:
         every = self.full_attention_every or self.num_layers + 1
         return tuple(None if (i + 1) % every == 0 else self.sliding_window for i in range(self.num_layers))
 
-    @property
+    @functools.cached_property
     def window_shares(self) -> dict[int | None, float]:
         """Each window that a layer has, and the share of layers that have it."""
         return {window: count / self.num_layers for window, count in collections.Counter(self.windows).items()}

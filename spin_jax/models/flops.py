@@ -1,5 +1,6 @@
 """What a model costs: its parameters, and the FLOPs of a token."""
 
+import functools
 import math
 
 import jax
@@ -19,10 +20,15 @@ def flops_per_token(config: ModelConfig, context: float) -> float:
     Args:
         context: keys that the token attends to, on average: (T + 1) / 2 in a causal row of T, less under a window.
     """
-    of_layers = jax.tree.leaves(stacked_weights(config)["layers"])
-    projections = sum(math.prod(weight.shape) for weight in of_layers if weight.inputs)
     scores_and_values = config.num_layers * 2 * config.num_heads * config.head_dim * context
-    return 2.0 * (projections + scores_and_values)
+    return 2.0 * (_projected_numbers(config) + scores_and_values)
+
+
+@functools.cache  # asked for each pair of a run
+def _projected_numbers(config: ModelConfig) -> int:
+    """How many numbers the matrices of all layers have."""
+    of_layers = jax.tree.leaves(stacked_weights(config)["layers"])
+    return sum(math.prod(weight.shape) for weight in of_layers if weight.inputs)
 
 
 def unembed_flops(config: ModelConfig) -> float:

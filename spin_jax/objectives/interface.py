@@ -17,7 +17,7 @@ from spin_jax.objectives.logprobs import Scores, pair_logprobs, pair_scores
 
 
 class Settings(NamedTuple):
-    """What objectives read of `config.spin`, at one iteration; schema.py documents each.
+    """What objectives read of `config.spin`, at one iteration; config/training.py documents each.
 
     Attributes:
         beta: lambda of equation 4.7.

@@ -33,9 +33,9 @@ def iteration_step_flops(run: Run, t: int, spec: TrainingSpec, pairs: Sequence[P
     return passes * _forward_flops(run, pairs)
 
 
-def sft_step_flops(run: Run, spec: TrainingSpec, pairs: Sequence[Pair]) -> float:
-    """Of a step of supervised fine-tuning on such pairs, on average."""
-    return spec.flops_multiplier * _forward_flops(run, pairs)
+def sft_flops(run: Run, spec: TrainingSpec, pairs: Sequence[Pair]) -> float:
+    """Of supervised fine-tuning whose steps are on such pairs."""
+    return spec.steps * spec.flops_multiplier * _forward_flops(run, pairs)
 
 
 def _forward_flops(run: Run, pairs: Sequence[Pair]) -> float:

@@ -60,7 +60,13 @@ def _planned(run: Run, spec: programs.TrainingSpec, start: epath.Path, seed: int
 
 
 def spin_stage(run: Run, t: int) -> TrainingStage:
-    """Iteration t's, for `config.train.epochs`, or for the FLOPs of another run."""
+    """Iteration t's."""
+    spec, pairs = spin_spec(run, t)
+    return _planned(run, spec, run.start_of(t), run.config.seed + t, pairs)
+
+
+def spin_spec(run: Run, t: int) -> tuple[programs.TrainingSpec, list[Pair]]:
+    """What iteration t trains, for `config.train.epochs` or for the FLOPs of another run, and on which pairs."""
     train, pairs = run.config.train, mixed_pairs(run, t)
     steps = 1 if train.match_flops else num_steps(len(pairs), train.epochs, train.batch_size)
     spec = programs.spin_spec(run.config, run.model, run.execution, t, steps)
@@ -69,7 +75,7 @@ def spin_stage(run: Run, t: int) -> TrainingStage:
     pairs = [choose(pair, spec.objective.responses) for pair in pairs]
     if train.match_flops:
         spec = dataclasses.replace(spec, steps=matched_steps(run, t, spec, pairs))
-    return _planned(run, spec, run.start_of(t), run.config.seed + t, pairs)
+    return spec, pairs
 
 
 def sft_stage(run: Run, start: epath.Path, pairs: list[Pair], steps: int, peak: float) -> TrainingStage:

@@ -20,7 +20,7 @@ from spin_jax.self_play.flops import iteration_flops
 from spin_jax.self_play.pairs import pairs_of, sft_pair
 from spin_jax.self_play.run import Run
 from spin_jax.self_play.stages.score import EVALUATION_PARTS, held_out_scores, score_pairs_of
-from spin_jax.self_play.training_stage import spin_stage
+from spin_jax.self_play.training_stage import spin_spec
 from spin_jax.training.programs import reads_generated
 
 
@@ -42,8 +42,7 @@ def evaluate_policy(run: Run, t: int) -> None:
 
     def measure() -> dict:
         train, held_out = pairs_of(run, t)
-        stage = spin_stage(run, t)
-        known = {SPENT: iteration_flops(run, t, stage.spec, stage.pairs) / PETA}
+        known = {SPENT: iteration_flops(run, t, *spin_spec(run, t)) / PETA}
         if written := train if reads_generated(run.config.spin) else held_out:
             known["generated/tokens"] = float(np.mean([len(pair.responses[1]) for pair in written]))
             known["generated/truncated"] = float(np.mean([pair.truncated[1] for pair in written]))
@@ -56,12 +55,13 @@ def evaluate_policy(run: Run, t: int) -> None:
     _measure_once(run.iteration(t), measure)
 
 
-def evaluate_control(run: Run, t: int, directory: epath.Path, spent: float) -> None:
-    """The summary's row of the baseline of iteration t, in `directory`, which was trained for so many FLOPs."""
+def evaluate_control(run: Run, t: int, directory: epath.Path, spent: Callable[[], float]) -> None:
+    """The summary's row of the baseline of iteration t, in `directory`; `spent` are the FLOPs that it was trained
+    for."""
 
     def measure() -> dict:
         subject = _subject(run, t, f"SFT control {t}", directory / "model", directory, " SFT control")
-        return evaluate(subject, {SPENT: spent / PETA})
+        return evaluate(subject, {SPENT: spent() / PETA})
 
     _measure_once(directory, measure)
 
