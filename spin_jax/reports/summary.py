@@ -12,6 +12,8 @@ from etils import epath
 from spin_jax.reports.record import RunRecord
 from spin_jax.runtime import metric_writer
 
+WIDTH = 120  # characters: what a terminal or a page of code holds
+
 
 def summary(record: RunRecord) -> dict[str, str]:
     """The rows as JSON, and as a table."""
@@ -27,11 +29,12 @@ def read_summary(workdir: epath.PathLike) -> list[dict]:
     return []
 
 
-def summary_table(rows: Sequence[Mapping[str, object]]) -> str:
+def summary_table(rows: Sequence[Mapping[str, object]], width: int = WIDTH) -> str:
     """A text table: a line for each row (a model), a column for each field that any row has, in the order first met.
 
     A name's parts (`held_out/rewards/margin`) stand below each other, to keep the columns narrow. Numbers of a column
     share their decimals, four significant digits for the largest; what a row does not have, or is None, is a dash.
+    Columns beyond `width` characters go below, behind the first one again.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     depth = max((len(name.split("/")) for name in names), default=0)
@@ -40,11 +43,17 @@ def summary_table(rows: Sequence[Mapping[str, object]]) -> str:
         values = [row.get(name) for row in rows]
         heading = name.split("/")
         column = [""] * (depth - len(heading)) + heading + _cells(values)
-        width = max(map(len, column))
-        column.insert(depth, "-" * width)
+        widest = max(map(len, column))
+        column.insert(depth, "-" * widest)
         pad = str.ljust if any(isinstance(value, str) for value in values) else str.rjust
-        columns.append([pad(part, width) for part in column])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+        columns.append([pad(part, widest) for part in column])
+    blocks = [columns[:1]]
+    for column in columns[1:]:
+        if sum(2 + len(one[0]) for one in (*blocks[-1], column)) > width and len(blocks[-1]) > 1:
+            blocks.append(columns[:1])
+        blocks[-1] = [*blocks[-1], column]
+    tables = ("\n".join("  ".join(line).rstrip() for line in zip(*block, strict=True)) for block in blocks)
+    return "\n\n".join(tables)
 
 
 def _cells(values: Sequence[Any]) -> list[str]:

@@ -26,6 +26,15 @@ def test_summary_table():
     )
 
 
+def test_columns_beyond_the_width_go_below_behind_the_models_again():
+    rows = [{"model": "SFT", "a": 1, "bcd/e": 2, "f": 3}, {"model": "iteration 0", "a": 4, "bcd/e": 5, "f": 6}]
+    first, second = summary_table(rows, width=22).split("\n\n")
+    assert [line.split() for line in second.splitlines()[-2:]] == [["SFT", "3"], ["iteration", "0", "6"]]
+    assert [line.split() for line in first.splitlines()[-2:]] == [["SFT", "1", "2"], ["iteration", "0", "4", "5"]]
+    assert max(map(len, (first + second).splitlines())) <= 22
+    assert len(summary_table(rows, width=1).split("\n\n")) == 3, "a column that is too wide stands alone"
+
+
 @pytest.mark.parametrize(
     ("value", "cell"),
     [
