@@ -257,10 +257,15 @@ def check_memory(
 
 def _largest_stage(config: Config, model: ModelConfig, on: Target, trains: bool) -> tuple[str, dict[str, float]]:
     """The stage that needs most, and its bytes a device by kind."""
+    stages = stage_bytes(config, model, on, trains)
+    return max(stages.items(), key=lambda stage: sum(stage[1].values()))
+
+
+def stage_bytes(config: Config, model: ModelConfig, on: Target, trains: bool = True) -> dict[str, dict[str, float]]:
+    """Estimated bytes a device by kind, of "sampling" with its cache and, if the run `trains`, of "training"."""
     slots = config.generate.batch_size * _decode_shards(config, model, on) / on.slice.devices
     sampling = sampling_bytes(config, model, on) | {"cache": slots * cache_bytes(config, model, on)}
-    stages = {"sampling": sampling} | ({"training": training_bytes(config, model, on)} if trains else {})
-    return max(stages.items(), key=lambda stage: sum(stage[1].values()))
+    return {"sampling": sampling} | ({"training": training_bytes(config, model, on)} if trains else {})
 
 
 def _gib(size: float) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -170,6 +171,14 @@ def test_compile_time_tells_of_every_program(tmp_path):
     times = json.loads((tmp_path / "times.json").read_text())
     assert times["anew"].keys() == times["cached"].keys() and "train step" in times["anew"]
     assert "train step       lowered" in run.stdout
+
+
+def test_memory_of_a_gpu_that_is_not_here():
+    command = [sys.executable, ROOT / "benchmarks/memory.py", "smollm2_135m", "rtx4090-1", "lora.rank=16"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    (row,) = [line for line in ran.stdout.splitlines() if line.startswith("| rtx4090-1 | 20.6 |")]
+    assert re.search(r"\| 0\.5 params \+ 0\.3 copy \+ [\d.]+ cache = [\d.]+ \|", row), row
+    assert "0.3 frozen params" in row
 
 
 def test_steps_of_refilled_slots(monkeypatch):
