@@ -23,7 +23,7 @@ from spin_jax.data.sources import Example, Message, encodable, read_prompts
 from spin_jax.data.tokenize import tokenise
 from spin_jax.devices.accelerators import Device
 from spin_jax.errors import UserError
-from spin_jax.evaluation.scoring import Scorer
+from spin_jax.evaluation.scoring import LOGITS_CHUNK, PROMPTS, Scorer
 from spin_jax.generation import batch_inference
 from spin_jax.generation.engine import Engine
 from spin_jax.language_model import on_both_meshes
@@ -150,8 +150,8 @@ class Model:
         Args:
             model: fields of `config.model`, such as compute_dtype="float32".
         """
-        changes = {f"model.{name}": value for name, value in ({"logits_chunk": 256} | model).items()}
-        changes["train.batch_size"] = 8 * len(self._devices)  # for little memory: of logits, too
+        changes = {f"model.{name}": value for name, value in ({"logits_chunk": LOGITS_CHUNK} | model).items()}
+        changes["train.batch_size"] = PROMPTS * len(self._devices)
         config, execution, _ = self._computing(changes)
         return Scorer(self.config, config.train, execution)
 

@@ -34,7 +34,7 @@ from spin_jax.config.fields import did_you_mean
 from spin_jax.data.tokenizer import load_tokenizer, own_stop_ids
 from spin_jax.devices.accelerators import Device
 from spin_jax.errors import UserError
-from spin_jax.evaluation.scoring import Scorer, check_finite
+from spin_jax.evaluation.scoring import LOGITS_CHUNK, PROMPTS, Scorer, check_finite
 from spin_jax.generation.engine import Engine
 from spin_jax.generation.stop_strings import stop_table
 from spin_jax.language_model import on_both_meshes
@@ -42,8 +42,6 @@ from spin_jax.runtime import multihost
 
 _LOG = logging.getLogger(__name__)
 
-PROMPTS = 8  # a device scores at a time: some thousand tokens with few-shot examples, and the devices are busy
-LOGITS_CHUNK = 256  # positions of which logits are held: little memory, and a matmul large enough
 MAX_NEW_TOKENS = 256  # of an answer, where the task does not say: the `hf` model's own
 
 

@@ -68,6 +68,11 @@ class Evaluator:
     auto: bool = False
 
 
+def needs_held_out(config: Config) -> str | None:
+    """The `refusal` of an evaluator that measures on held-out rows."""
+    return None if config.data.eval_rows else "needs held-out rows: set --config.data.eval_rows, or leave it out"
+
+
 def chosen(config: Config) -> dict[str, Evaluator]:
     """The evaluators that `config.evaluate.evaluators` names, in its order; "auto" stands for those that the run's data
     allow.

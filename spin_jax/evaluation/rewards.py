@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spin_jax.config import Config, at_iteration
+from spin_jax.config import at_iteration
 from spin_jax.data.pairs import Pair
-from spin_jax.evaluation.interface import Evaluator, Subject
+from spin_jax.evaluation.interface import Evaluator, Subject, needs_held_out
 from spin_jax.objectives.margin_losses import rewards
 
 
@@ -36,8 +36,4 @@ def _measure(subject: Subject) -> dict[str, float]:
     return found
 
 
-def _refusal(config: Config) -> str | None:
-    return None if config.data.eval_rows else "needs held-out rows: set --config.data.eval_rows, or leave it out"
-
-
-held_out = Evaluator(_measure, _refusal, auto=True)
+held_out = Evaluator(_measure, needs_held_out, auto=True)

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spin_jax.config import Config
 from spin_jax.data.pairs import TokenIds
-from spin_jax.evaluation.interface import Evaluator, Subject
+from spin_jax.evaluation.interface import Evaluator, Subject, needs_held_out
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import write_whole
 
@@ -84,8 +83,4 @@ def _short(text: str) -> str:
     return plain if len(plain) <= LONGEST else plain[: LONGEST - 4] + " ..."
 
 
-def _refusal(config: Config) -> str | None:
-    return None if config.data.eval_rows else "needs held-out rows: set --config.data.eval_rows, or leave it out"
-
-
-samples = Evaluator(_measure, _refusal, auto=True)
+samples = Evaluator(_measure, needs_held_out, auto=True)

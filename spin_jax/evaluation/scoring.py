@@ -35,6 +35,11 @@ from spin_jax.runtime.progress import Loop
 VERSION = 2
 
 
+# Sizes of scoring outside of a run, which scores in the rows that it trains on.
+PROMPTS = 8  # that a device takes at a time: some thousand tokens with few-shot examples, and the devices are busy
+LOGITS_CHUNK = 256  # positions of which logits are held: little memory, and a matmul large enough
+
+
 @functools.cache
 def response_program(model: ModelConfig, execution: Execution) -> Callable:
     """Jitted (params, batch) -> log-probs of responses [B, P, Y]; the very function that training differentiates."""

@@ -140,7 +140,8 @@ def token_metrics(
     batch's weights make the mean over all tokens of them.
 
     `kl/generated` estimates KL(opponent || policy) a token, from what the opponent has drawn: log p_t(y') - log
-    p_theta(y'). Pairs of earlier iterations count in it with responses that other opponents drew.
+    p_theta(y'). It is no more than that mean where others wrote y', an earlier opponent or the data's authors; and of a
+    mixed reference where that is a mixture.
     """
     names = objective.responses
 
