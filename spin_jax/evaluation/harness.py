@@ -12,11 +12,9 @@ import functools
 import itertools
 import json
 import logging
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jinja2
 import lm_eval
 import numpy as np
@@ -28,16 +26,13 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
-from spin_jax import checkpoints, models, sizing
-from spin_jax.config import Config, replace
+from spin_jax import models
+from spin_jax.config import Config
 from spin_jax.config.fields import did_you_mean
-from spin_jax.data.tokenizer import load_tokenizer, own_stop_ids
 from spin_jax.devices.accelerators import Device
 from spin_jax.errors import UserError
-from spin_jax.evaluation.scoring import LOGITS_CHUNK, PROMPTS, Scorer, check_finite
-from spin_jax.generation.engine import Engine
-from spin_jax.generation.stop_strings import stop_table
-from spin_jax.language_model import on_both_meshes
+from spin_jax.evaluation.loaded_model import load_model
+from spin_jax.evaluation.scoring import Scorer, check_finite
 from spin_jax.runtime import multihost
 
 _LOG = logging.getLogger(__name__)
@@ -59,24 +54,10 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, config: Config, devices: Sequence[Device] | None = None):
         super().__init__()
-        self.devices = devices or jax.devices()
-        path, revision = config.model.path, config.model.revision or None
-        source = multihost.on_each_process(lambda: pathlib.Path(checkpoints.resolve(path, revision)))
-        self.model = multihost.on_each_process(lambda: checkpoints.read_config(source))
-        self.tokenizer: Any = multihost.on_each_process(lambda: load_tokenizer(source))
-        if self.tokenizer.eos_token_id is None:
-            raise UserError(f"{source}: the tokenizer has no eos_token: set one in tokenizer_config.json")
-        self.stop_ids = tuple(dict.fromkeys((self.tokenizer.eos_token_id, *own_stop_ids(source))))
-        sizes = {"train.batch_size": PROMPTS * len(self.devices), "train.micro_batches": 1}
-        sizes["model.logits_chunk"] = config.model.logits_chunk or LOGITS_CHUNK
-        self.config = sizing.choose(replace(config, sizes), self.model, self.devices, run=False)
-        execution, _ = on_both_meshes(self.config, self.model, self.devices)
-        self.scorer = Scorer(self.model, self.config.train, execution)
-        self.generate_config = config.generate  # with the sizes that it leaves to the devices
-        shardings = models.param_shardings(execution.mesh, self.model)
-        self.params = multihost.on_each_process(
-            lambda: checkpoints.load(source, dtype=execution.dtype, shardings=shardings)[1]
-        )
+        self.loaded = load_model(config, devices)
+        self.config, self.model, self.tokenizer = self.loaded.config, self.loaded.model, self.loaded.tokenizer
+        self.params = self.loaded.params
+        self.scorer = Scorer(self.model, self.config.train, self.loaded.execution)
 
     # ---- what the harness asks of a model's text
 
@@ -212,15 +193,7 @@ class HarnessModel(TemplateLM):
                 f"{self.max_length} at most: lower it in the task"
             )
         prompts = {i: ids[-room:] or [self.prefix_token_id] for i, ids in contexts.items()}
-        longest = max(map(len, prompts.values()))
-        # The sizes that are chosen anew are those of sampling, for these lengths.
-        changes = {f"generate.{name}": value for name, value in {**vars(self.generate_config), **fields}.items()}
-        config = replace(self.config, changes | {"data.max_prompt_length": longest, "generate.responses": 1})
-        config = sizing.choose(config, self.model, self.devices, run=False)
-        _, decode = on_both_meshes(config, self.model, self.devices)
-        stops_AV = stop_table(self.tokenizer, stops, self.model.vocab_size)
-        engine = Engine(self.model, config.generate, decode, self.stop_ids, stops_AV)
-        drawn = engine.generate(self.params, prompts, seed=self.config.seed)
+        drawn = self.loaded.sample(prompts, **fields)
         ends = [*stops, self.tokenizer.decode(self.eot_token_id)]
         texts = {one.row: self.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in drawn}
         return {row: postprocess_generated_text(text, ends, None) for row, text in texts.items()}
