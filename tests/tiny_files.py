@@ -38,7 +38,7 @@ SETTINGS = {
     "model.compute_dtype": "float32",  # sums on one device and on many are compared
     "iterations": 2,
     "data.eval_rows": EVAL_ROWS,
-    "evaluate.evaluators": ("held_out",),  # and no samples, which the session's finished run has
+    "evaluate.evaluators": ("rewards",),  # and no samples, which the session's finished run has
     "data.max_length": 64,
     "data.max_prompt_length": 48,  # holds the paper's templates
     "generate.max_new_tokens": 8,
@@ -53,13 +53,13 @@ SETTINGS = {
 }
 
 
-def write_model(directory: pathlib.Path, huggingface: dict = HUGGINGFACE) -> pathlib.Path:
+def write_model(directory: pathlib.Path, huggingface: dict = HUGGINGFACE, seed: int = 0) -> pathlib.Path:
     """A Hugging Face directory with random weights, wide enough that responses differ from prompt to prompt."""
     tokenizer = character_tokenizer()
     tokenizer.save_pretrained(directory)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = models.ModelConfig.from_huggingface(huggingface | ids, "tiny")
-    params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, models.init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, models.init_params(config, jax.random.key(seed)))
     checkpoints.save(directory, config, params, token_ids=ids, dtype=np.float32)
     return directory
 

@@ -202,6 +202,37 @@ class EvaluateConfig:
         choices=("auto", "spin_jax.evaluation:EVALUATORS"),
         resume=FREE,
     )
+    every: int = field(
+        1,
+        "Iterations from one model that evaluators of much cost (lm_eval) measure to the next. They always measure the "
+        "starting model and the last one.",
+        bounds=at_least(1),
+        resume=FREE,
+    )
+    tasks: tuple[str, ...] = field(
+        (),
+        "What lm_eval asks: tasks of the lm-evaluation-harness, as 'arc_challenge:25' with 25 examples before each "
+        "question, or a table of the paper, 'open_llm' or 'paper_bbh'.",
+        resume=FREE,
+    )
+    limit: float = field(
+        0.0,
+        "Questions of each task, the first ones; 0 is all, and below 1 a share of them. The paper's: all.",
+        bounds=at_least(0),
+        resume=FREE,
+    )
+    data_dir: str = field(
+        "",
+        "Local copies of the tasks' data, in folders of their names on the Hub, such as allenai/ai2_arc.",
+        resume=FREE,
+    )
+    include_path: str = field("", "A directory with task files of one's own for the harness.", resume=FREE)
+    apply_chat_template: bool = field(
+        False, "Ask tasks in the tokenizer's chat template. The paper does not.", resume=FREE
+    )
+    fewshot_as_multiturn: bool = field(
+        True, "Examples before a question are turns of the chat, where tasks are asked in one.", resume=FREE
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

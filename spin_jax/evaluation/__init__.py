@@ -4,8 +4,9 @@ from spin_jax.registry import Registry
 
 EVALUATORS: Registry = Registry(
     {
-        "held_out": "spin_jax.evaluation.rewards:held_out",
+        "rewards": "spin_jax.evaluation.rewards:rewards",
         "samples": "spin_jax.evaluation.samples:samples",
         "exact": "spin_jax.evaluation.exact:exact",
+        "lm_eval": "spin_jax.evaluation.lm_eval:lm_eval",
     }
 )

@@ -5,37 +5,26 @@ rows, and rows all devices. Text becomes token ids as in the harness's own `hf` 
 so that scores are comparable: an answer's ids are what the ids of question and answer have after those of the question,
 an empty question is the tokenizer's BOS (else EOS), and what is too long for the model loses its beginning.
 
-`evaluate` is the one function that a command needs. This module imports `lm_eval`, which the extra "eval" brings.
+`lm_eval.py` beside it has whole tasks asked. This module imports the harness, which the extra "eval" brings.
 """
 
 import functools
 import itertools
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import lm_eval
 import numpy as np
-from etils import epath
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from spin_jax import models
-from spin_jax.config import Config
-from spin_jax.config.fields import did_you_mean
-from spin_jax.devices.accelerators import Device
 from spin_jax.errors import UserError
-from spin_jax.evaluation.loaded_model import load_model
+from spin_jax.evaluation.loaded_model import LoadedModel
 from spin_jax.evaluation.scoring import Scorer, check_finite
-from spin_jax.runtime import multihost
-
-_LOG = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 256  # of an answer, where the task does not say: the `hf` model's own
 
@@ -44,20 +33,18 @@ class HarnessModel(TemplateLM):
     """A Hugging Face model, such as an iteration's. All processes are asked alike, and all answer.
 
     Args:
-        config: of a run, for `model`, `mesh`, `train.row_length`, sizes of `generate`, and `seed`, which answers are
-            sampled with where a task asks for samples; `model.path` is the model.
-        devices: that share the requests; None is all there are.
-
-    Raises:
-        UserError: it is not there or not supported, or has no tokenizer with an EOS.
+        loaded: its devices share the requests; its `config.seed` is what answers are sampled with, where a task asks
+            for samples.
     """
 
-    def __init__(self, config: Config, devices: Sequence[Device] | None = None):
+    def __init__(self, loaded: LoadedModel):
         super().__init__()
-        self.loaded = load_model(config, devices)
-        self.config, self.model, self.tokenizer = self.loaded.config, self.loaded.model, self.loaded.tokenizer
-        self.params = self.loaded.params
-        self.scorer = Scorer(self.model, self.config.train, self.loaded.execution)
+        self.loaded, self.tokenizer = loaded, loaded.tokenizer
+        self.scorer = Scorer(loaded.model, loaded.config.train, loaded.execution)
+        # A question's answers follow each other. The cache holds no reference to the model, whose memory is needed.
+        self._encode = functools.lru_cache(maxsize=4)(
+            functools.partial(_encode, loaded.tokenizer, self.prefix_token_id)
+        )
 
     # ---- what the harness asks of a model's text
 
@@ -73,7 +60,7 @@ class HarnessModel(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens that the model reads at most."""
-        return self.model.max_position_embeddings
+        return self.loaded.model.max_position_embeddings
 
     @property
     def tokenizer_name(self) -> str:
@@ -83,21 +70,11 @@ class HarnessModel(TemplateLM):
         """Token ids, with the tokenizer's own BOS, but no second one behind a text that begins with it."""
         return list(self._encode(string, add_special_tokens))
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  (a question's answers follow each other)
-    def _encode(self, text: str, add_special_tokens: bool | None) -> list[int]:
-        if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(text, self._prefix)
-        return self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
-
-    @functools.cached_property
-    def _prefix(self) -> str:
-        return self.tokenizer.decode(self.prefix_token_id)
-
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self.tokenizer.chat_template is None:
             raise UserError(
-                f"{self.config.model.path}: the tokenizer has no chat template: leave --apply_chat_template out, or "
-                "set chat_template in tokenizer_config.json"
+                f"{self.loaded.config.model.path}: the tokenizer has no chat template: leave --apply_chat_template "
+                "out, or set chat_template in tokenizer_config.json"
             )
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         try:
@@ -135,11 +112,11 @@ class HarnessModel(TemplateLM):
                 number = newest[context] = len(prompts)
                 prompts.append(context)
                 responses.append([])
-                room.append(self.config.train.row_length - len(context))
+                room.append(self.loaded.config.train.row_length - len(context))
             places.append((number, len(responses[number])))
             responses[number].append(continuation)
             room[number] -= len(continuation)
-        scores = self.scorer.token_scores(self.params, prompts, responses, "log-likelihood")
+        scores = self.scorer.token_scores(self.loaded.params, prompts, responses, "log-likelihood")
         of_requests = [scores[prompt][response] for prompt, response in places]
         logps = np.array([one.logps.sum(dtype=np.float64) for one in of_requests])
         check_finite(logps[:, None], np.arange(len(logps)))
@@ -201,7 +178,13 @@ class HarnessModel(TemplateLM):
     def get_model_info(self) -> dict[str, object]:
         """What a results file says of the model."""
         dtype = np.dtype(self.scorer.execution.dtype).name
-        return {"model_num_parameters": models.num_params(self.model), "model_dtype": dtype}
+        return {"model_num_parameters": models.num_params(self.loaded.model), "model_dtype": dtype}
+
+
+def _encode(tokenizer: Any, prefix_id: int, text: str, add_special_tokens: bool | None) -> list[int]:
+    if add_special_tokens is None:
+        add_special_tokens = not has_bos_prefix(text, tokenizer.decode(prefix_id))
+    return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
 
 
 _SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_new_tokens": int}  # and the kinds of their values
@@ -230,39 +213,3 @@ def sampling_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shown(text: Any) -> str:
     return repr(text if len(str(text)) < 80 else f"{str(text)[:40]}...{str(text)[-30:]}")
-
-
-# ---- a whole evaluation
-
-
-def evaluate(
-    config: Config, tasks: Sequence[str], out: epath.PathLike, include_path: str | None = None, **options
-) -> dict[str, Any]:
-    """Evaluate the model at `config.model.path` on tasks of the harness; the first process writes its results file to
-    `out`, and prints its table.
-
-    Args:
-        tasks: names, or patterns of names, as the harness has them.
-        include_path: a directory with tasks of one's own.
-        options: of `lm_eval.simple_evaluate`, such as num_fewshot=5, limit=10 or apply_chat_template=True.
-
-    Raises:
-        UserError: a task is not known, or the model is not one.
-    """
-    given: dict[str, Any] = {"pretrained": config.model.path}
-    manager = TaskManager(include_path=include_path, metadata=given)
-    for task in tasks:
-        if not manager.match_tasks([task]):
-            hint = did_you_mean(task, manager.all_tasks)
-            raise UserError(f"--tasks: {task} is no task of the harness, nor of --include_path{hint}")
-    tracker = EvaluationTracker(output_path=str(out) if multihost.is_first() else None)
-    options |= {"task_manager": manager, "evaluation_tracker": tracker, "log_samples": False}
-    found: Any = manager.match_tasks(list(tasks))
-    simple_evaluate: Any = lm_eval.simple_evaluate  # a wrapper hides its arguments
-    results = simple_evaluate(model=HarnessModel(config), model_args=given, tasks=found, **options)
-    tracker.save_results_aggregated(results)
-    if multihost.is_first():
-        print(make_table(results))
-        if results.get("groups"):
-            print(make_table(results, "groups"))
-    return results

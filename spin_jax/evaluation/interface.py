@@ -24,6 +24,9 @@ class Subject:
         config: of the run.
         chat: the tokenizer, and the template of prompts.
         directory: where its result goes; an evaluator may keep files there.
+        source: of the run's tokenizer and description, which all of its models have.
+        identity: () -> its `checkpoints.fingerprint`.
+        params: () -> its weights, f32, on the training mesh.
         encode: examples -> token ids of their prompts and responses, in the run's template and cut to its budget.
         logprobs: (pairs, name of the progress bar) -> the model's log-probs of the responses of each, f32 [pairs, Y],
             in nats. A pair is a prompt with any number of responses.
@@ -42,6 +45,9 @@ class Subject:
     config: Config
     chat: ChatFormat
     directory: epath.Path
+    source: epath.Path
+    identity: Callable[[], Mapping[str, str]]
+    params: Callable[[], dict]
     encode: Callable[[Sequence[Example]], list[Pair]]
     logprobs: Callable[[Sequence[Pair], str], np.ndarray]
     generate: Callable[..., list]
@@ -60,12 +66,14 @@ class Evaluator:
     Attributes:
         measure: a model -> {name: number}, which go into `result.json` and the summary. Called by all processes.
         refusal: config of a run -> why its models cannot be measured, if so; read after the evaluator's name.
-        auto: whether "auto" takes it where it can measure: it should cost little.
+        auto: whether "auto" takes it where it can measure: it costs little, or a field of its own asks for it.
+        costly: whether `config.evaluate.every` says of which iterations it measures models.
     """
 
     measure: Callable[[Subject], dict[str, float]]
     refusal: Callable[[Config], str | None] = no_refusal
     auto: bool = False
+    costly: bool = False
 
 
 def needs_held_out(config: Config) -> str | None:
@@ -93,9 +101,16 @@ def chosen(config: Config) -> dict[str, Evaluator]:
     return found
 
 
-def evaluate(subject: Subject, known: Mapping[str, float] | None = None) -> dict[str, object]:
-    """The summary's row of a model: its name, what is known of it already, and what the evaluators of the run find."""
+def is_due(config: Config, t: int) -> bool:
+    """Whether costly evaluators measure the models of iteration t."""
+    return (t + 1) % config.evaluate.every == 0 or t + 1 == config.iterations
+
+
+def evaluate(subject: Subject, known: Mapping[str, float] | None = None, *, costly: bool = True) -> dict[str, object]:
+    """The summary's row of a model: its name, what is known of it already, and what the evaluators of the run find; the
+    costly ones only if asked."""
     row: dict[str, object] = {"model": subject.name, "iteration": subject.iteration, **(known or {})}
     for evaluator in chosen(subject.config).values():
-        row |= evaluator.measure(subject)
+        if costly or not evaluator.costly:
+            row |= evaluator.measure(subject)
     return row

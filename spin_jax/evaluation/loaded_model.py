@@ -74,12 +74,13 @@ class LoadedModel:
         return engine.generate(self.params, prompts, seed=self.config.seed, iteration=iteration)
 
 
-def load_model(config: Config, devices: Sequence[Device] | None = None) -> LoadedModel:
+def load_model(config: Config, devices: Sequence[Device] | None = None, params: dict | None = None) -> LoadedModel:
     """The model at `config.model.path`, with its weights.
 
     Args:
         config: of a run, for `model`, `mesh`, `train.row_length`, `generate` and `seed`.
         devices: that it lies on; None is all there are.
+        params: of the model, on the training mesh, in place of those that its directory has.
 
     Raises:
         UserError: it is not there or not supported, or has no tokenizer with an EOS.
@@ -97,5 +98,8 @@ def load_model(config: Config, devices: Sequence[Device] | None = None) -> Loade
     chosen = sizing.choose(replace(config, sizes), model, devices, run=False)
     execution, _ = on_both_meshes(chosen, model, devices)
     shardings = models.param_shardings(execution.mesh, model)
-    params = multihost.on_each_process(lambda: checkpoints.load(source, dtype=execution.dtype, shardings=shardings)[1])
+    if params is None:
+        params = multihost.on_each_process(
+            lambda: checkpoints.load(source, dtype=execution.dtype, shardings=shardings)[1]
+        )
     return LoadedModel(chosen, config.generate, source, model, tokenizer, stop_ids, execution, params, devices)

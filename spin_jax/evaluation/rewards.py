@@ -7,12 +7,12 @@ import numpy as np
 from spin_jax.config import at_iteration
 from spin_jax.data.pairs import Pair
 from spin_jax.evaluation.interface import Evaluator, Subject, needs_held_out
-from spin_jax.objectives.margin_losses import rewards
+from spin_jax.objectives.margin_losses import rewards as rewards_of
 
 
 def held_out_rewards(policy_logps: np.ndarray, opponent_logps: np.ndarray, beta: float) -> dict[str, float]:
     """Rewards (equation 4.6) of held-out pairs of a real and a generated response, from log-probs [pairs, 2]."""
-    real, generated = np.asarray(rewards(policy_logps.astype(np.float64), opponent_logps.astype(np.float64), beta)).T
+    real, generated = np.asarray(rewards_of(policy_logps.astype(np.float64), opponent_logps.astype(np.float64), beta)).T
     return {
         "held_out/rewards/accuracy": float(np.mean(real > generated)),
         "held_out/rewards/margin": float(np.mean(real - generated)),
@@ -36,4 +36,4 @@ def _measure(subject: Subject) -> dict[str, float]:
     return found
 
 
-held_out = Evaluator(_measure, needs_held_out, auto=True)
+rewards = Evaluator(_measure, needs_held_out, auto=True)

@@ -6,5 +6,6 @@ REPORTS: Registry = Registry(
     {
         "summary": "spin_jax.reports.summary:summary",
         "plots": "spin_jax.reports.plots:plots",
+        "scores": "spin_jax.reports.scores:scores",
     }
 )

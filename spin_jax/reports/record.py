@@ -31,29 +31,32 @@ class RunRecord:
         results: what each model was measured by, in the order in which they were made: `model`, its name; `iteration`,
             the number of the iteration that trained it, or None; and its measures.
         metrics: iteration -> the rows of its training steps, each with `step` and what `metrics.jsonl` has.
+        directories: a model's name -> the directory of its result.
     """
 
     workdir: epath.Path
     config: dict[str, object]
     results: list[dict]
     metrics: dict[int, list[dict]]
+    directories: dict[str, epath.Path] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, workdir: epath.PathLike) -> "RunRecord":
         """Read a run's directory; what is not there yet is empty."""
         workdir = epath.Path(workdir)
         config = workdir / "config.json"
-        results, metrics = [read_result(workdir)], {}
+        results, metrics = {workdir: read_result(workdir)}, {}
         for t in itertools.count():
             iteration = workdir / f"iteration_{t}"
             if not iteration.exists():
                 break
-            results += [read_result(iteration), read_result(iteration / "control")]
+            results |= {one: read_result(one) for one in (iteration, iteration / "control")}
             steps = iteration / metric_writer.FILE_NAME
             if steps.exists() and (rows := metric_writer.read_metrics(steps)):
                 metrics[t] = rows
         noted = json.loads(config.read_text()) if config.exists() else {}
-        return cls(workdir, noted, [row for row in results if row], metrics)
+        rows = {directory: row for directory, row in results.items() if row}
+        return cls(workdir, noted, list(rows.values()), metrics, {row["model"]: one for one, row in rows.items()})
 
 
 # A report: a run's record -> {name under the workdir: content}.

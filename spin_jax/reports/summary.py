@@ -33,16 +33,18 @@ def summary_table(rows: Sequence[Mapping[str, object]], width: int = WIDTH) -> s
     """A text table: a line for each row (a model), a column for each field that any row has, in the order first met.
 
     A name's parts (`held_out/rewards/margin`) stand below each other, to keep the columns narrow. Numbers of a column
-    share their decimals, four significant digits for the largest; what a row does not have, or is None, is a dash.
+    share their decimals, four significant digits for the largest; what a row does not have, or is None, is a dash. A
+    `_stderr` of a field stands behind its number, as "0.5000 ±0.0123".
     Columns beyond `width` characters go below, behind the first one again.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(name for row in rows for name in row if not name.endswith("_stderr")))
     depth = max((len(name.split("/")) for name in names), default=0)
     columns = []
     for name in names:
         values = [row.get(name) for row in rows]
         heading = name.split("/")
-        column = [""] * (depth - len(heading)) + heading + _cells(values)
+        errors = [row.get(f"{name}_stderr") for row in rows]
+        column = [""] * (depth - len(heading)) + heading + _cells(values, errors)
         widest = max(map(len, column))
         column.insert(depth, "-" * widest)
         pad = str.ljust if any(isinstance(value, str) for value in values) else str.rjust
@@ -56,17 +58,18 @@ def summary_table(rows: Sequence[Mapping[str, object]], width: int = WIDTH) -> s
     return "\n\n".join(tables)
 
 
-def _cells(values: Sequence[Any]) -> list[str]:
-    """The cells of one column."""
+def _cells(values: Sequence[Any], errors: Sequence[Any]) -> list[str]:
+    """The cells of one column, from its values and their standard errors."""
     values = [value if value is None or isinstance(value, str | numbers.Integral) else float(value) for value in values]
     sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value) and value]
     # 0.9855, 2.220, 64.05, 1234: four significant digits of the largest; and never a column of zeros.
     digits = 3 - math.floor(math.log10(max(sizes, default=1.0)))
     style = f".{min(max(digits, 0), 4)}f" if digits <= 6 else ".3e"
 
-    def cell(value: object) -> str:
+    def cell(value: object, error: float | None) -> str:
         if value is None:
             return "-"
-        return format(value, style) if isinstance(value, float) else str(value)
+        text = format(value, style) if isinstance(value, float) else str(value)
+        return text if error is None else f"{text} ±{error:{style}}"
 
-    return [cell(value) for value in values]
+    return list(map(cell, values, errors))

@@ -32,7 +32,7 @@ def loops(run: Run, only: Sequence[str] = STAGES) -> list[Expected]:
     """The loops of a whole run, in order and by the names that the stages give them. A run of some of the stages ends
     with the first iteration that is not finished."""
     config, held_out, found = run.config, bool(run.held_out_examples), []
-    evaluated, sampled = (held_out and evaluator in chosen(config) for evaluator in ("held_out", "samples"))
+    evaluated, sampled = (held_out and evaluator in chosen(config) for evaluator in ("rewards", "samples"))
     if config.sft.epochs:
         found.append(Expected("SFT", "SFT"))
     whole = set(only) == set(STAGES)

@@ -1,11 +1,8 @@
 """The harness's requests: log-probs, whole texts and answers as its own `hf` model gives them."""
 
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -21,6 +18,7 @@ import harness_tasks  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from spin_jax.evaluation import harness  # noqa: E402
+from spin_jax.evaluation.loaded_model import load_model  # noqa: E402
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden/harness.json"
 BOS, EOS = "<s>", "</s>"
@@ -41,7 +39,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(directory):
-    return harness.HarnessModel(config_of(directory))
+    return harness.HarnessModel(load_model(config_of(directory)))
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +167,7 @@ def test_a_chat_template_is_applied_or_missed(model, directory, tmp_path):
     bare = tiny_files.write_model(tmp_path)
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="the tokenizer has no chat template: leave --apply_chat_template out, or set"):
-        harness.HarnessModel(config_of(bare)).apply_chat_template(turns)
+        harness.HarnessModel(load_model(config_of(bare))).apply_chat_template(turns)
 
 
 # ---- a real model, against what the `hf` model of the harness said: golden/make_harness_golden.py
@@ -183,74 +181,5 @@ def tasks(assets, tmp_path_factory):
 def test_every_answer_is_that_of_hf(smollm2, tasks):
     """A device alone: what several make of it is seen above."""
     sizes = {"train.row_length": 512, "train.length_multiple": 128, "generate.prompt_bucket": 64}
-    model = harness.HarnessModel(replace(config_of(smollm2), sizes), jax.devices()[:1])
+    model = harness.HarnessModel(load_model(replace(config_of(smollm2), sizes), jax.devices()[:1]))
     harness_tasks.check_same(harness_tasks.ask(model, tasks), json.loads(GOLDEN.read_text()))
-
-
-# ---- the command
-
-
-def evaluate(*flags: object, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "spin_jax.evaluate", *map(str, flags)]
-    environment = os.environ | {"XLA_FLAGS": "", "HF_DATASETS_OFFLINE": "1"} | environment
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
-def test_one_command(directory, tmp_path):
-    """A task of one's own; the scores are those of the log-probs."""
-    rows = [{"question": f"{i}+1=", "choices": ["a", "bc"], "label": i % 2} for i in range(6)]
-    tiny_files.write_jsonl(tmp_path / "rows.jsonl", rows)
-    task = {
-        "task": "sums",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-    }
-    task |= {"test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}"}
-    task |= {"doc_to_target": "label", "doc_to_choice": "choices", "target_delimiter": ""}
-    (tmp_path / "sums.yaml").write_text(json.dumps(task | {"metric_list": [{"metric": "acc"}]}))
-    flags = [
-        f"--model={directory}",
-        "--tasks=sums",
-        f"--include_path={tmp_path}",
-        f"--out={tmp_path / 'out'}",
-        "--limit=5",
-    ]
-    ran = evaluate(*flags, "--config.model.compute_dtype=float32", HF_DATASETS_CACHE=str(tmp_path))
-    assert ran.returncode == 0, ran.stderr
-    assert re.search(r"^\|sums *\|.*\|acc ", ran.stdout, re.M), ran.stdout
-    (file,) = (tmp_path / "out").glob("*/results_*.json")
-    found = json.loads(file.read_text())
-    model = harness.HarnessModel(config_of(directory))
-    logps = model.loglikelihood(
-        ask("loglikelihood", *[(row["question"], choice) for row in rows[:5] for choice in row["choices"]])
-    )
-    best = np.argmax(np.reshape([logp for logp, _ in logps], (5, 2)), axis=1)
-    assert found["results"]["sums"]["acc,none"] == np.mean(best == [0, 1, 0, 1, 0])
-    assert found["config"]["model_dtype"] == "float32" and found["n-samples"]["sums"]["effective"] == 5
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model=x", "--tasks=arc_challenge"], "--out is missing: python -m spin_jax.evaluate --model=x"),
-        (["--model=x", "--tasks=a", "--out=y", "--fewshot_as_multiturn"], "needs a chat: add --apply_chat_template"),
-        (["--model=x", "--tasks=a", "--out=gs://y"], "the harness writes to this machine's disk; give a directory"),
-    ],
-)
-def test_mistakes_of_one_line(flags, message):
-    ran = evaluate(*flags)
-    assert ran.returncode == 2 and message in ran.stderr.splitlines()[-1], ran.stderr
-
-
-def test_an_unknown_task(directory, tmp_path):
-    with pytest.raises(UserError, match="arc_chalenge is no task of the harness, nor of --include_path: did you mean"):
-        harness.evaluate(config_of(directory), ["arc_chalenge"], tmp_path)
-
-
-def test_without_the_extra():
-    code = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
-    code += "from spin_jax import evaluate; evaluate.cli.run(evaluate.main)"
-    command = [sys.executable, "-c", code, "--model=x", "--tasks=a", "--out=y"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 2
-    assert ran.stderr == "spin_jax: the lm-evaluation-harness is not installed: pip install 'spin_jax[eval]'\n"

@@ -22,10 +22,10 @@ def config_of(changes: dict[str, object]) -> Config:
     "changes, names",
     [
         ({}, []),
-        ({"data.eval_rows": 8}, ["held_out", "samples"]),
-        (TOY | {"data.eval_rows": 8}, ["held_out", "samples", "exact"]),
+        ({"data.eval_rows": 8}, ["rewards", "samples"]),
+        (TOY | {"data.eval_rows": 8}, ["rewards", "samples", "exact"]),
         (TOY | {"evaluate.evaluators": ("exact",)}, ["exact"]),
-        (TOY | {"evaluate.evaluators": ("exact", "auto"), "data.eval_rows": 8}, ["exact", "held_out", "samples"]),
+        (TOY | {"evaluate.evaluators": ("exact", "auto"), "data.eval_rows": 8}, ["exact", "rewards", "samples"]),
         ({"data.eval_rows": 8, "evaluate.evaluators": ()}, []),
     ],
 )
@@ -34,7 +34,7 @@ def test_auto_is_what_the_data_allow(changes, names):
 
 
 @pytest.mark.parametrize(
-    "name, says", [("held_out", "needs held-out rows: set --config.data.eval_rows"), ("exact", "measures the task of")]
+    "name, says", [("rewards", "needs held-out rows: set --config.data.eval_rows"), ("exact", "measures the task of")]
 )
 def test_what_cannot_measure_is_refused_where_it_is_named(name, says):
     with pytest.raises(UserError, match=f"--config.evaluate.evaluators: {name} {says}"):
@@ -62,7 +62,7 @@ def subject(config, iteration: int | None) -> Subject:
 
 def test_a_row_of_the_summary_is_what_is_known_and_what_was_found():
     """Rewards have the beta of the iteration; a model without an opponent has none."""
-    changes = {"data.eval_rows": 2, "spin.beta": (0.1, 2.0), "evaluate.evaluators": ("held_out",)}
+    changes = {"data.eval_rows": 2, "spin.beta": (0.1, 2.0), "evaluate.evaluators": ("rewards",)}
     config = config_of(changes)
     row = evaluate(subject(config, 1), {"generated/tokens": 3.0})
     assert list(row)[:4] == ["model", "iteration", "generated/tokens", "held_out/nats_per_token"]

@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from spin_jax.evaluation import harness  # noqa: E402
+from spin_jax.evaluation.loaded_model import load_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def both(tmp_path_factory):
     directory = tiny_files.write_model(tmp_path_factory.mktemp("tiny"))
     config = tiny_files.make_config(directory, pathlib.Path("not read"))
     theirs = HFLM(pretrained=str(directory), dtype="float32", device="cpu", batch_size=3)
-    return harness.HarnessModel(config), theirs
+    return harness.HarnessModel(load_model(config)), theirs
 
 
 def ask(kind: str, *arguments: tuple) -> list:

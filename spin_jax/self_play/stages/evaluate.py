@@ -10,7 +10,7 @@ from etils import epath
 from spin_jax.data.pairs import Pair, TokenIds
 from spin_jax.data.sources import Example
 from spin_jax.data.tokenize import tokenise
-from spin_jax.evaluation.interface import Subject, evaluate
+from spin_jax.evaluation.interface import Subject, evaluate, is_due
 from spin_jax.evaluation.score_files import delete_parts
 from spin_jax.generation.engine import Engine, Progress
 from spin_jax.generation.response_files import Response
@@ -50,7 +50,9 @@ def evaluate_policy(run: Run, t: int) -> None:
             known |= _last_step(run.iteration(t))
         policy = _subject(run, t, f"iteration {t}", run.start_of(t + 1), run.iteration(t))
         opponent_logps = functools.partial(held_out_scores, run, t)
-        return evaluate(dataclasses.replace(policy, iteration=t, opponent_logps=opponent_logps), known)
+        return evaluate(
+            dataclasses.replace(policy, iteration=t, opponent_logps=opponent_logps), known, costly=is_due(run.config, t)
+        )
 
     _measure_once(run.iteration(t), measure)
 
@@ -61,7 +63,7 @@ def evaluate_control(run: Run, t: int, directory: epath.Path, spent: Callable[[]
 
     def measure() -> dict:
         subject = _subject(run, t, f"SFT control {t}", directory / "model", directory, " SFT control")
-        return evaluate(subject, {SPENT: spent() / PETA})
+        return evaluate(subject, {SPENT: spent() / PETA}, costly=is_due(run.config, t))
 
     _measure_once(directory, measure)
 
@@ -102,6 +104,9 @@ def _subject(run: Run, t: int, name: str, model: epath.Path, directory: epath.Pa
         config=run.config,
         chat=run.chat,
         directory=directory,
+        source=run.source,
+        identity=functools.partial(run.store.identity_of, model),
+        params=functools.partial(run.store.params, model),
         encode=encode,
         logprobs=functools.partial(score_pairs_of, run, model),
         generate=generate,
