@@ -202,6 +202,14 @@ class EvaluateConfig:
         choices=("auto", "spin_jax.evaluation:EVALUATORS"),
         resume=FREE,
     )
+    mt_bench: str = field(
+        "",
+        "A copy of FastChat's llm_judge/data, with the questions that the evaluator 'mt_bench' answers.",
+        resume=FREE,
+    )
+    mt_bench_tokens: int = field(
+        1024, "Tokens of an answer to them. FastChat's cap.", bounds=at_least(1, LENGTH), resume=FREE
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
