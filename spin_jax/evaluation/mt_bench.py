@@ -176,9 +176,9 @@ def _messages(asked: Sequence[str], answered: Sequence[Turn]) -> list[Message]:
 def mean_and_error(values: Mapping[tuple[int, int], float]) -> tuple[float | None, float | None]:
     """The mean of values, by (question id, turn), and its standard error over questions.
 
-    A question's turns are one cluster (arXiv 2411.00640, section 2.2): with S_q their sum, n_q their number, n the
-    questions and m the mean, the error is sqrt(n / (n - 1) sum_q (S_q - n_q m)^2) / sum_q n_q. Where all questions have
-    as many turns, that is the standard deviation of their means over sqrt(n). None for nothing, or one question.
+    A question's turns are one cluster (arXiv 2411.00640): with S_q their sum, n_q their number, n the questions and m
+    the mean, the error is sqrt(n / (n - 1) sum_q (S_q - n_q m)^2) / sum_q n_q. Where all questions have as many turns,
+    that is the standard deviation of their means over sqrt(n). None for nothing, or one question.
     """
     if not values:
         return None, None
