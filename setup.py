@@ -41,6 +41,7 @@ setup(
         # attention for Hopper GPUs; exactly this version, since what we call has no public name
         "tokamax": ['tokamax==0.0.17; python_version >= "3.12"'],
         "eval": ["lm-eval>=0.4.13"],  # without its "hf": no torch
+        "judge": ["openai>=3,<4"],  # the client of any OpenAI-compatible endpoint
         "tfds": ["tensorflow-datasets>=4.9.6"],
         "check": ["jax[tpu]"],  # compile_check: libtpu of the version that this jax runs with; no TPU is needed
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],  # models with a tokenizer.model alone
@@ -48,6 +49,7 @@ setup(
         "test": [
             "pytest>=8",
             "lm-eval>=0.4.13",  # as "eval"
+            "openai>=3,<4",  # as "judge"
             "sentencepiece>=0.2",
             "protobuf>=4",
             "pytest-xdist>=3.5",

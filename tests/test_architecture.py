@@ -22,6 +22,8 @@ LIGHT = (
     "main",
     "generate",
     "evaluate",
+    "mt_bench",
+    "evaluation.judge",
     "compile_check.__main__",
     "data.sources",
     "data.chat_format",

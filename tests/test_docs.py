@@ -20,7 +20,7 @@ from documents import blocks, files
 
 import spin_jax
 from spin_jax import config as config_lib
-from spin_jax import evaluate, generate, main  # noqa: F401  (main defines its flags)
+from spin_jax import evaluate, generate, main, mt_bench  # noqa: F401  (main defines its flags)
 from spin_jax.compile_check import __main__
 from spin_jax.data.layouts import LAYOUTS
 from spin_jax.data.sources import load_examples
@@ -151,7 +151,7 @@ def test_bash_blocks(where, command, monkeypatch, tmp_path, own_registries):
     elif words[:2] != ["python", "-m"]:
         assert words[0] in KNOWN_COMMANDS + CLOUD_COMMANDS, f"{where}: {command}"
     elif words[2].startswith("spin_jax"):
-        assert words[2].removeprefix("spin_jax.") in ("main", "generate", "evaluate", "compile_check"), (
+        assert words[2].removeprefix("spin_jax.") in ("main", "generate", "evaluate", "mt_bench", "compile_check"), (
             f"{where}: {command}"
         )
         if words[3:] == ["--help"]:
@@ -166,6 +166,7 @@ def test_bash_blocks(where, command, monkeypatch, tmp_path, own_registries):
                 "main": command_lib.config,
                 "generate": generate.sampling_config,
                 "evaluate": evaluate.evaluation_config,
+                "mt_bench": mt_bench.bench_config,
                 "compile_check": checked_config,
             }
             config_lib.freeze(configs[words[2].removeprefix("spin_jax.")]())

@@ -204,8 +204,8 @@ class EvaluateConfig:
     )
     every: int = field(
         1,
-        "Iterations from one model that evaluators of much cost (lm_eval) measure to the next. They always measure the "
-        "starting model and the last one.",
+        "Iterations from one model that evaluators of much cost (lm_eval, mt_bench) measure to the next. The starting "
+        "model and the last one are always measured.",
         bounds=at_least(1),
         resume=FREE,
     )
@@ -232,6 +232,14 @@ class EvaluateConfig:
     )
     fewshot_as_multiturn: bool = field(
         True, "Examples before a question are turns of the chat, where tasks are asked in one.", resume=FREE
+    )
+    mt_bench: str = field(
+        "",
+        "A copy of FastChat's llm_judge/data, with the questions that the evaluator 'mt_bench' answers.",
+        resume=FREE,
+    )
+    mt_bench_tokens: int = field(
+        1024, "Tokens of an answer to them. FastChat's cap.", bounds=at_least(1, LENGTH), resume=FREE
     )
 
 

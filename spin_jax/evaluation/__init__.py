@@ -8,5 +8,6 @@ EVALUATORS: Registry = Registry(
         "samples": "spin_jax.evaluation.samples:samples",
         "exact": "spin_jax.evaluation.exact:exact",
         "lm_eval": "spin_jax.evaluation.lm_eval:lm_eval",
+        "mt_bench": "spin_jax.evaluation.mt_bench_answers:mt_bench",
     }
 )

@@ -1,13 +1,22 @@
-"""What an evaluator can do with a model of a run: sample from it, score with it, keep files."""
+"""What an evaluator can do with a model of a run: sample from it, score with it, keep files, answer MT-Bench."""
+
+import json
+import pathlib
 
 import numpy as np
+import pytest
 import tiny_files
 
 import spin_jax
+from spin_jax.config import replace
 from spin_jax.data.pairs import Pair
 from spin_jax.data.sources import Example
+from spin_jax.errors import UserError
 from spin_jax.evaluation import EVALUATORS
 from spin_jax.evaluation.interface import Evaluator, Subject
+from spin_jax.evaluation.loaded_model import load_model
+from spin_jax.evaluation.mt_bench import SAMPLING
+from spin_jax.evaluation.mt_bench_answers import answer_alone
 from spin_jax.reports.record import RunRecord
 
 
@@ -30,10 +39,33 @@ def greedy(subject: Subject) -> dict[str, float]:
     return {"greedy/logp": float(np.mean(logps[:, 0])), "greedy/longest": longest}
 
 
-def test_an_evaluator_samples_scores_and_keeps_files(tiny_model, tmp_path, own_registries):
-    """Of the model that a run starts from, and of the one that it makes; its numbers are in the summary."""
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> pathlib.Path:
+    """Questions of three temperatures, laid out as FastChat's."""
+    turns = {
+        "math": ["1+1?", "And 2+2?"],
+        "writing": ["Write.", "Again."],
+        "stem": ["Why?", "How?"],
+        "coding": ["f?", "g?"],
+    }
+    rows = [{"question_id": 81 + i, "category": name, "turns": turns[name]} for i, name in enumerate(turns)]
+    directory = tmp_path_factory.mktemp("bench")
+    (directory / "mt_bench").mkdir()
+    tiny_files.write_jsonl(directory / "mt_bench/question.jsonl", rows)
+    return directory
+
+
+def answers_in(directory: pathlib.Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (directory / f"model_answer/{name}.jsonl").read_text().splitlines()]
+
+
+def test_an_evaluator_samples_scores_and_keeps_files(tiny_model, tmp_path, own_registries, bench):
+    """Of the model that a run starts from, and of the one that it makes; its numbers are in the summary. Answers to
+    MT-Bench are FastChat's lines, and those that the model gives outside of a run; the second turn comes after the
+    first."""
     EVALUATORS.register("greedy", Evaluator(greedy))
-    settings = {"iterations": 1, "evaluate.evaluators": ("greedy",)}
+    settings = {"iterations": 1, "evaluate.evaluators": ("greedy", "mt_bench")}
+    settings |= {"evaluate.mt_bench": str(bench), "evaluate.mt_bench_tokens": 12}
     spin_jax.spin(spin_jax.load(tiny_model), tiny_files.make_rows(), tmp_path, tiny_files.SETTINGS | settings)
     start, policy = RunRecord.load(tmp_path).results
     assert start["model"] == "SFT" and policy["model"] == "iteration 0" and policy["iteration"] == 0
@@ -43,3 +75,27 @@ def test_an_evaluator_samples_scores_and_keeps_files(tiny_model, tmp_path, own_r
         assert len((directory / "greedy.txt").read_text().splitlines()) >= 1
     assert start["greedy/logp"] != policy["greedy/logp"]
     assert "greedy" in (tmp_path / "summary.txt").read_text()
+
+    assert 1 <= start["mt_bench/tokens"] <= 12 and 0 <= policy["mt_bench/truncated"] <= 1
+    rows = answers_in(tmp_path, "SFT")
+    for i, row in enumerate(rows):
+        assert list(row) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]  # of gen_model_answer.py
+        assert (row["question_id"], row["model_id"]) == (81 + i, "SFT") and isinstance(row["tstamp"], float)
+        assert [(one["index"], len(one["turns"])) for one in row["choices"]] == [(0, 2)]
+    assert len({row["answer_id"] for row in rows}) == 4
+    trained = answers_in(tmp_path / "iteration_0", "iteration_0")
+    assert [row["choices"] for row in trained] != [row["choices"] for row in rows]
+
+    config = tiny_files.make_config(tiny_model, pathlib.Path("not read"))
+    config = replace(config, {"evaluate.mt_bench": str(bench), "evaluate.mt_bench_tokens": 12})
+    answer_alone(config, tmp_path / "alone", "tiny")
+    assert [row["choices"] for row in answers_in(tmp_path / "alone", "tiny")] == [row["choices"] for row in rows]
+    with pytest.raises(UserError, match="tiny.jsonl is there already: delete it, or give another --model_id"):
+        answer_alone(config, tmp_path / "alone", "tiny")
+
+    loaded, (first, second) = load_model(config), rows[0]["choices"][0]["turns"]
+    texts = ["u:1+1?</s>a:", f"u:1+1?</s>a:{first}</s>u:And 2+2?</s>a:"]  # in the tiny model's template
+    prompts = {i: loaded.tokenizer(text, add_special_tokens=False).input_ids for i, text in enumerate(texts)}
+    drawn = loaded.sample(prompts, **SAMPLING | {"temperature": 0.0, "max_new_tokens": 12})
+    said = [loaded.tokenizer.decode(one.tokens, skip_special_tokens=True).strip() for one in drawn]
+    assert said == [first, second]

@@ -103,20 +103,20 @@ def test_every_batch_of_every_epoch_starts_level_in_bfloat16(tmp_path, sizes, ch
 def test_a_real_model_starts_level_in_bfloat16_where_other_rows_do_not(assets, smollm2, tmp_path):
     """SmolLM2 on real text. In other rows the same log-probs are off by more than half a nat a pair."""
     rows, chat = (
-        json.loads((assets / "data" / "gpteacher" / "roleplay.json").read_text())[:8],
+        json.loads((assets / "data" / "gpteacher" / "roleplay.json").read_text())[:4],
         load_chat(smollm2, "chat"),
     )
 
     def ids(question: dict, answer: dict) -> np.ndarray:
-        return chat.real_response([{"role": "user", "content": question["instruction"]}], answer["response"])[:100]
+        return chat.real_response([{"role": "user", "content": question["instruction"]}], answer["response"])[:60]
 
     asked = [chat.generation_prompt([{"role": "user", "content": row["instruction"]}])[-30:] for row in rows]
-    pairs = [Pair(i, 0, asked[i], (ids(rows[i], rows[i]), ids(rows[i], rows[i - 1])), (False, False)) for i in range(8)]
+    pairs = [Pair(i, 0, asked[i], (ids(rows[i], rows[i]), ids(rows[i], rows[i - 1])), (False, False)) for i in range(4)]
     mesh = sharding.one_device_mesh()
     model, params = checkpoints.load(smollm2, shardings=models.param_shardings(mesh, checkpoints.read_config(smollm2)))
-    plan = plan_of(pairs, 4, 2, Packing(1, 256, 1024))
+    plan = plan_of(pairs, 2, 1, Packing(1, 64, 512))
     training = training_of(model, mesh, {}, len(plan.batches))
-    train = {"train.batch_size": 4, "train.micro_batches": 1, "train.row_length": 512, "train.length_multiple": 256}
+    train = {"train.batch_size": 4, "train.micro_batches": 1, "train.row_length": 256, "train.length_multiple": 64}
     config = replace(Config(), {"model.compute_dtype": "bfloat16"} | train)
     config = sizing.choose(config, model, list(mesh.devices.flat))
     other = Scorer(model, config.train, make_execution(config.model, model, mesh)).score(params, pairs)
