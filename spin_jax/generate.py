@@ -50,7 +50,8 @@ def sampling_config() -> config_lib.Config:
             '--config.model.path="toy:" is made by a run: name the run\'s model, as '
             "--config.model.path=WORKDIR/iteration_0/model"
         )
-    config_lib.override(config, {"data.train": _PROMPTS.value})
+    # The model answers, also where a run of this config would take the data's responses.
+    config_lib.override(config, {"data.train": _PROMPTS.value, "generate.source": "opponent"})
     return config_lib.freeze(config)
 
 

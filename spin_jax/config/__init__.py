@@ -134,6 +134,11 @@ def _check_sampling(generate: GenerateConfig, max_prompt_length: int) -> None:
             f"{as_flag('generate.stop_strings', generate.stop_strings)} has an empty text, which would end every "
             "response: leave it out"
         )
+    if generate.source == "data" and generate.responses > 1:
+        raise UserError(
+            f"--config.generate.responses={generate.responses} has no effect with --config.generate.source=data, "
+            "which takes the one generated response of each row: write --config.generate.responses=1"
+        )
     if generate.min_new_tokens > generate.max_new_tokens:
         raise UserError(
             f"--config.generate.min_new_tokens={generate.min_new_tokens} is more than "

@@ -66,6 +66,10 @@ def test_freezing_imports_no_jax():
             "--config.data.max_prompt_length=512 leaves no room for a response in --config.data.max_length=512",
         ),
         ({"generate.stop_strings": ("",)}, """--config.generate.stop_strings="('',)" has an empty text"""),
+        (
+            {"generate.source": "data", "generate.responses": 2},
+            "--config.generate.responses=2 has no effect with --config.generate.source=data, which takes",
+        ),
         ({"generate.min_new_tokens": 257}, "--config.generate.min_new_tokens=257 is more than --config.generate.max_n"),
         ({"generate.prompt_bucket": 2048}, "--config.generate.prompt_bucket=2048 pads every prompt to so many tokens"),
         ({"lora.target_modules": ()}, "--config.lora.target_modules=() updates nothing: name linear layers, as"),

@@ -7,7 +7,7 @@ import ast
 import re
 
 import pytest
-from typed import RIGHT, ROOT, read, refusal
+from typed import RIGHT, ROOT, read, refusal, start
 
 from spin_jax import generate, main
 from spin_jax.compile_check import __main__
@@ -265,6 +265,14 @@ def test_a_wrong_flag_of_one_command_is_one_line(program, line, named, advice):
 def test_what_is_typed_is_what_a_field_gets(words, field, value):
     got = read(words)[field]
     assert got == value and type(got) is type(value)
+
+
+def test_several_answers_to_a_prompt_need_a_model_that_writes_them():
+    """A run that takes the data's responses cannot have more; sampling alone can, with the same config."""
+    words = "--config=configs/smollm2_135m_dpo.py --config.generate.responses=4 --config.model.path=m"
+    refused = refusal(main, f"{words} --workdir=w --config.data.train=d --check_for=0")
+    assert refused.startswith("--config.generate.responses=4 has no effect with --config.generate.source=data")
+    assert start(generate, f"{words} --prompts=p --out=o").generate.responses == 4
 
 
 def test_flags_may_come_from_a_file(tmp_path):
