@@ -11,6 +11,7 @@ from spin_jax.reports.summary import read_summary, summary_table
 from spin_jax.runtime import compilation_cache, multihost, out_of_memory, progress
 from spin_jax.runtime.lease import held
 from spin_jax.self_play import outlook
+from spin_jax.self_play.flops import check_matched
 from spin_jax.self_play.run import Run, open_run
 from spin_jax.self_play.stages import evaluate, generate, score, sft, sft_control, train
 from spin_jax.self_play.workdir import make
@@ -39,6 +40,7 @@ def self_play(
     compilation_cache.keep(directory)
     with held(directory, f"--workdir={directory}"):
         run = open_run(config, directory, trains=bool({"score", "train"} & set(only)), profile=profile)
+        multihost.on_process_zero(lambda: check_matched(run))
         outlook.tell(run)
         with progress.expected(outlook.loops(run, only)):
             sft.fine_tune(run)

@@ -1,5 +1,6 @@
 """Baselines in the same loop: supervised fine-tuning, self-distillation and DPO, by fields of the config alone."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -11,9 +12,10 @@ import tiny_files
 from spin_jax.data.pairs import read_sampled
 from spin_jax.errors import UserError
 from spin_jax.runtime.metric_writer import read_metrics
+from spin_jax.self_play import flops
 from spin_jax.self_play.algorithm import self_play
 from spin_jax.self_play.run import open_run
-from spin_jax.self_play.training_stage import spin_stage
+from spin_jax.self_play.training_stage import spin_spec, spin_stage
 
 FAST = {"iterations": 1, "evaluate.evaluators": ()}
 
@@ -74,7 +76,8 @@ def test_flops_of_a_run_that_is_not_there_are_refused(tiny_model, tiny_data, tmp
 
 
 def test_flops_of_a_run_that_are_too_few_are_refused(spin, tiny_model, tiny_data, tmp_path):
-    """Not even a step; or steps that are all warm-up, at whose learning rates nothing is learned."""
+    """Not even a step, which is known before anything is sampled; or steps that are all warm-up, at whose learning
+    rates nothing is learned."""
     result = json.loads((spin[0] / "iteration_0" / "result.json").read_text())
     for share, says in ((1e-3, "name a longer run"), (0.5, "are all warm-up")):
         (tmp_path / f"{share}" / "iteration_0").mkdir(parents=True)
@@ -83,6 +86,19 @@ def test_flops_of_a_run_that_are_too_few_are_refused(spin, tiny_model, tiny_data
         changes = FAST | {"train.match_flops": str(tmp_path / f"{share}")}
         with pytest.raises(UserError, match=says):
             self_play(tiny_files.make_config(tiny_model, tiny_data, changes), tmp_path / f"run_{share}")
+    assert not (tmp_path / "run_0.001" / "iteration_0").exists()
+
+
+def test_what_an_iteration_costs_at_least(spin, tiny_model, tiny_data):
+    """Less than what it costs when its responses are there, and as much where it reads none."""
+    run = open_run(tiny_files.make_config(tiny_model, tiny_data, FAST), spin[0])
+    sampling, step = flops._least_flops(run, 0)
+    spec, pairs = spin_spec(run, 0)
+    assert 0.5 < sampling / flops.sampling_flops(run, 0) < 1
+    assert 0.5 < step / flops.iteration_step_flops(run, 0, spec, pairs) < 1
+    run = dataclasses.replace(run, config=tiny_files.make_config(tiny_model, tiny_data, FAST | {"spin.loss": "sft"}))
+    spec, pairs = spin_spec(run, 0)
+    assert flops._least_flops(run, 0) == (0, flops.iteration_step_flops(run, 0, spec, pairs))
 
 
 @pytest.fixture(scope="module")
