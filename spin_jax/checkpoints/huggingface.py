@@ -1,7 +1,7 @@
-"""Hugging Face model directories in and out: their names and layouts, and ours.
+"""Load and save Hugging Face model directories, whose tensors have other names and layouts than params have here.
 
-Loading copies only the slices that live on this host and saving fetches one tensor at a time, so that neither needs
-host memory for more than this host's params and one of them besides.
+Loading copies only the slices that this host's devices hold; saving fetches one tensor at a time. So neither needs more
+host memory than this host's params and one tensor.
 """
 
 import functools
@@ -29,7 +29,14 @@ from spin_jax.runtime.files import find, read_json, read_json_if_there
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint: a weight of the model, or that of one layer."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: in the checkpoint.
+        path: of the param in the tree.
+        layer: index along the param's first axis; None where the param is not stacked over layers.
+        weight: its entry in the table of weights.
+    """
 
     name: str
     path: tuple[str, ...]
@@ -37,12 +44,15 @@ class Tensor(NamedTuple):
     weight: Weight
 
 
-def tensors_of(config: ModelConfig, of: dict | None = None) -> Iterator[Tensor]:
-    """Every tensor of a checkpoint, those of a layer together, in the order of the table of weights, or of another
-    table `of` the model."""
-    table: dict[tuple, Any] = dict(flatten_dict(weights(config) if of is None else of))
-    of_layers = {path: table.pop(path) for path in list(table) if path[0] == "layers"}
-    for path, weight in table.items():
+def tensors_of(config: ModelConfig, table: dict | None = None) -> Iterator[Tensor]:
+    """Yield every tensor of a checkpoint, layer by layer, in the order of a table of weights.
+
+    Args:
+        table: the model's own, or another one of its tree, such as that of low-rank updates.
+    """
+    by_path: dict[tuple, Any] = dict(flatten_dict(weights(config) if table is None else table))
+    of_layers = {path: by_path.pop(path) for path in list(by_path) if path[0] == "layers"}
+    for path, weight in by_path.items():
         yield Tensor(weight.name, path, None, weight)
     for layer in range(config.num_layers):
         for path, weight in of_layers.items():
@@ -50,24 +60,27 @@ def tensors_of(config: ModelConfig, of: dict | None = None) -> Iterator[Tensor]:
 
 
 def stored_name(weight: Weight, layer: int) -> str:
+    """A layer's weight in Hugging Face checkpoints."""
     return f"model.layers.{layer}.{weight.name}"
 
 
-def their_shape(weight: Weight) -> tuple[int, ...]:
+def stored_shape(weight: Weight) -> tuple[int, ...]:
+    """The shape of a weight in checkpoints: [outputs, inputs] of a matmul, [outputs] of a bias, else its own."""
     if weight.inputs is None:
         return weight.shape
     outputs = math.prod(weight.shape[weight.inputs :])
     return (outputs, math.prod(weight.shape[: weight.inputs])) if weight.inputs else (outputs,)
 
 
-def to_ours(weight: Weight, theirs: np.ndarray) -> np.ndarray:
-    """Always a view, so that a mapped tensor stays unread: axes are swapped, then split."""
-    return (theirs.T if weight.inputs else theirs).reshape(weight.shape)
+def from_stored(weight: Weight, stored: np.ndarray) -> np.ndarray:
+    """View a stored tensor in the shape that params have. It is never copied: a mapped file stays unread."""
+    return (stored.T if weight.inputs else stored).reshape(weight.shape)
 
 
-def to_theirs(weight: Weight, ours: np.ndarray) -> np.ndarray:
-    shape = their_shape(weight)
-    return ours.reshape(shape[::-1]).T if weight.inputs else ours.reshape(shape)
+def to_stored(weight: Weight, param: np.ndarray) -> np.ndarray:
+    """The inverse of `from_stored`: view a param, or one layer of it, in the shape that checkpoints have."""
+    shape = stored_shape(weight)
+    return param.reshape(shape[::-1]).T if weight.inputs else param.reshape(shape)
 
 
 def load(
@@ -77,17 +90,18 @@ def load(
     dtype: jnp.dtype = jnp.float32,
     shardings: dict | None = None,
 ) -> tuple[ModelConfig, dict]:
-    """Reads a checkpoint of a supported family; `models.weights.weights` describes the tree.
+    """Read a checkpoint of a supported family, as (description, params); `models.weights.weights` describes the tree.
 
     Args:
         path_or_id: a directory with config.json and safetensors, or a Hub repository.
         revision: branch, tag or commit of a Hub repository.
-        dtype: of the params, whatever the file's; norm scales are float32, as `models.cast_params` leaves them.
-        shardings: a tree of jax.sharding.Sharding like the params'; each process reads only its own devices' slices.
-            None: everything on this process's first device.
+        dtype: of the params, whatever the files have. Norm scales stay float32, as in `models.cast_params`.
+        shardings: tree of jax.sharding.Sharding like the params. Each process reads only its devices' slices. None
+            puts everything on this process's first device.
 
     Raises:
-        UserError: not found, not supported, the tensors are not those that config.json describes, or one is not finite.
+        UserError: the model is not found or not supported, its tensors are not those that config.json describes, or
+            one has a value that is not finite.
     """
     directory = resolve(path_or_id, revision)
     config = read_config(directory)
@@ -103,7 +117,7 @@ def load(
         stacked = path[0].key == "layers"
         names = [stored_name(weight, layer) for layer in range(config.num_layers)] if stacked else [weight.name]
         read = _reader(weight, {name: stored[name] for name in names}, param, stacked)
-        # Waiting lets go of this param's host copy before the next is read.
+        # Wait, so that this param's host copy is freed before the next one is read.
         return jax.block_until_ready(jax.make_array_from_callback(param.shape, sharding, cast(Any, read)))
 
     return config, jax.tree.map_with_path(place, weights(config), abstract, shardings)
@@ -112,7 +126,11 @@ def load(
 def _reader(
     weight: Weight, stored: dict[str, safetensors.StoredTensor], param: jax.ShapeDtypeStruct, stacked: bool
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function that reads slices of a param. Devices that hold the same slice share one copy of it."""
+    """Make a function that reads a slice of a param, once for all devices that hold it.
+
+    Args:
+        stored: the param's tensors by name: one for each layer if `stacked`, else a single one.
+    """
     slices: dict[tuple, np.ndarray] = {}
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -121,8 +139,8 @@ def _reader(
             out = slices[bounds] = np.empty([stop - start for start, stop in bounds], param.dtype)
             layers, parts, index = (index[0], out, index[1:]) if stacked else (slice(None), out[None], index)
             for part, (name, tensor) in zip(parts, list(stored.items())[layers], strict=True):
-                with np.errstate(over="ignore"):  # it is refused below
-                    part[...] = to_ours(weight, tensor.map())[index]
+                with np.errstate(over="ignore"):  # what overflows in `dtype` is refused below
+                    part[...] = from_stored(weight, tensor.map())[index]
                 if not _all_finite(part):
                     raise UserError(
                         f"{tensor.file}: {name} holds values that are not finite in {part.dtype}; download it again, "
@@ -134,7 +152,8 @@ def _reader(
 
 
 def _all_finite(x: np.ndarray) -> bool:
-    """Without a copy: of the numbers of each sign, infinity and NaN have the largest bits."""
+    """Whether all numbers are finite, found without a copy: read as an integer, infinity and NaN are the largest
+    numbers of their sign."""
     bits = x.view(f"u{x.itemsize}")
     infinity = np.array(np.inf, x.dtype).view(bits.dtype)
     sign = np.array(-0.0, x.dtype).view(bits.dtype)
@@ -151,23 +170,23 @@ def save(
     dtype: jnp.dtype = jnp.bfloat16,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Writes a directory that `load` and transformers (4 and 5) read.
+    """Write a directory that `load` and transformers (4 and 5) read.
 
-    Where params are split over several processes, all of them must call it: the first one writes, a tensor at a time,
-    and is done last.
+    Write config.json last, so that a directory with a config.json is complete. Each file is written under another name
+    and renamed when whole.
 
-    Files are written beside their names and renamed when whole, and config.json comes last: a directory with a
-    config.json is complete.
+    If params are split over several processes, all of them must call this. Process 0 writes, a tensor at a time, and
+    returns last.
 
     Args:
-        source: the directory that the model came from: its tokenizer is copied, and what its config.json and
-            generation_config.json say beyond the architecture is kept.
+        source: directory of the model that training started from. Copy its tokenizer, and keep what its config.json and
+            generation_config.json say beyond the architecture.
         token_ids: bos_token_id, eos_token_id and pad_token_id to write instead of the source's.
-        dtype: float32, float16 or bfloat16. Casting back to the dtype that the weights came in is exact.
-        max_shard_bytes: weights beyond this start another file; a tensor is never split.
+        dtype: float32, float16 or bfloat16. Casting back to the dtype that the weights were loaded from is exact.
+        max_shard_bytes: largest size of a file. A tensor is never split: one that is larger has a file of its own.
 
     Raises:
-        UserError: `directory` is `source`, `source` is no model (any more), or the dtype is none of the three.
+        UserError: `directory` is `source`, `source` is not a model (any more), or `dtype` is none of the three.
     """
     directory = pathlib.Path(os.path.expanduser(directory))
     source = None if source is None else pathlib.Path(source)
@@ -196,7 +215,7 @@ def save(
     for file, names in split.filename_to_tensors.items():
         write_tensors(directory / file, {name: tensors[name] for name in names}, params, dtype)
     if writes:
-        # Files of an older model that were not replaced go, lest they be read instead.
+        # Delete files of an older model that were not replaced: they might be read in place of these.
         for old in (*find(directory, "model*.safetensors"), *find(directory, INDEX)):
             if old.name not in split.filename_to_tensors and not old.is_dir():
                 old.unlink()
@@ -209,32 +228,37 @@ def save(
 
 
 def write_tensors(file: pathlib.Path, tensors: Mapping[str, Tensor], params: dict, dtype: np.dtype) -> None:
-    """Writes a file of tensors under their names, each fetched from `params` when its turn comes; all processes must
-    call it, and the first one writes."""
-    fetched = (_fetch(tensor, params, dtype) for tensor in tensors.values())
+    """Write tensors of `params` to a file, fetching one at a time. All processes must call it; process 0 writes.
+
+    Args:
+        tensors: by the names to write them under.
+    """
     if multihost.is_first():
-        shapes = {name: their_shape(tensor.weight) for name, tensor in tensors.items()}
-        theirs = (to_theirs(one.weight, np.asarray(x)) for one, x in zip(tensors.values(), fetched, strict=True))
-        safetensors.write(file, shapes, dtype, theirs)
+        shapes = {name: stored_shape(tensor.weight) for name, tensor in tensors.items()}
+        safetensors.write(file, shapes, dtype, (_fetch_stored(tensor, params, dtype) for tensor in tensors.values()))
     else:
-        for ours in fetched:  # take part in the gathering, of one tensor at a time
-            jax.block_until_ready(ours)
+        for tensor in tensors.values():  # take part in gathering each
+            jax.block_until_ready(_fetch(tensor, params, dtype))
 
 
 def holds(directory: str | os.PathLike, config: ModelConfig, params: dict) -> bool:
-    """Whether a directory holds these very weights, a tensor at a time; f32, as `save` writes them with that dtype."""
+    """Whether a directory holds exactly these weights in float32. Compare a tensor at a time, to need little memory."""
     stored = stored_tensors(directory)
 
     def is_same(tensor: Tensor) -> bool:
-        ours = to_theirs(tensor.weight, np.asarray(_fetch(tensor, params, jnp.float32)))
-        return tensor.name in stored and np.array_equal(stored[tensor.name].map(), ours, equal_nan=True)
+        expected = _fetch_stored(tensor, params, np.dtype(np.float32))
+        return tensor.name in stored and np.array_equal(stored[tensor.name].map(), expected, equal_nan=True)
 
     return all(map(is_same, tensors_of(config)))
 
 
 def check_tensors(directory: pathlib.Path, config: ModelConfig, stored: dict[str, safetensors.StoredTensor]) -> None:
-    """The checkpoint holds the tensors that config.json describes, and nothing else that would be lost."""
-    expected = {tensor.name: their_shape(tensor.weight) for tensor in tensors_of(config)}
+    """Refuse a checkpoint whose tensors are not those that config.json describes.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or would be ignored.
+    """
+    expected = {tensor.name: stored_shape(tensor.weight) for tensor in tensors_of(config)}
     if missing := [name for name in expected if name not in stored]:
         hint = "is config.json that of these weights?"
         if missing == ["lm_head.weight"]:
@@ -243,7 +267,7 @@ def check_tensors(directory: pathlib.Path, config: ModelConfig, stored: dict[str
     for name, shape in expected.items():
         if stored[name].shape != shape:
             raise UserError(f"{directory}: {name} has the shape {stored[name].shape}; config.json says {shape}")
-    # Old versions of transformers wrote the constant rotary frequencies.
+    # Old versions of transformers also wrote the rotary frequencies, which are constants.
     unexpected = [name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if config.tie_embeddings and "lm_head.weight" in unexpected:
         tied = (stored[name].map() for name in ("lm_head.weight", "model.embed_tokens.weight"))
@@ -264,16 +288,21 @@ def _count(names: list[str]) -> str:
 
 
 def _fetch(tensor: Tensor, params: dict, dtype: np.dtype) -> np.ndarray | jax.Array:
-    """One tensor in our layout, on the devices of all hosts, from wherever its shards are."""
+    """Fetch one tensor in the layout of params, gathered on the devices of every host. All processes must call it."""
     param: Any = functools.reduce(dict.__getitem__, tensor.path, params)
-    ours = (param if tensor.layer is None else param[tensor.layer]).astype(dtype)
-    return gathered(ours) if isinstance(ours, jax.Array) else ours
+    param = (param if tensor.layer is None else param[tensor.layer]).astype(dtype)
+    return gathered(param) if isinstance(param, jax.Array) else param
+
+
+def _fetch_stored(tensor: Tensor, params: dict, dtype: np.dtype) -> np.ndarray:
+    """`_fetch` to the host, in the layout of checkpoints."""
+    return to_stored(tensor.weight, np.asarray(_fetch(tensor, params, dtype)))
 
 
 def _configs(
     config: ModelConfig, source: pathlib.Path | None, token_ids: dict[str, Any], dtype: np.dtype
 ) -> dict[str, dict[str, Any]]:
-    """generation_config.json and, last, config.json."""
+    """{name: content} of generation_config.json and config.json, in the order in which to write them."""
     model = read_json(source / "config.json") if source else None
     generation = read_json_if_there(source / "generation_config.json") if source else {}
     model = {**config.to_huggingface(dtype.name, model), **token_ids}
@@ -282,7 +311,7 @@ def _configs(
 
 
 def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
-    """The source's tokenizer, and nothing of an older one: a template that is left over might be taken before its."""
+    """Copy the source's tokenizer, and delete all files of an older one: a template left over might be read instead."""
     for old in tokenizer_files(directory):
         old.unlink()
     for file in tokenizer_files(source):

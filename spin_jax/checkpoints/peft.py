@@ -131,7 +131,7 @@ def _merged(directory: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
             if not (np.isfinite(a).all() and np.isfinite(b).all()):
                 raise UserError(f"{directory / ADAPTER_WEIGHTS}: the update of {name} is not finite; train it anew")
             theirs = theirs.astype(np.float32) + np.float32(scale) * (b @ a)
-        return huggingface.to_ours(weight, theirs)
+        return huggingface.from_stored(weight, theirs)
 
     def param(path: tuple, weight: Weight) -> np.ndarray | _Layers:
         return _Layers(weight, read) if path[0].key == "layers" else read(weight)
@@ -200,7 +200,7 @@ def _updates(
     for tensor in huggingface.tensors_of(model):
         if tensor.layer is None or not tensor.weight.inputs:
             continue
-        outputs, inputs = huggingface.their_shape(tensor.weight)
+        outputs, inputs = huggingface.stored_shape(tensor.weight)
         stem = _PREFIX + tensor.name.removesuffix("weight")
         shapes = {f"{stem}lora_A.weight": (rank, inputs), f"{stem}lora_B.weight": (outputs, rank)}
         if not shapes.keys() & found.keys():

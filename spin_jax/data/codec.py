@@ -1,10 +1,13 @@
-"""Text to token ids and back. Text of the data that reads like a special token stays text.
+"""Turn text into token ids and back. Keep "</s>" in the data's text as text: only the template writes special tokens.
 
-A fast tokenizer makes a special token of each place where a text has its name, whoever wrote it there. So `hide` puts a
-stand-in for each name that the data's text has, and the template is rendered with those. The names in what it renders
-are then its own. `encode` swaps the two: the data has its names back, the template's are stand-ins, and the whole text
-goes to a copy of the tokenizer that knows special tokens by their stand-ins alone. A text without stand-ins, as nearly
-all are, goes to the tokenizer as it is.
+A fast tokenizer reads the name of a special token as that token, whoever wrote it. So the names are kept apart:
+
+1. `hide` replaces each name in the data's text by a stand-in, before the template is rendered with it. All names in the
+   rendered text are then the template's.
+2. `encode` swaps the two: stand-ins become names again, and the template's names become stand-ins.
+3. A copy of the tokenizer, whose special tokens are called by their stand-ins, encodes the result.
+
+Nearly all texts contain no stand-in. The tokenizer itself encodes those.
 """
 
 import dataclasses
@@ -23,22 +26,22 @@ if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerBase
 
-_MARK = "\U0010ffff"  # begins and ends a stand-in; Unicode keeps it out of all texts that are exchanged
+_MARK = "\U0010ffff"  # begins and ends a stand-in; a noncharacter, which Unicode keeps out of exchanged text
 
 
 class BeyondVocabulary(UserError):
-    """The tokenizer and the model are not of one kind: a row that shows it is not at fault."""
+    """The tokenizer has an id for which the model has no embedding. No row is at fault, so it stops the load."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Codec:
-    """A tokenizer, with what it must not read into the data's text.
+    """A tokenizer that reads no special tokens from the data's text.
 
     Attributes:
-        tokenizer: a fast one.
-        kept: ids of added tokens whose names stay text in the data; none with `config.data.parse_special_tokens`.
-        silent: ids that a response's text does not show.
-        vocab_size: of the model; no id may be as large. None: not known.
+        tokenizer: a fast tokenizer.
+        kept: ids of added tokens whose names stay text in the data; empty with `config.data.parse_special_tokens`.
+        silent: ids that `decode` leaves out of a response's text.
+        vocab_size: the model's number of embeddings; ids must be below it. None: unknown, and not checked.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -47,11 +50,11 @@ class Codec:
     vocab_size: int | None = None
 
     def hide(self, text: str) -> str:
-        """A text of the data with stand-ins for the names of special tokens."""
+        """Replace the names of special tokens in a text of the data by their stand-ins."""
         return self._pattern.sub(lambda found: self._names.get(found[0], "\ufffd"), text) if self._names else text
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text in which what is from the data went through `hide`; nothing is added to them.
+        """Tokenise a text, all of whose parts from the data went through `hide`. Add no BOS, EOS or other tokens.
 
         Raises:
             BeyondVocabulary: the model has no embedding for an id.
@@ -59,21 +62,24 @@ class Codec:
         return _encode(self, text)
 
     def encode_after(self, before: str, text: str) -> list[int]:
-        """Ids of `text` as it stands after `before`; if a token would straddle the two, which no model asked with
-        `before` could write, then of `text` alone."""
+        """Tokenise `text` as it stands after `before`.
+
+        If a token would straddle the two, tokenise `text` alone: a model that was asked with `before` could not write
+        that token.
+        """
         start, ids = self.encode(before), self.encode(before + text)
         return ids[len(start) :] if ids[: len(start)] == start else self.encode(text)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of sampled ids, as it was written."""
+        """Return the text of sampled ids, without tidying its spaces."""
         shown = [i for i in map(int, ids) if i not in self.silent]
         return str(self.tokenizer.decode(shown, clean_up_tokenization_spaces=False))
 
     def check(self, ids: Iterable[int]) -> None:
-        """Refuse ids that the model has no embedding for: gathered on a device they would be other tokens, or NaN.
+        """Refuse ids without an embedding: on a device they would silently become other tokens, or NaN.
 
         Raises:
-            BeyondVocabulary: the first of them, and the token that it stands for.
+            BeyondVocabulary: with the first such id and its token.
         """
         size = self.vocab_size
         if size is not None and (beyond := [i for i in ids if i >= size]):
@@ -86,56 +92,70 @@ class Codec:
 
     @functools.cached_property
     def _names(self) -> dict[str, str]:
-        """The name of each token that is kept -> its stand-in."""
+        """{name: stand-in} of the kept tokens."""
         added = self.tokenizer.added_tokens_decoder
         return {added[i].content: f"{_MARK}{i}{_MARK}" for i in sorted(self.kept)}
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern:
-        longest_first = sorted(self._names, key=len, reverse=True)  # as tokenizers choose
+        longest_first = sorted(self._names, key=len, reverse=True)  # tokenizers take the longest name that fits
         return re.compile("|".join(map(re.escape, [*longest_first, _MARK])))
 
     @functools.cached_property
     def _swaps(self) -> Callable[[str], str]:
-        """Stand-ins for names, and names for stand-ins."""
+        """A function of text that replaces names by stand-ins, and stand-ins by names."""
         other = self._names | {stand_in: name for name, stand_in in self._names.items()}
         pattern = re.compile(f"{_MARK}[0-9]+{_MARK}|{self._pattern.pattern}")
         return lambda text: pattern.sub(lambda found: other.get(found[0], "\ufffd"), text)
 
     @functools.cached_property
     def _by_stand_ins(self) -> "tokenizers.Tokenizer":
-        """A copy of the tokenizer to which tokens that are kept are known by their stand-ins."""
+        """A copy of the tokenizer, in which the kept tokens are called by their stand-ins."""
         import tokenizers
 
         described = json.loads(backend(self.tokenizer).to_str())
         described |= {"post_processor": None, "truncation": None, "padding": None}
         for token in described["added_tokens"]:
-            if stand_in := self._names.get(token["content"]):  # the token whatever stands beside it
+            if stand_in := self._names.get(token["content"]):
+                # Find the stand-in whatever stands beside it: it is no text that a normalizer may change.
                 token |= {"content": stand_in, "normalized": False, "single_word": False}
         _rename(described["model"], self._names)
         return tokenizers.Tokenizer.from_str(json.dumps(described))
 
 
-@functools.lru_cache(maxsize=1)  # a row's prompt is asked for three times in a row: to ask, to score, to stand before
+# Keep the last text: a row's prompt is encoded three times running, to ask, to score and before its answer.
+@functools.lru_cache(maxsize=1)
 def _encode(codec: Codec, text: str) -> list[int]:
     if _MARK in text:
         ids = codec._by_stand_ins.encode(codec._swaps(text), add_special_tokens=False).ids
     else:
-        # verbose=False: a text longer than the model's window is no news here, `fit` cuts it.
+        # verbose=False: do not warn of texts longer than the model's window, which `fit` cuts.
         ids = codec.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     codec.check(ids)
     return ids
 
 
 def _rename(model: dict, names: dict[str, str]) -> None:
-    """Renames pieces in a described model, so that a kept token has its id and its name is a text like any other."""
+    """Rename kept tokens to their stand-ins in a tokenizer's model, in place.
+
+    The stand-in then has the token's id, and the name is text like any other, so no merge may build it.
+
+    Args:
+        model: the "model" of a tokenizer.json.
+        names: {name: stand-in}.
+    """
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(piece, piece): i for piece, i in vocabulary.items()}
-    else:  # of a Unigram
+    else:  # a Unigram model lists [piece, score]
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     if model.get("merges"):
-        pairs = ((merge, merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"])
-        model["merges"] = [merge for merge, (left, right) in pairs if not {left, right, left + right} & names.keys()]
+        model["merges"] = [merge for merge in model["merges"] if names.keys().isdisjoint(_pieces(merge))]
+
+
+def _pieces(merge: str | list[str]) -> tuple[str, str, str]:
+    """The two pieces of a merge, written "left right" or [left, right], and what they make."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right, left + right

@@ -1,7 +1,7 @@
-"""SFT data from files, saved data sets, the Hub or TFDS, as one kind of `Example` whatever the column layout.
+"""Read SFT data from files, saved data sets, the Hub or TFDS into `Example`s, whatever the column layout.
 
-A malformed row (a wrong type, a missing field, broken JSON) stops the load, with the lines of all such rows. A
-well-formed row that cannot be trained on (no user turn, a tool's turn, an empty response) is left out, and
+A malformed row (a wrong type, a missing field, broken JSON) stops the load; the message names all such rows. A
+well-formed row that cannot be trained on (no user turn, a tool's turn, an empty response) is skipped;
 `Examples.summary()` names it.
 """
 
@@ -19,9 +19,9 @@ from spin_jax.data.layouts.turns import Message, asked, exchange, message, read_
 from spin_jax.data.rows import Mistakes, make_all, read_rows
 from spin_jax.errors import UserError
 
-MANY_SKIPPED = 0.25  # the share of rows left out that is worth a warning
+MANY_SKIPPED = 0.25  # warn when this share of the rows is skipped
 
-_HALVES = "text that cannot be encoded (half an emoji, say) replaced by U+FFFD"
+_MENDED = "text that cannot be encoded (half an emoji, say) replaced by U+FFFD"
 _NO_ROWS = "there are no rows in it: copy or download it again"
 
 _LOG = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ class Example:
     """One prompt x and its human response y, with the opponent's response y' where the source has one.
 
     Attributes:
-        row: 0-based row number in the source, through all of its files; no two examples share one.
+        row: 0-based row number in the source, counted through all of its files.
         prompt: messages up to and including the user turn that `response` answers.
         response: text of the real response.
-        generated: text of the generated response, where the layout has one.
-        truncated: the generated response reached the sampling budget, so it has no real end.
+        generated: text of the generated response; None where the layout has none.
+        truncated: whether the sampling budget ended the generated response, which then has no real end.
     """
 
     row: int
@@ -56,11 +56,13 @@ class Skip:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What a source gave: the usable examples and, by row number, what was left out.
+    """The usable examples of a source, and what was noticed while reading it.
 
     Attributes:
-        mended: rows with text that cannot be encoded (see `encodable`).
-        unused: columns that no example was made of; keys of turns are written column[].key.
+        examples: in the source's order.
+        skipped: rows that were left out.
+        mended: numbers of rows whose text could not be encoded (see `encodable`).
+        unused: columns that were not read. A key of a column's turns is written column[].key.
     """
 
     examples: list[Example] = dataclasses.field(default_factory=list)
@@ -69,8 +71,8 @@ class Examples:
     unused: list[str] = dataclasses.field(default_factory=list)
 
     def summary(self, limit: int = 10) -> str:
-        """Counts of used and skipped rows, one line per reason with its first `limit` row numbers, and what else was
-        noticed."""
+        """Return lines for the log: how many rows are used and skipped, each reason with its first `limit` row numbers,
+        mended rows, and unused columns."""
         total = len(self.examples) + len(self.skipped)
         lines = [f"{total:,} rows: {len(self.examples):,} used, {len(self.skipped):,} skipped"]
         rows_by_reason = collections.defaultdict(list)
@@ -80,16 +82,17 @@ class Examples:
         return "\n".join(lines + [f"  {note}" for note in _notes(self.mended, self.unused, limit)])
 
     def log(self, source: str) -> None:
-        """The summary, and a warning if much was left out."""
+        """Log the summary, and warn if many rows are skipped."""
         _LOG.info("%s: %s", source, self.summary())
         share = len(self.skipped) / max(1, len(self.examples) + len(self.skipped))
         if share >= MANY_SKIPPED:
             _LOG.warning("%s: %.0f%% of the rows cannot be used: %s", source, 100 * share, self._why())
 
     def refuse_none(self, source: str) -> None:
-        """
+        """Refuse a source without a usable row.
+
         Raises:
-            UserError: there is no example.
+            UserError: with the reasons for which rows were skipped.
         """
         if not self.examples:
             raise UserError(f"{source}: no row can be used: {self._why() or _NO_ROWS}")
@@ -100,7 +103,7 @@ class Examples:
 
 
 def _notes(mended: Sequence[int], unused: Sequence[str], limit: int = 10) -> list[str]:
-    notes = [f"{_HALVES}: {_listed(mended, limit)}"] if mended else []
+    notes = [f"{_MENDED}: {_listed(mended, limit)}"] if mended else []
     return notes + ([f"columns not used: {', '.join(unused)}"] if unused else [])
 
 
@@ -110,18 +113,18 @@ def _listed(rows: Sequence[int], limit: int) -> str:
 
 
 def load_examples(source: str, *, split: str = "train", layout: str = "auto", turn: str = "last") -> Examples:
-    """Read SFT data, decided by the form of `source`.
+    """Read SFT data.
 
     Args:
         source: a `.jsonl`/`.ndjson`, `.json` (a list) or `.parquet` file (local or gs://); a directory of such files or
             one made by `Dataset.save_to_disk`; `tfds:NAME`; or a Hub id `org/name`, `org/name:config`, `hub:name`.
         split: split of a data set or directory (a single file is one split, whatever this says).
-        layout: one of `LAYOUTS`, or "auto" to decide by the columns of each row.
-        turn: in a conversation, "last" takes the last turn, an assistant's, as the response and all before it as the
-            prompt; "first" takes the first exchange only, as the paper does.
+        layout: one of `LAYOUTS`, or "auto" to choose by each row's columns.
+        turn: which answer of a conversation is the response. "last": the last turn, with all turns before it as the
+            prompt. "first": the first answer, with the turns up to it, as in the paper.
 
     Raises:
-        UserError: the source cannot be read, rows are malformed, or no row at all can be used.
+        UserError: the source cannot be read, a row is malformed, or no row can be used.
     """
     _check_options(layout, turn)
     found, mistakes, unused, known = Examples(), Mistakes(), {}, None
@@ -146,15 +149,16 @@ def load_examples(source: str, *, split: str = "train", layout: str = "auto", tu
 def load_prompts(
     source: str, *, split: str = "train", layout: str = "auto", turn: str = "last"
 ) -> list[str | list[Message]]:
-    """Read what is to be answered, a prompt a row, from the sources and layouts of `load_examples`; no row needs an
-    answer. What was not used or mended of them is logged.
+    """Read prompts, one a row, from the sources and layouts of `load_examples`. Rows need no response.
+
+    Log unused columns and mended rows. Skip no row: the order of the answers says which prompt each belongs to.
 
     Returns:
-        each row's text or, where the row has several turns or its layout has, those up to the last user turn
-        (`turn="first"`: up to the first), as `as_messages` takes them.
+        for each row, its text, or a list of turns where the layout has turns or the row has several. They end in the
+        last user turn, or with `turn="first"` in the first one. `as_messages` takes both.
 
     Raises:
-        UserError: the source cannot be read, or rows have no prompt. None is left out: answers are told by their order.
+        UserError: the source cannot be read, or a row has no prompt.
     """
     _check_options(layout, turn)
     prompts: list[str | list[Message]] = []
@@ -181,19 +185,19 @@ def load_prompts(
 
 
 def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
-    """A prompt as messages, in text that can be encoded: a string is one user turn.
+    """Turn a prompt into messages with text that can be encoded; a string becomes one user turn.
 
     Raises:
-        UserError: it is neither a string nor a list of turns of text.
+        UserError: it is neither a string nor a list of turns of text, or it does not end in a user turn.
     """
     return _mended(_turns_of(prompt))
 
 
 def read_prompts(prompts: Sequence[str | Sequence[Message]]) -> list[list[Message]]:
-    """`as_messages` of each; it is logged where text was mended.
+    """Apply `as_messages` to each prompt, and log which of them were mended.
 
     Raises:
-        UserError: prompts are none; it names them by their positions.
+        UserError: `as_messages` refuses some; it names all of them by their positions.
     """
     if isinstance(prompts, str):
         raise UserError("prompts must be a list: write [prompt] for one")
@@ -212,12 +216,12 @@ def _turns_of(prompt: str | Sequence[Message]) -> list[Message]:
     except Unusable as reason:
         raise UserError(f"{reason} cannot be asked") from None
     if turns[-1]["role"] != "user":
-        raise UserError("it ends in the assistant's turn: end it with the user's, which is what is answered")
+        raise UserError("it ends in the assistant's turn: end it with the user's turn, which is to be answered")
     return turns
 
 
 def encodable(text: str) -> str:
-    """The text with U+FFFD for each half of a character (a surrogate without the other one), which no encoding has."""
+    """Replace lone surrogates, halves of a character that no encoding can write, by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -238,9 +242,18 @@ def _encodable(example: Example) -> Example:
 def split_examples(
     examples: Sequence[Example], eval_rows: int, seed: int, train_rows: int = 0, without: Collection[int] = ()
 ) -> tuple[list[Example], list[Example]]:
-    """(train, held out): disjoint, each in source order, the first of `drawn`; rows in `without` are passed over.
+    """Split examples into (train, held out), each in source order.
 
-    The held-out rows do not depend on `train_rows` (0: all the others), and a smaller training set is part of a larger.
+    Take them in the order of `drawn`: first the held-out rows, then the training rows. So the held-out rows do not
+    depend on `train_rows`, and a smaller training set is part of a larger one.
+
+    Args:
+        eval_rows: how many to hold out.
+        train_rows: how many to train on; 0 is all the others.
+        without: rows to pass over.
+
+    Raises:
+        UserError: nothing is left to train on.
     """
     usable = [example for example in drawn(examples, seed) if example.row not in without]
     if not 0 <= eval_rows < len(usable):
@@ -250,7 +263,7 @@ def split_examples(
 
 
 def drawn(examples: Sequence[Example], seed: int) -> list[Example]:
-    """The examples in the order in which they are drawn: one permutation, seeded with `seed`."""
+    """Return the examples in the order in which `split_examples` draws them: a permutation that `seed` decides."""
     return [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
 
 
@@ -265,8 +278,12 @@ def _check_options(layout: str, turn: str) -> None:
 
 
 def _open(row: object, layout: str, known: str | None, answered: bool = True) -> tuple[Fields, str, list[Message]]:
-    """A row's fields, its layout and its turns, which end in an answer if `answered`; `known` is the layout of an
-    earlier row, by which a row that fits none is told what it lacks."""
+    """Return a row's fields, its layout and its turns. They end in an answer if `answered`.
+
+    Args:
+        known: layout of an earlier row. A row that fits no layout is read with it, so that the message says what the
+            row lacks.
+    """
     if isinstance(row, UserError):
         raise row
     if not isinstance(row, dict):
@@ -292,7 +309,7 @@ def _read_example(index: int, fields: Fields, layout: str, turns: Sequence[Messa
     generated_prompt, generated = exchange(fields, generated_turns, "last")
     if prompt != generated_prompt:
         raise Unusable("real and generated answer different prompts")
-    return Example(index, prompt, response, generated, truncated)  # of an opponent that stopped at once it is empty
+    return Example(index, prompt, response, generated, truncated)  # an opponent may stop at once: empty is right
 
 
 def _check_asked(prompt: Sequence[Message]) -> None:

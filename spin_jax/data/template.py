@@ -1,4 +1,8 @@
-"""A tokenizer's chat template, and what it writes around messages: found with probes, since no template tells."""
+"""Find out what a tokenizer's chat template writes around messages.
+
+A template is a program: it does not say where a prompt ends, nor which token ends an answer. So render it with words
+that occur nowhere else, the probes, and read what stands between them.
+"""
 
 import dataclasses
 import datetime
@@ -12,13 +16,14 @@ from spin_jax.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Words that no template has, and that none has a reason to change.
+# The probes: no template contains these words, and none has a reason to change them.
 _WORDS = ("spinprobequestion", "spinprobeanswer", "spinprobeagain", "spinprobelast")
 _PROBE = tuple({"role": role, "content": word} for role, word in zip(("user", "assistant") * 2, _WORDS, strict=True))
-# What the clock of templates shows, whenever it is asked: it is the date that Llama 3.1 has where there is no clock.
+# Fix the date that templates write, or a run resumed tomorrow would send other prompts. Llama 3.1's template falls back
+# to this date where there is no clock.
 _DATE = datetime.datetime(2024, 7, 26)
 _DIRECTIVES = ("-d", "-m", "-H", "-I", "-M", "-S", "-j", *"aAbBcCdDeFgGhHIjmMpRrSTuUVwWxXyY")
-# Jinja's own strftime_now in place of that of transformers. The line break is trimmed, so that nothing is added.
+# Replace the strftime_now of transformers by a Jinja macro. Jinja trims the line break after it, so it adds no text.
 _STOPPED_CLOCK = (
     "{% macro strftime_now(form) %}{{ form"
     + "".join(f"|replace('%{one}', '{_DATE.strftime(f'%{one}')}')" for one in _DIRECTIVES)
@@ -29,17 +34,18 @@ _OTHER_TEMPLATE = "or set --config.data.template=paper"
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A chat template and its habits.
+    """A chat template, and what the probes have shown of it.
 
     Attributes:
-        tokenizer: renders it.
-        source: in Jinja.
-        asks: its generation prompt ends where an answer begins, but for spaces, which the model writes. Else the prompt
-            is what stands before a probe answer.
-        joins: spaces at the end of such a prompt make one token with the word after them, so they are the answer's.
-        tail: what it writes after the last answer.
-        closing: what it writes after an answer that the model wrote: it ends in `end`, or has more after it.
-        end: the token that ends an answer; None if the template has none.
+        tokenizer: renders the template.
+        source: the template, in Jinja.
+        asks: whether the template's own generation prompt ends where an answer begins. Spaces between the two may be
+            missing: the model writes them. If it does not, take as the prompt what stands before a probe answer.
+        joins: whether the tokenizer joins spaces at the end of such a prompt to the word after them. They then belong
+            to the answer.
+        tail: text that the template writes after the last answer.
+        closing: text that follows an answer which the model wrote. It contains the token `end`, and maybe more.
+        end: id of the token that ends an answer; None if the template writes none.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -51,7 +57,7 @@ class Template:
     end: int | None = None
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """What stands before the answer to `messages`.
+        """Return the text before the answer to `messages`.
 
         Raises:
             UserError: the template refuses the messages, or does not keep their text.
@@ -64,7 +70,7 @@ class Template:
         for message in messages:
             content, role = message["content"], message["role"]
             if role == "assistant":
-                content = content.rpartition("</think>")[2]  # earlier thoughts are left out by design
+                content = content.rpartition("</think>")[2]  # templates leave out earlier thoughts by design
             if content.strip() not in text:
                 raise UserError(
                     f"the tokenizer's chat template leaves out or rewrites the text of the {role}'s turn: take such "
@@ -73,13 +79,15 @@ class Template:
         return text
 
     def answer(self, messages: Sequence[Message], prompt: str) -> str:
-        """What stands between `prompt` and the end of the last of `messages`: its text, with spaces around it.
+        """Return the last of `messages` as the template writes it after `prompt`: its text, perhaps with spaces around.
 
         Raises:
             UserError: the template refuses the messages, or changes the prompt or the answer.
         """
         text = self.render(messages)
-        if not text.startswith(prompt):  # Mistral's has the system's text in the last turn, if that is a user's
+        if not text.startswith(prompt):
+            # Mistral's template writes the system's text into the last user turn, and leaves it out where the assistant
+            # has answered. Compare with an exchange without a system turn.
             prompt, text = self.prompt(_PROBE[:1]), self.render([_PROBE[0], messages[-1]])
         if not text.startswith(prompt):
             raise UserError(_rewrites("prompt once the answer is there, so it cannot be scored as it was asked"))
@@ -90,19 +98,21 @@ class Template:
         return kept
 
     def notes(self) -> list[str]:
-        """What one should know of the template before a long run."""
+        """Return warnings about the template, for a user who begins a long run."""
         notes = []
         if self.source.startswith(_STOPPED_CLOCK):
-            notes.append(f"the chat template writes the date, which is always {_DATE:%d %b %Y} here: no prompt changes")
+            notes.append(
+                f"the chat template writes the date, which is always {_DATE:%d %b %Y} here: prompts never change"
+            )
         if self.end is None:
             notes.append(
-                "the chat template writes no token after an answer, so real responses get the tokenizer's EOS, which "
-                "this model may never write: see how many of its responses end"
+                "the chat template writes no token after an answer, so real responses end in the tokenizer's EOS. This "
+                "model may never write that token: watch the share of truncated responses"
             )
         return notes
 
     def render(self, messages: Sequence[Message], ask: bool = False) -> str:
-        """The template's text for `messages`, with its generation prompt if it is to `ask`.
+        """Render `messages`, followed by the template's generation prompt if `ask`.
 
         Raises:
             UserError: the template refuses the messages, or fails.
@@ -119,16 +129,19 @@ class Template:
             what = f"is not Jinja: {error.message}"
         except jinja2.TemplateError as error:  # templates refuse roles and orders through raise_exception
             what = f"refuses these messages: {error}"
-        except Exception as error:  # a template is a program
+        except Exception as error:  # a template is a program: it can raise anything
             what = f"fails: {type(error).__name__}: {error}"
         raise UserError(" ".join(f"the tokenizer's chat template {what}".split()))
 
 
 def probe(tokenizer: "PreTrainedTokenizerBase", own: Collection[int]) -> tuple[Template, list[int]]:
-    """The tokenizer's chat template with its habits, and the added tokens that it writes around turns.
+    """Probe the tokenizer's chat template.
 
     Args:
-        own: ids at which the model stops.
+        own: ids at which the model stops by its own files.
+
+    Returns:
+        the template with what was found, and the ids of the added tokens that it writes around turns.
 
     Raises:
         UserError: there is no template, or it cannot be used; one line.
@@ -145,7 +158,8 @@ def probe(tokenizer: "PreTrainedTokenizerBase", own: Collection[int]) -> tuple[T
         )
     start, header, tail = found
     asks, joins = _boundary(bare, start + _WORDS[0] + header, tail)
-    # Several turns, if the template takes them: what follows an answer there is what the model writes.
+    # Look at a conversation of several turns if the template takes one: the model has learned to write what follows an
+    # answer in its middle.
     opening, heading, turn = _several(bare) or found
     tokens = _names(tokenizer, own)
     in_opening, in_turn, in_tail = (_occurring(tokens, text) for text in (opening, turn, tail))
@@ -158,7 +172,7 @@ def probe(tokenizer: "PreTrainedTokenizerBase", own: Collection[int]) -> tuple[T
 
 
 def _source(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The template that transformers takes, with its clock stopped: a run that goes on tomorrow asks the same."""
+    """Return the template that transformers would take, with the date fixed."""
     known = tokenizer.chat_template
     if not known:
         raise UserError(
@@ -172,12 +186,12 @@ def _source(tokenizer: "PreTrainedTokenizerBase") -> str:
     source = known["default"] if isinstance(known, dict) else known
     if not isinstance(source, str):
         raise UserError(f"the tokenizer's chat_template is {source!r}: write a template in Jinja, {_OTHER_TEMPLATE}")
-    source = source.removeprefix("\ufeff")  # a file's byte-order mark is no text of the template
+    source = source.removeprefix("\ufeff")  # a byte-order mark is not part of the template
     return _STOPPED_CLOCK + source if "strftime_now" in source else source
 
 
 def _boundary(template: Template, before: str, tail: str) -> tuple[bool, bool]:
-    """(`asks`, `joins`) of a template that writes `before` before an answer to the first probe."""
+    """Return (`asks`, `joins`) of a template. `before` is what it writes before the answer to the first probe."""
     asked = template.render(_PROBE[:1], ask=True)
     if before.startswith(asked) and not before[len(asked) :].strip(" "):
         return True, False
@@ -189,7 +203,8 @@ def _boundary(template: Template, before: str, tail: str) -> tuple[bool, bool]:
 
 
 def _several(template: Template) -> list[str] | None:
-    """What stands before a first question, before its answer, and before the next question."""
+    """Return what stands before the first question, before its answer, and before the second question; None if the
+    template does not take several turns."""
     try:
         found = _between(template.render(_PROBE), *_WORDS)
     except UserError:
@@ -198,9 +213,17 @@ def _several(template: Template) -> list[str] | None:
 
 
 def _end(opening: Sequence[int], turn: Sequence[int], tail: Sequence[int], own: Collection[int]) -> int | None:
-    """The token that ends an answer, given those that stand before the first question, those after an answer in the
-    middle and those after the last one. In the middle the first is it, unless it opens the next turn, as it opened the
-    first one."""
+    """Return the token that ends an answer; None if there is none.
+
+    It is the first token after an answer in the middle of a conversation, unless that token opens the next turn. A
+    token that opens turns stands before the first question, too.
+
+    Args:
+        opening: tokens before the first question.
+        turn: tokens between an answer and the next question.
+        tail: tokens after the last answer.
+        own: ids at which the model stops by its own files.
+    """
     opener = next((token for token in opening if token in turn), None)
     if turn and (turn[0] != opener or turn[0] in own or turn[:1] == tail[:1]):
         return turn[0]
@@ -208,20 +231,20 @@ def _end(opening: Sequence[int], turn: Sequence[int], tail: Sequence[int], own: 
 
 
 def _names(tokenizer: "PreTrainedTokenizerBase", own: Collection[int]) -> dict[str, int]:
-    """Tokens that a template may write to tell turns apart, by name: all that were added, and `own`."""
+    """Return {name: id} of the tokens that a template may write around turns: all added tokens, and `own`."""
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     names = {str(tokenizer.decode([i])): i for i in own} | added
     return {name: i for name, i in names.items() if name and (i in own or not name.isspace())}
 
 
 def _occurring(names: Mapping[str, int], text: str) -> list[int]:
-    """Ids of the names in a text, in order."""
-    longest_first = sorted(names, key=len, reverse=True)  # as tokenizers choose
+    """Return the ids of the names in a text, in order."""
+    longest_first = sorted(names, key=len, reverse=True)  # tokenizers take the longest name that fits
     return [names[name] for name in re.findall("|".join(map(re.escape, longest_first)), text)] if names else []
 
 
 def _between(text: str, *words: str) -> list[str] | None:
-    """The parts of a text before, between and after `words`; None if they are not there in this order."""
+    """Return the parts of a text before, between and after `words`; None unless all occur, in this order."""
     parts = []
     for word in words:
         before, found, text = text.partition(word)
