@@ -1,4 +1,4 @@
-"""Paths as users write them, and reading and writing that fail with one line that names the file."""
+"""Expand paths as users write them; read and write files so that a failure is one line that names the file."""
 
 import contextlib
 import errno
@@ -106,7 +106,7 @@ def _os_error(error: Exception) -> int | None:
 
 
 def _free(path: epath.PathLike) -> str:
-    """ " (12.3 MB are free there)", of the disk that holds a path or will."""
+    """Return the free space of the disk on which a path lies or would lie, as " (12.3 MB are free there)"."""
     if is_remote(path):
         return ""
     there = next(parent for parent in (pathlib.Path(path), *pathlib.Path(path).absolute().parents) if parent.exists())
@@ -167,7 +167,7 @@ def read_json(file: epath.PathLike) -> dict[str, Any]:
 
 
 def read_json_if_there(file: epath.PathLike) -> dict[str, Any]:
-    """Like `read_json`, but an absent file is an empty object; a link whose file is gone is not absent."""
+    """Like `read_json`, but return {} if the file is absent. A link whose file is gone does not count as absent."""
     return read_json(file) if epath.Path(file).exists() or os.path.islink(file) else {}
 
 

@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM: one line and exit status 75, whatever the program is doing.
 
-Python runs a signal's handler when its main thread is back from C++, which may compile for minutes or wait for another
-host. So a thread listens, and ends the process where the main thread does not. Nothing is lost: every file is written
-whole or not at all. Training has a handler of its own (`spin_jax.runtime.preemption`), which is left alone.
+Python runs a signal's handler in the main thread, once that has returned from C++, which may compile for minutes or
+wait for another host. So another thread listens, and ends the process if the main thread does not. No file is left half
+written, since each is written whole or not at all. While training, `spin_jax.runtime.preemption` handles signals.
 """
 
 import os
@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
-GRACE = 10  # seconds that the main thread has to tidy up, once there is something to tidy up
+GRACE = 10  # seconds for the main thread to tidy up, once `raise_instead` has been called
 
 
 def end_at_once() -> None:
-    """From here on a signal ends the process; call it in the main thread, before what takes time to import."""
+    """Let a signal end the process from here on. Call it in the main thread, before slow imports."""
     heard, told = os.pipe()
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told)
@@ -26,19 +26,19 @@ def end_at_once() -> None:
 
 
 def raise_instead() -> None:
-    """From here on a signal raises KeyboardInterrupt, so that what was begun is tidied up."""
+    """Let a signal raise KeyboardInterrupt from here on, so that `finally` blocks run."""
     _handle(signal.default_int_handler)
 
 
 def end() -> None:
-    """End the process now: to wind up jax and its threads in the middle of something is to ask for a crash."""
+    """End the process without winding up jax, whose threads may crash if they are shut down in the middle of work."""
     os.write(2, b"interrupted; start the same command again to go on\n")
     os._exit(EXIT_STOPPED)
 
 
 def _handle(handler: Callable) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is in the background
+        if signal.getsignal(number) is not signal.SIG_IGN:  # shells ignore SIGINT for background jobs: leave it so
             signal.signal(number, handler)
 
 
@@ -53,5 +53,5 @@ def _listen(heard: int) -> None:
             time.sleep(GRACE)
         if signal.getsignal(number) in (_leave_it_to_the_thread, signal.default_int_handler):
             end()
-        elif raised:  # in a callback of C++, which dropped it
+        elif raised:  # C++ dropped the exception, raised in one of its callbacks: send the signal again
             signal.pthread_kill(threading.main_thread().ident or 0, number)

@@ -1,8 +1,8 @@
-"""A directory is one run's at a time: a small file in it says whose, and is renewed while the run lives.
+"""Let one run at a time use a directory: a small file in it, the lease, names the run, which renews it while it lives.
 
-No lock works on both network file systems and object stores, so the lease is written and read back. A run that finds
-another run's lease checks whether that process lives, if it is on this machine; else it watches for a while whether the
-lease is renewed. Clocks of two machines are never compared.
+No lock works on both network file systems and object stores, so a run writes its lease and reads it back. If it finds
+another run's lease from this machine, it looks whether that process lives. If the lease is from another machine, it
+watches for a while whether the lease is renewed. It never compares the clocks of two machines.
 """
 
 import contextlib
@@ -25,10 +25,11 @@ from spin_jax.runtime import multihost
 from spin_jax.runtime.files import is_remote, writing
 
 FILE_NAME = "lease.json"
-RENEW_SECONDS = 15.0  # an object takes one write a second; nobody waits for this one
-STALE_SECONDS = 60.0  # a lease of another machine that is not renewed for so long is free
+RENEW_SECONDS = 15.0  # far less often than the one write a second that an object store allows
+STALE_SECONDS = 60.0  # another machine's lease that is not renewed for so long is taken over
 LOOK_SECONDS = 2.0
-# By then any other run that takes the lease at the same moment has written it; the last one to write has it.
+# Wait this long before reading a lease back. If two runs take it at the same moment, both have written by then, and the
+# last one to write has it.
 SETTLE_SECONDS, REMOTE_SETTLE_SECONDS = 0.1, 2.0
 
 _LOG = logging.getLogger(__name__)
@@ -41,12 +42,12 @@ class Lease:
 
     Attributes:
         host: name of the machine, for people.
-        machine: what tells machines and containers apart: process numbers mean something within one alone.
-        process: its number on that machine.
-        began: when that process began, as the machine counts: numbers are given again.
-        holder: of this lease; a process may hold several directories, or one after the other.
-        thread: which of the process's threads has it.
-        renewed: how often.
+        machine: identifies the machine or container, since process numbers are unique within one only.
+        process: number of the process on that machine.
+        began: when that process began, by the machine's count, since process numbers are used again.
+        holder: identifies this lease; a process may hold several directories, or one after the other.
+        thread: the thread of that process which holds the lease.
+        renewed: how often it was renewed.
     """
 
     host: str
@@ -60,15 +61,16 @@ class Lease:
 
 @contextlib.contextmanager
 def held(directory: epath.Path, name: str) -> Iterator[None]:
-    """Hold `directory`, made if missing, so that no other run works in it. Process 0 holds the lease for all processes
-    of a run. Nested in another `held` of the same thread and directory, it does nothing.
+    """Hold a directory while inside, so that no other run works in it. Process 0 holds it for all processes of a run.
+
+    Nested in another `held` of the same thread and directory, do nothing.
 
     Args:
-        directory: an absolute path, or gs://...
+        directory: an absolute path, or gs://...; made if missing.
         name: what the user calls it, for the refusal.
 
     Raises:
-        UserError: another run has it, or nothing can be written there.
+        UserError: another run holds it, or nothing can be written there.
     """
     outer = _held.get(directory)
     if not multihost.on_process_zero(lambda: outer is None or outer.thread != threading.get_ident()):
@@ -94,7 +96,7 @@ def held(directory: epath.Path, name: str) -> Iterator[None]:
 def _take(directory: epath.Path, name: str) -> Lease:
     path, process = directory / FILE_NAME, os.getpid()
     mine = Lease(socket.gethostname(), _machine(), process, _began(process), uuid.uuid4().hex, threading.get_ident())
-    with writing(directory):  # the first that is written there
+    with writing(directory):  # nothing was written there before: this may fail
         other = _read(path)
         if other and _is_alive(other, mine, path):
             raise UserError(_refusal(other, name))
@@ -112,7 +114,7 @@ def _refusal(other: Lease, name: str) -> str:
 
 
 def _is_alive(other: Lease, mine: Lease, path: epath.Path) -> bool:
-    """Whether the holder of a lease is still at work."""
+    """Whether the holder of a lease is still running."""
     if other.process == mine.process and other.machine == mine.machine:
         return any(lease.holder == other.holder for lease in _held.values())
     if other.machine == mine.machine:
@@ -128,10 +130,10 @@ def _is_alive(other: Lease, mine: Lease, path: epath.Path) -> bool:
 
 
 def _renew(directory: epath.Path, lease: Lease, ended: threading.Event) -> None:
-    """The heartbeat. If somebody else took the lease while this machine slept, the run is stopped, as by Ctrl-C."""
+    """Renew the lease until the run has ended. If another run took it while this machine slept, stop, as by Ctrl-C."""
     path = directory / FILE_NAME
     while not ended.wait(RENEW_SECONDS):
-        with contextlib.suppress(Exception):  # a full disk or a network's hiccup: the run finds out, or it passes
+        with contextlib.suppress(Exception):  # a full disk ends the run elsewhere, and a network may recover
             found = _read(path)
             if found and found.holder != lease.holder:
                 _LOG.error("%s: process %d on %s has taken the run over", directory, found.process, found.host)
@@ -151,14 +153,14 @@ def _give_back(directory: epath.Path, lease: Lease) -> None:
 
 
 def _read(path: epath.Path) -> Lease | None:
-    """The lease in a file; None where there is none, or none that can be read: it was being written, or is damaged."""
+    """Read a lease; None if there is no file, or if it is damaged or half written."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return Lease(**json.loads(path.read_text()))
     return None
 
 
 def _write(path: epath.Path, lease: Lease) -> None:
-    """Write whole or not at all, by way of a name of its own, since another run may be writing its lease now."""
+    """Write a lease whole or not at all. Its temporary file is its own: another run may be writing its lease now."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{lease.holder}")
     partial.write_text(json.dumps(dataclasses.asdict(lease)) + "\n")
@@ -183,5 +185,5 @@ def _began(process: int) -> str | None:
     try:
         state, *rest = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""  # no /proc here: numbers alone have to do
-    return None if state in "ZX" else rest[18]  # a process that was killed has a number until its parent has looked
+        return ""  # no /proc on this system: compare process numbers alone
+    return None if state in "ZX" else rest[18]  # a killed process keeps its number until its parent has waited for it

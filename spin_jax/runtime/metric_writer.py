@@ -1,4 +1,4 @@
-"""What a run measures, step by step: one JSON line a step, and the same numbers for TensorBoard."""
+"""Write a run's metrics: one JSON line a step, and the same numbers for TensorBoard."""
 
 import json
 import math
@@ -14,15 +14,15 @@ from spin_jax.errors import UserError
 from spin_jax.runtime.files import is_remote, write_whole, writing
 
 FILE_NAME = "metrics.jsonl"
-# An object store cannot append, and an object takes one write a second: there the whole file is written this often.
+# Rewrite the whole file this often on an object store, which cannot append and takes one write a second of an object.
 REMOTE_SECONDS = 30.0
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-    """One line of valid JSON that loses nothing.
+    """Write values as one line of valid JSON, so that `restore` loses nothing.
 
-    JSON has no NaN or infinity, and most readers refuse Python's. Such a value becomes null, and its name with "nan",
-    "inf" or "-inf" goes into one more field, `not_finite`. Numpy and JAX scalars become plain numbers.
+    JSON has no NaN or infinity, and most readers refuse Python's. Write such a value as null, and note it as "nan",
+    "inf" or "-inf" under its name in a field `not_finite`. Numpy and JAX scalars become plain numbers.
     """
     plain, not_finite = {}, {}
     for name, value in values.items():
@@ -37,15 +37,16 @@ def to_json(values: Mapping[str, Any]) -> str:
 
 
 def restore(row: dict) -> dict:
-    """Puts the values that `to_json` moved to `not_finite` back, as floats."""
+    """Put the values that `to_json` noted in `not_finite` back, as floats."""
     return row | {name: float(text) for name, text in row.pop("not_finite", {}).items()}
 
 
 def read_metrics(path: epath.PathLike) -> list[dict]:
-    """The rows of a metrics.jsonl, oldest first, each with its `step`.
+    """Read the rows of a metrics.jsonl, oldest first, each with its `step`. Drop a last line that a kill left half
+    written.
 
-    A last line that a killed run left half-written is dropped. Raises UserError, with the line number, on any other
-    line that is not a row of metrics.
+    Raises:
+        UserError: another line is not a row of metrics; the message has its number.
     """
     rows, lines = [], epath.Path(path).read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
@@ -63,15 +64,15 @@ def read_metrics(path: epath.PathLike) -> list[dict]:
 
 
 class MetricsWriter:
-    """Appends to `directory/metrics.jsonl` and to event files under `directory/tensorboard`.
+    """Append to `directory/metrics.jsonl` and to event files under `directory/tensorboard`.
 
-    Make one in one process only: the run's first. A local file shows each step at once; on an object store (gs://...)
-    the file is written whole every `REMOTE_SECONDS`, and on `flush`.
+    Make it in process 0 alone. A local file has each step at once; on an object store (gs://...) the file is rewritten
+    every `REMOTE_SECONDS`, and on `flush`.
 
     Args:
-        directory: made where it is missing; a local path or gs://...
-        resume_step: the last step that the resumed run keeps: later ones are dropped, so that no step is there twice.
-            None starts anew, and drops what an earlier attempt wrote.
+        directory: a local path or gs://...; made if missing.
+        resume_step: the last step of an earlier start to keep. Drop later ones, which are made again. None drops all
+            that an earlier start wrote.
     """
 
     def __init__(self, directory: epath.PathLike, resume_step: int | None = None):
@@ -86,7 +87,7 @@ class MetricsWriter:
             self._tensorboard = _EventFile(directory / "tensorboard", 0 if resume_step is None else resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """Adds one step's numbers. None (not measured) is null in the file and absent in TensorBoard.
+        """Add one step's numbers. None, for a number not measured, is null in the file and absent in TensorBoard.
 
         Raises:
             UserError: the disk is full.
@@ -103,14 +104,14 @@ class MetricsWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Makes every step written so far outlive this process. Call it before a checkpoint of that step is saved."""
+        """Make sure that every step written so far outlives this process. Call it before saving a checkpoint."""
         if not self._file:
             self._write_all()
         with writing(self._path.parent):
             self._tensorboard.flush()
 
     def close(self) -> None:
-        """Flushes, and gives the files back. Harmless when repeated."""
+        """Flush and close the files. Do nothing the second time."""
         self.flush()
         with writing(self._path.parent):
             self._tensorboard.close()
@@ -129,18 +130,20 @@ class MetricsWriter:
 
 
 class _EventFile:
-    """An event file of TensorBoard's. It is written by the thread that calls: tensorboardX's own writer has a thread of
-    its own, which a full disk ends, and the run then waits for it for ever."""
+    """A TensorBoard event file, written by the calling thread.
+
+    tensorboardX's own writer uses another thread. A full disk ends that thread, and the run then waits for it forever.
+    """
 
     def __init__(self, directory: epath.Path, first: int):
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
         from tensorboardX.record_writer import directory_check
 
-        directory_check(os.fspath(directory))  # made where it is missing
+        directory_check(os.fspath(directory))  # makes it if missing
         # Event files are named by the second: without a suffix, a quick restart would overwrite the one before.
         self._file = EventsWriter(os.fspath(directory / "events"), f".{first}")
-        # TensorBoard's own way to forget: it hides events of this step and later in the older event files.
+        # A START tells TensorBoard to hide events of this step and later in older event files.
         self._messages: Any = event_pb2  # made by protoc: types do not see what is in it
         self._write(step=first, file_version="brain.Event:2")
         start = self._messages.SessionLog(status=self._messages.SessionLog.START)

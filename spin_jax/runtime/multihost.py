@@ -1,8 +1,7 @@
-"""Several processes as one run: each makes its share, all agree, and the first one writes.
+"""Run several processes as one: each makes its share, all agree on what comes next, and process 0 writes.
 
-A process drives the devices of its host (`jax.distributed`). All processes run the same program and call every function
-here in the same order; with one process nothing is exchanged. Only small values are exchanged, rows of token
-ids at most; params never are.
+A process drives the devices of its host (`jax.distributed`). All processes must call the functions here in the same
+order. They exchange small values only, at most rows of token ids, and never params. A single process exchanges nothing.
 """
 
 import contextvars
@@ -28,15 +27,15 @@ from spin_jax.config import Config, as_json
 from spin_jax.errors import UserError
 from spin_jax.runtime.files import write_whole
 
-# How long a process that ends waits for the others to end too. After that jax ends all of them: where one has failed
-# alone, the others wait for it in some collective and would never end.
+# How long a process that ends waits for the others. After that jax ends them all: if one has failed alone, the others
+# wait for it in some collective, and would never end.
 SHUTDOWN_SECONDS = 15
 SHARED_ROWS = 8192  # rows made between two exchanges, by all processes together
 GATHERED = 1024  # items of a process in one exchange
 
 _LOG = logging.getLogger(__name__)
 
-_alone = contextvars.ContextVar("alone", default=False)  # inside of `run_alone`
+_alone = contextvars.ContextVar("alone", default=False)  # True inside `run_alone`
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -46,12 +45,13 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     """Join the other processes; call it before a device is touched.
 
     Args:
-        coordinator: HOST:PORT of process 0; "auto" where jax finds it out itself (SLURM, Open MPI, GKE). None is one
-            process, except on a TPU, where jax asks for the slice's other hosts.
-        num_processes, process_id: how many, and which of them this is, from 0; None where jax finds it out.
+        coordinator: HOST:PORT of process 0, or "auto" where jax can find it (SLURM, Open MPI, GKE). None is a single
+            process, except on a TPU, where jax looks for the other hosts of the slice.
+        num_processes, process_id: how many processes there are, and which one this is, from 0. None where jax can find
+            them.
 
     Raises:
-        UserError: jax does not find it out.
+        UserError: jax cannot find the other processes.
     """
     has_tpu = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
     if coordinator is None and not has_tpu:
@@ -72,30 +72,29 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def are_several() -> bool:
-    """Whether other processes make the call that this one is in."""
+    """Whether other processes make the same calls as this one."""
     return jax.process_count() > 1 and not _alone.get()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what all share, shows progress and keeps the log; inside of
-    `run_alone` each is."""
+    """Whether this is process 0, which writes shared files, shows progress and logs. Inside `run_alone` each is."""
     return _alone.get() or jax.process_index() == 0
 
 
 def gather(value: T) -> list[T]:
-    """Every process's value, by process: anything that can be pickled."""
+    """Return every process's value, in the order of processes. Values must be picklable."""
     if not are_several():
         return [value]
     mine = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(mine)))
-    padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # each size is a program: powers of two are few
+    padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # powers of two: each size is compiled
     padded[: len(mine)] = mine
     everything = multihost_utils.process_allgather(padded)
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(everything, sizes, strict=True)]
 
 
 def gather_lists(items: Sequence[Item]) -> list[Item]:
-    """Every process's items, in the order of processes; exchanged in blocks of `GATHERED`, to need little memory."""
+    """Return every process's items, in the order of processes. Exchange blocks of `GATHERED`, to need little memory."""
     if not are_several():
         return list(items)
     blocks = max(gather(math.ceil(len(items) / GATHERED)))
@@ -104,10 +103,10 @@ def gather_lists(items: Sequence[Item]) -> list[Item]:
 
 
 def on_all_processes(make: Callable[[], T]) -> list[T]:
-    """make() on every process: all results, by process. When it returns, all processes have done it.
+    """Call make() on every process, wait for all of them, and return all results, in the order of processes.
 
     Raises:
-        UserError: on all, if `make` raises one on any: nobody is left waiting.
+        UserError: on all processes if `make` raises it on one, so that none is left waiting.
     """
     if not are_several():
         return [make()]
@@ -123,23 +122,23 @@ def on_all_processes(make: Callable[[], T]) -> list[T]:
 
 
 def on_each_process(make: Callable[[], T]) -> T:
-    """Like `on_all_processes`, but a process gets its own result only, which may be anything."""
+    """Like `on_all_processes`, but return this process's own result, which need not be picklable."""
     own: list[T] = []
     on_all_processes(lambda: own.append(make()))
     return own[0]
 
 
 def on_process_zero(make: Callable[[], T]) -> T:
-    """make() on the first process alone: its result, on all.
+    """Call make() on process 0 alone, and return its result on all processes.
 
-    Whether a file exists is asked this way: all must do the same next, and a network file system may show the same
-    directory to each of them at another time.
+    Ask this way whether a file exists: a network file system may show a new file to each process at another time, and
+    all processes must do the same next.
     """
     return typing.cast(T, on_all_processes(lambda: run_alone(make) if is_first() else None)[0])
 
 
 def run_alone(make: Callable[[], T]) -> T:
-    """make() as if this were the only process: functions of this module that it calls must not wait for the others."""
+    """Call make() as if this were the only process, so that functions of this module do not wait for the others."""
     token = _alone.set(True)
     try:
         return make()
@@ -148,7 +147,7 @@ def run_alone(make: Callable[[], T]) -> T:
 
 
 def parallel_map(make: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
-    """[make(item) for item in items] on every process; each of n processes makes every n-th."""
+    """Return [make(item) for item in items] on every process. Each of n processes makes every n-th."""
     first, step = jax.process_index(), jax.process_count()
     if step == 1:
         return list(map(make, items))
@@ -161,7 +160,7 @@ def parallel_map(make: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
 
 
 def any_process(flag: bool) -> jax.Array:
-    """Tell all processes whether `flag` is set on any: a bool scalar on the devices, which is not waited for here."""
+    """Return whether `flag` is set on any process, as a bool scalar on the devices. Do not wait for it."""
     by_device, reduce = _any_process()
     flags = jax.make_array_from_callback((jax.device_count(),), by_device, lambda _: np.array([flag]))
     return reduce(flags)
@@ -177,7 +176,7 @@ def _any_process() -> tuple[NamedSharding, Callable]:
 
 
 def check_alike(config: Config) -> None:
-    """Refuse processes that were started with different settings: they would wait for each other."""
+    """Refuse processes that were started with different settings: they would wait for each other forever."""
     first, *others = gather(as_json(config))
     for process, other in enumerate(others, start=1):
         if changed := [field for field in first if first[field] != other[field]]:
@@ -188,7 +187,7 @@ def check_alike(config: Config) -> None:
 
 
 def check_shared(directory: epath.Path) -> None:
-    """Refuse a directory that the hosts do not share, in which each would wait for the others' files."""
+    """Refuse a directory that the hosts do not share: each would wait for files of the others."""
     if not are_several():
         return
     note = directory / f"seen_by_all_hosts_{gather(uuid.uuid4().hex)[0]}"

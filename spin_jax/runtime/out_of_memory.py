@@ -1,4 +1,4 @@
-"""Out of memory, on a device or on the host: one line with what was asked for, what there is, and what would help."""
+"""Turn an out-of-memory error into one line: how much was asked for, how much there is, and which settings help."""
 
 import contextlib
 import functools
@@ -43,7 +43,8 @@ def told(what: str, tries: Sequence[str]) -> Iterator[None]:
         tries: settings that help, in the order in which to try them.
 
     Raises:
-        UserError: in place of the error. Its frames are dropped: they hold the arrays that fill the memory.
+        UserError: in place of the error. The error's frames are dropped, because they hold the arrays that fill the
+            memory.
     """
     try:
         yield
@@ -69,7 +70,7 @@ def tells(what: str, tries: Callable[[Config], Sequence[str]]) -> Callable[[Call
 
 
 def for_sampling(config: Config) -> list[str]:
-    """What makes sampling need less; the first two change no response."""
+    """Settings with which sampling needs less memory; the first two change no response."""
     settings = config.generate
     sizes = {"batch_size": settings.batch_size, "prefill_batch_size": settings.prefill_batch_size}
     tries = [f"--config.generate.{name}={size // 2}" for name, size in sizes.items() if size > 1]
@@ -77,7 +78,7 @@ def for_sampling(config: Config) -> list[str]:
 
 
 def for_training(config: Config) -> list[str]:
-    """What makes training and scoring need less; the first three change no result beyond rounding."""
+    """Settings with which training and scoring need less memory; the first three change results by rounding alone."""
     tries = []
     if 2 * config.train.micro_batches <= config.train.batch_size:
         tries.append(f"--config.train.micro_batches={2 * config.train.micro_batches}")
@@ -94,13 +95,13 @@ def for_training(config: Config) -> list[str]:
 
 
 def for_loading(config: Config | None = None) -> list[str]:
-    """What makes reading data and weights need less memory."""
+    """What to do where reading data and weights needs too much memory."""
     del config
     return ["a machine with more memory", "fewer rows (--config.data.max_rows)", "a smaller model"]
 
 
 def _numbers(error: BaseException) -> str:
-    """ ", 4.00 GiB asked for, 1.92 GiB there", as far as that is known."""
+    """Return what is known of the sizes, as ", 4.00 GiB asked for, 1.92 GiB there"."""
     texts, cause = [], error
     while cause:
         texts.append(str(cause))

@@ -1,7 +1,7 @@
-"""A clean stop: SIGTERM and Ctrl-C as a wish, granted between two steps and by all processes at once.
+"""Preemption: SIGTERM or Ctrl-C sets a flag, and all processes stop after the same step.
 
-jax has a way of its own for this (`multihost_utils.reached_preemption_sync_point`), which knows SIGTERM only and counts
-the caller's steps. Orbax calls it too, with its own count, and the two would be mixed up; hence a flag.
+jax has `multihost_utils.reached_preemption_sync_point` for this. It is not used, because it hears SIGTERM alone, and
+because Orbax calls it as well: it counts calls, and would mix up Orbax's with ours.
 """
 
 import contextlib
@@ -21,11 +21,13 @@ class Stopped(Exception):
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
-    """Does a command's work and returns its status, 0 if it has none; `EXIT_STOPPED` when a signal stopped it, which
-    one line says.
+    """Do a command's work and return its exit status: `EXIT_STOPPED`, after one line on stderr, if a signal stopped it.
 
-    A preempted machine gets SIGTERM. It is as Ctrl-C, which stops one process wherever it is, unless it is training; of
-    several processes none stops alone.
+    SIGTERM, which a preempted machine gets, acts as Ctrl-C. It stops a single process at once, except while it trains.
+    Several processes stop together, at the next `between_batches` or training step.
+
+    Args:
+        work: returns the status otherwise; None is 0.
     """
     interrupts.raise_instead()
     try:
@@ -40,21 +42,21 @@ def exit_status(work: Callable[[], int | None]) -> int:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Keep a signal as a wish while inside; a second Ctrl-C interrupts at once. Nested in another, do nothing."""
+    """Let a signal only set the flag while inside; a second Ctrl-C interrupts at once. A nested call does nothing."""
     global _asked
     if signal.getsignal(signal.SIGTERM) is _note:
         yield
         return
     previous = {}
     _asked = False
-    with contextlib.suppress(ValueError):  # not the main thread (a notebook's executor): signals stay where they are
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers, and a notebook can run in another
         previous = {number: signal.signal(number, _note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if _asked and not multihost.are_several():  # too late for what was inside
+    if _asked and not multihost.are_several():  # nothing inside has seen the flag: interrupt what follows
         signal.raise_signal(signal.SIGINT)
 
 
@@ -68,13 +70,13 @@ def _note(number: int, frame) -> None:
 
 
 def asked() -> bool:
-    """Whether this process was asked to stop; the others may not know."""
+    """Whether this process was asked to stop. Other processes may not have been."""
     return _asked
 
 
 def between_batches() -> None:
-    """Where several processes can stop together: they all do if one was asked. One process alone is interrupted
-    wherever it is.
+    """Stop all processes here if any of them was asked to. Do nothing in a single process, which a signal interrupts
+    anywhere.
 
     Raises:
         Stopped: on all processes.

@@ -12,24 +12,24 @@ from etils import epath
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import write_whole, writing
 
-FIRST, LAST = 3, 5  # steps since the start: by then, what is compiled is compiled, and batches come as they will
+FIRST, LAST = 3, 5  # steps since the start: after compilation, with batches arriving at their usual pace
 
 _LOG = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Traces a few steps of the first training loop that is run under it, if that is wanted."""
+    """Trace a few steps of the first training loop, if `wanted`."""
 
     def __init__(self, wanted: bool):
         self._wanted = wanted
 
     @contextlib.contextmanager
     def traced(self, step_fn: Callable, directory: epath.Path) -> Iterator[Callable]:
-        """The step, of which the third to the fifth call are traced into `directory`: a `plugins/profile/TIME/` in it,
-        as TensorBoard looks for it. A loop that ends earlier leaves a trace of the steps it got to.
+        """Wrap a training step so that its third to fifth call are traced, into `directory`/plugins/profile/TIME, where
+        TensorBoard looks. A loop that ends within them leaves a shorter trace.
 
-        The first process traces its own devices; the others' do the same. The trace begins and ends with the devices
-        at rest, so that it holds whole steps.
+        Process 0 traces its own devices; those of other processes do the same work. Wait for the devices before the
+        trace begins and ends, so that it holds whole steps.
         """
         wanted, self._wanted = self._wanted, False
         if not wanted or not multihost.is_first():
@@ -59,7 +59,7 @@ class Profiler:
 @contextlib.contextmanager
 def _trace(directory: epath.Path) -> Iterator[None]:
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # every Python call would be more than the trace is for, and slow the host down
+    options.python_tracer_level = 0  # tracing every Python call would slow the host down
     with writing(directory), tempfile.TemporaryDirectory() as local:  # the profiler cannot write to an object store
         with jax.profiler.trace(local, create_perfetto_trace=True, profiler_options=options):
             yield
