@@ -1,9 +1,11 @@
 """The jitted decode loop: a slot whose response ends takes the next prompt of a queue while the others go on.
 
-Every decode step writes one column of the ring, the next, for all slots, so that nothing is scattered. A slot that
-takes a new prompt forgets the old one by its positions alone. A response is no longer than the ring, and is gone from
-its slot before the ring comes round. Rows never see each other, and token j of a response is drawn with a key of its
-own: slot, neighbours and time change nothing but the order in which sums are rounded.
+Each decode step writes the ring's next column, the same one for all slots, so that no write is a scatter. When a slot
+takes a new prompt, its positions are overwritten, and what it held before becomes invisible. No response is longer than
+the ring, so none is overwritten while it is decoded.
+
+Rows never see each other, and each token is drawn with a key of its own. So a response depends on its slot, neighbours
+and time only through the order in which sums are rounded.
 
 `programs.decode_programs` jits these functions; `engine.Engine` calls them.
 """
@@ -20,7 +22,7 @@ from spin_jax.models import EMPTY_POSITION, Columns, columns_axis, forward, rows
 
 
 def prefill(spec: DecodeSpec, params: dict, queue: Queue, prompts: Prompts) -> Queue:
-    """The queue with new prompts in the places that are given one."""
+    """Run new prompts through the model, and put them into the queue at the places that are given one."""
     batch, width = prompts.tokens_EW.shape
     positions_EW = jnp.arange(width, dtype=jnp.int32)[None] - (width - prompts.lengths_E)[:, None]
     positions_EW = jnp.where(positions_EW < 0, EMPTY_POSITION, positions_EW)
@@ -34,7 +36,7 @@ def prefill(spec: DecodeSpec, params: dict, queue: Queue, prompts: Prompts) -> Q
         kept = min(width, old.shape[axis])
         new = jax.lax.slice_in_dim(new, width - kept, width, axis=axis)
         new = jnp.concatenate([jax.lax.slice_in_dim(old, 0, old.shape[axis] - kept, axis=axis), new], axis)
-        if name == "positions":  # what an earlier, longer prompt left in the columns before
+        if name == "positions":  # hide what an earlier, longer prompt left in the columns before
             new = jnp.where((jnp.arange(new.shape[1]) < new.shape[1] - kept)[None], EMPTY_POSITION, new)
         return jnp.where(jnp.expand_dims(new_E, [i for i in range(old.ndim) if i != rows]), new, old)
 
@@ -52,10 +54,11 @@ def prefill(spec: DecodeSpec, params: dict, queue: Queue, prompts: Prompts) -> Q
 def decode(
     spec: DecodeSpec, params: dict, slots: Slots, queue: Queue, sampling: SamplingParams, more: jax.Array
 ) -> tuple[Slots, Queue, Responses, Report]:
-    """Decode until some device's places of the queue are empty; or, if there are no `more` prompts, all devices'.
+    """Decode until the queue is empty on some device; if the host has no `more` prompts, until it is on all devices.
 
     Returns:
-        Slots and queue, and the responses that ended in a slot which a prompt then took: [E], at the prompt's place.
+        slots, queue, responses and a report. The responses, [E], are those that ended in a slot which a prompt then
+        took; each is at the place that the prompt had in the queue.
     """
     places = queue.pending_E.shape[0]
 
@@ -81,7 +84,7 @@ def drain(spec: DecodeSpec, params: dict, slots: Slots, sampling: SamplingParams
 
 
 def shrink(spec: DecodeSpec, slots: Slots, kept: int) -> tuple[Slots, Responses, Report]:
-    """The `kept` slots of each device that hold all its running responses, and the responses of the other slots."""
+    """Reduce each device's slots to `kept`, which hold all its running responses; also return the others' responses."""
     slots, ended = on_each_device(spec, functools.partial(split, kept), slots)
     return slots, ended, _report(slots, jnp.zeros(0, bool), ended)
 
@@ -92,7 +95,7 @@ def _report(slots: Slots, pending_E: jax.Array, ended: Responses) -> Report:
 
 
 def _step(spec: DecodeSpec, params: dict, slots: Slots, sampling: SamplingParams) -> Slots:
-    """Draw a token in every slot, and run it through the model."""
+    """Draw a token for every slot, and run it through the model."""
     row, done, running_B = slots.row, slots.responses, slots.running_B
     model, execution, cap = spec.model, spec.execution, spec.max_new_tokens
     logits_BV = unembed(model, params, row.hidden_BD, execution)
@@ -119,11 +122,11 @@ def _step(spec: DecodeSpec, params: dict, slots: Slots, sampling: SamplingParams
 
 
 def _columns(spec: DecodeSpec, row: Row, running_B: jax.Array, steps: jax.Array) -> Columns:
-    """Write the ring's next column; read none in front of the longest prompt of a running slot."""
+    """Choose the columns of a step: write the ring's next one, read none before the longest running slot's prompt."""
     prompt_columns = row.cache["positions"].shape[1] - spec.ring
     starts = [0]
-    # Halves, as a branch each is compiled; below 32 columns there is nothing to save. By layer nothing is either: what
-    # is read from a column on is copied first.
+    # Halve the columns that are left, since each start is a compiled branch. Below 32 columns there is nothing to save.
+    # In a cache by layer there is nothing to save either: a part of an array is copied before it is read.
     while not spec.by_layer and (remaining := (prompt_columns - starts[-1]) // 2) >= 32:
         starts.append(prompt_columns - remaining)
     empty = prompt_columns - jnp.max(jnp.where(running_B, row.prompt_lengths_B, 0))

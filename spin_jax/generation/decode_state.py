@@ -1,7 +1,7 @@
 """What the decode loop carries from step to step: decode slots, a queue of prefilled prompts, unfinished responses.
 
-A slot is a row of the cache. Its first columns hold a prompt, right-aligned; the others are a ring: a decode step
-writes the same column of it for all slots.
+A slot is a row of the cache. Its first columns hold a prompt, right-aligned. Its other columns are a ring for the
+response; a decode step writes the same column of the ring in all slots.
 
 Shape letters: docs/architecture.md.
 """
@@ -24,8 +24,8 @@ class DecodeSpec:
     Attributes:
         model: its config.
         max_new_tokens: O, of a response.
-        filtered: whether top-p and top-k are applied; they cost some passes over the logits every step.
-        execution: its mesh that of `sharding.decode_mesh`.
+        filtered: whether top-p and top-k are applied, which costs some passes over the logits in each step.
+        execution: on a mesh of `sharding.decode_mesh`.
     """
 
     model: ModelConfig
@@ -34,12 +34,12 @@ class DecodeSpec:
     execution: Execution
 
     def prompt_columns(self, width: int) -> int:
-        """Columns for prompts of up to `width` tokens: what is further back than a sliding window is not kept."""
+        """Columns for prompts of up to `width` tokens; fewer if all layers have a sliding window."""
         return min(width, self.model.furthest or width)
 
     @property
     def ring(self) -> int:
-        """Columns of the ring, likewise."""
+        """Columns for a response; fewer if all layers have a sliding window."""
         return min(self.max_new_tokens, self.model.furthest or self.max_new_tokens)
 
     @property
@@ -93,10 +93,10 @@ class Prompts(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a place of the queue and a slot both hold of a prompt, for each of B.
+    """What a slot and a place of the queue both hold of a prompt, for each of B.
 
     Attributes:
-        cache: from `models.init_cache`, of the columns of a prompt, in a slot with those of the ring.
+        cache: from `models.init_cache`: columns for a prompt, and in a slot for the ring.
         hidden_BD: the final hidden state of the last token, from which the next one is drawn.
         keys_B2: uint32.
         prompt_lengths_B: int32, in tokens.
@@ -109,7 +109,7 @@ class Row(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """Prefilled prompts; those where pending_E wait for a slot."""
+    """Prefilled prompts. Where pending_E is set, a prompt waits for a slot."""
 
     row: Row
     prompt_index_E: jax.Array
@@ -120,10 +120,10 @@ class Slots(NamedTuple):
     """Responses that are being decoded.
 
     Attributes:
-        row: its cache has the columns of a prompt and of the ring.
-        responses: as far as they are.
-        running_B: bool.
-        state_B: int32, of the automaton that finds stop strings.
+        row: prompts, with the responses' keys and values in the ring.
+        responses: the tokens so far.
+        running_B: bool, whether the slot's response goes on.
+        state_B: int32, state of the automaton that finds stop strings.
         steps: int32, decode steps so far.
         busy: f32, running slots, summed over these steps.
     """
@@ -137,7 +137,7 @@ class Slots(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the host reads of a call, on every process: small, and not donated.
+    """What the host reads after a call, on every process. It is small, and never donated.
 
     Attributes:
         pending_E: bool, places of the queue that are still taken.
@@ -180,8 +180,11 @@ def no_responses(spec: DecodeSpec, rows: int) -> Responses:
 
 
 def row_specs(tree):
-    """The PartitionSpec of each array of a tree of this module: rows are split, scalars are not. A cache has an axis of
-    layers in front, and its heads are split. (A cache by layer is on one device, where all specs are alike.)"""
+    """Return the PartitionSpec of each array in a tree of this module.
+
+    Rows are split, and scalars are not. A cache has an axis of layers in front, and its heads are split, too. A cache
+    by layer lies on a single device, where all specs mean the same.
+    """
 
     def of(path: tuple, x: jax.Array) -> PartitionSpec:
         if getattr(path[-1], "key", "positions") != "positions":

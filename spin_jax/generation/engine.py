@@ -1,7 +1,8 @@
-"""Sampling on the decode mesh: prompts and params in, responses out.
+"""Sample responses to prompts on the decode mesh.
 
-`Engine` is the host's part of `decode_loop`: it feeds the queue, reads what has ended, and keeps it on disk where it is
-given a directory. All processes give the same prompts to the same places, and each reads the responses of its devices.
+`Engine` is the host's side of `decode_loop`. It feeds the queue, reads the responses that have ended, and writes them
+to a directory if it is given one. All processes put the same prompts into the same places, and each reads the responses
+of its own devices.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from spin_jax.runtime import multihost, preemption
 from spin_jax.runtime.progress import Loop
 
 _LOG = logging.getLogger(__name__)
-_FEW_ENDED = 0.1  # of the responses
+_FEW_ENDED = 0.1  # warn if a smaller share of the responses has an end
 
 
 class Prompt(NamedTuple):
@@ -45,15 +46,15 @@ class Prompt(NamedTuple):
 
 @dataclasses.dataclass
 class Progress:
-    """How far a call of `Engine.generate` is, all processes together.
+    """Progress of a call of `Engine.generate`, over all processes.
 
     Attributes:
-        name: shown beside it.
-        responses: that are there, with those that an earlier call left.
-        tokens: of those that this call drew.
-        steps: decode steps.
+        name: what to call it in the log.
+        responses: how many are finished, with those of earlier calls.
+        tokens: how many this call has drawn.
+        steps: decode steps so far.
         busy, capacity: running slots, and all slots, each summed over the steps.
-        before_tail: `occupancy` when the last prompt had got its slot.
+        before_tail: `occupancy` at the moment when the last prompt got its slot.
     """
 
     name: str = "generate"
@@ -66,11 +67,11 @@ class Progress:
 
     @property
     def occupancy(self) -> float:
-        """Share of the slots that were running in a step, on average."""
+        """Mean share of running slots in a step."""
         return self.busy / max(self.capacity, 1)
 
     def add(self, report: Report, slots: int) -> None:
-        """Count what a call of a program with so many slots reports."""
+        """Add the report of a program that ran with so many slots."""
         steps = int(report.steps)
         self.capacity += (steps - self.steps) * slots
         self.steps, self.busy = steps, float(report.busy)
@@ -84,13 +85,13 @@ class Engine:
 
     Attributes:
         model: its config.
-        settings: `config.generate`, with no size left open.
-        execution: on the mesh that it samples on, see `sharding.decode_mesh`; its data and fsdp axes split slots.
-        stop_ids: a response ends with the first of these.
-        stops_AV: finds `settings.stop_strings`, from `stop_strings.stop_table`.
+        settings: `config.generate`, with all sizes chosen.
+        execution: on a mesh of `sharding.decode_mesh`, whose data and fsdp axes split the slots.
+        stop_ids: the first of these ends a response.
+        stops_AV: the table of `stop_strings.stop_table` for `settings.stop_strings`; None without stop strings.
 
     Raises:
-        UserError: a size is left open or does not split over the devices, or nothing finds the stop strings.
+        UserError: a size is not chosen or does not split over the devices, or stop strings have no table.
     """
 
     model: ModelConfig
@@ -109,14 +110,14 @@ class Engine:
 
     @classmethod
     def for_chat(cls, model: ModelConfig, settings: GenerateConfig, execution: Execution, chat: ChatFormat) -> "Engine":
-        """One whose responses end as the chat format's do, or with one of `settings.stop_strings`."""
+        """Make an engine whose responses end in the chat format's stop ids, or with one of `settings.stop_strings`."""
         codec = chat.codec
         stops_AV = stop_table(codec.tokenizer, settings.stop_strings, model.vocab_size, codec.silent)
         return cls(model, settings, execution, chat.stop_ids, stops_AV)
 
     @functools.cached_property
     def programs(self) -> DecodePrograms:
-        """The jitted programs, the same for all engines of one `DecodeSpec`."""
+        """The jitted programs, shared by all engines with the same `DecodeSpec`."""
         filtered = self.settings.top_p < 1 or self.settings.top_k > 0
         return decode_programs(DecodeSpec(self.model, self.settings.max_new_tokens, filtered, self.execution))
 
@@ -130,23 +131,23 @@ class Engine:
         directory: epath.Path | None = None,
         progress: Progress | None = None,
     ) -> list[Response]:
-        """`settings.responses` responses to each prompt, in the order of the prompts, on every process.
+        """Sample `settings.responses` responses to each prompt. Return them on every process, in the prompts' order.
 
-        A response is a function of (params, seed, iteration, the prompt's index, its number) alone, but for the order
-        in which sums are rounded: not of the other prompts, the mesh or the batch size.
+        A response depends on (params, seed, iteration, its prompt's index, its number). It does not depend on the other
+        prompts, the mesh or the batch size, except through the order in which sums are rounded.
 
         Args:
-            params: of the model: numpy or jax arrays of any dtype, wherever they lie. They are laid out for sampling
-                once, unless they come from `lay_out`.
-            prompts: token ids of each, by its index; a sequence counts from 0.
-            seed, iteration: other ones give other responses.
-            directory: responses are written there as they end, and those that are there already are not drawn again,
-                however many processes wrote them. None: they are kept in memory alone.
-            progress: kept up to date, for a caller that wants to look.
+            params: of the model: numpy or jax arrays of any dtype, on any devices. `lay_out` is applied to them, and
+                does nothing to params that it has returned.
+            prompts: token ids by the prompt's index; a sequence counts from 0.
+            seed, iteration: with the prompt's index and number, they seed the draws.
+            directory: write responses there as they end, and do not draw again those that are there already, however
+                many processes wrote them. None keeps responses in memory alone.
+            progress: updated during the call, for a caller that wants to look.
 
         Raises:
-            UserError: a prompt has no tokens, or tokens that the model has not.
-            Stopped: one of several processes was asked to; the same call with its directory goes on.
+            UserError: a prompt is empty, or has an id beyond the vocabulary.
+            Stopped: one of several processes was asked to stop. The same call with the same directory goes on.
         """
         progress, wanted = progress or Progress(), self._numbered(prompts)
         done = list(read_parts(directory).values()) if multihost.is_first() else []
@@ -169,7 +170,7 @@ class Engine:
         return [found[prompt[:2]] for prompt in wanted]
 
     def lay_out(self, params: dict) -> dict:
-        """Params as the programs read them: in the compute dtype, on the decode mesh. The same ones, where they are."""
+        """Return params as the programs read them: in the compute dtype, on the decode mesh. Do not copy such ones."""
 
         def lies(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> bool:
             at = getattr(x, "sharding", None)  # numpy arrays have none
@@ -185,8 +186,8 @@ class Engine:
         return programs.lay_out(params)
 
     def abstract_calls(self, longest: int) -> dict[str, tuple]:
-        """Program -> its arguments as jax.ShapeDtypeStruct, with all slots in use and prompts of up to `longest`
-        tokens: for compiling ahead of time."""
+        """Return {program: its arguments as jax.ShapeDtypeStruct}, for compiling ahead of time: with all slots, and
+        prompts of up to `longest` tokens."""
         programs, mesh, size = self.programs, self.execution.mesh, self.settings.batch_size
         places, width = self._places(size), prefill_width(longest, self.settings.prompt_bucket)
         rows = programs.start.eval_shape(size, places, width)
@@ -212,15 +213,18 @@ class Engine:
         return [Prompt(row, number, ids) for row, ids in checked.items() for number in numbers]
 
     def _places(self, slots: int) -> int:
-        """Places of the queue: what is wanted, as a multiple of the shards, but no more than there are slots."""
+        """Places of the queue: `prefill_batch_size`, rounded up to a multiple of the shards, but no more than slots."""
         shards = self.programs.spec.shards
         return min(slots, -(-self.settings.prefill_batch_size // shards) * shards)
 
     def _draw(
         self, params: dict, wanted: Sequence[Prompt], seed: int, iteration: int, progress: Progress
     ) -> Iterator[list[Response]]:
-        """This process's responses to `wanted`, as they end; longest prompts first: if something does not fit, it shows
-        at once, and prompts that are prefilled or decoded together are of like length."""
+        """Yield this process's responses to `wanted`, as they end.
+
+        Take the longest prompts first. Then a lack of memory shows at once, and prompts that are prefilled or decoded
+        together have similar lengths.
+        """
         if not wanted:
             return
         wanted = sorted(wanted, key=lambda prompt: -len(prompt.tokens))
@@ -246,7 +250,7 @@ class Engine:
                     params, queue, Prompts(*to_devices(prompts, batch_sharding(self.execution.mesh)))
                 )
             slots, queue, now_ended, report = programs.decode(params, slots, queue, self._sampling, given < len(wanted))
-            if ended:  # while the devices are at work
+            if ended:  # read them while the devices compute
                 yield _own_responses(ended, wanted)
             ended, free = now_ended, np.flatnonzero(~np.asarray(report.pending_E))
             progress.add(report, size)
@@ -263,7 +267,7 @@ class Engine:
 
 
 def warn_if_endless(responses: Sequence[Response], max_new_tokens: int) -> None:
-    """Warn if hardly any response ended."""
+    """Warn if hardly any response has an end."""
     ended = sum(not one.truncated or len(one.tokens) < max_new_tokens for one in responses)  # or at a stop string
     if ended < _FEW_ENDED * len(responses):
         _LOG.warning(
@@ -277,8 +281,11 @@ def warn_if_endless(responses: Sequence[Response], max_new_tokens: int) -> None:
 
 
 def slot_counts(prompts: int, batch_size: int, smallest: int, shards: int) -> list[int]:
-    """How many slots a call begins with, and how many it goes on with as its prompts run out: `batch_size`, or as many
-    of its halves as the prompts fill, and then halves while each of the shards keeps at least `smallest`."""
+    """Return how many slots a call begins with, and then how many it goes on with as its prompts run out.
+
+    Begin with `batch_size`, halved as long as all the prompts still fit. Then halve further, as long as each shard
+    keeps at least `smallest` slots.
+    """
     size = batch_size // shards
     while size % 2 == 0 and size // 2 * shards >= prompts:
         size //= 2
@@ -289,7 +296,7 @@ def slot_counts(prompts: int, batch_size: int, smallest: int, shards: int) -> li
 
 
 def prefill_width(length: int, bucket: int) -> int:
-    """W of a prompt: `bucket`, or the first of its doubles that is long enough."""
+    """Return the width to which a prompt is padded: `bucket`, doubled until the prompt fits."""
     return bucket << max(0, (-(-length // bucket) - 1).bit_length())
 
 
@@ -297,7 +304,7 @@ def prefill_width(length: int, bucket: int) -> int:
 
 
 def no_prompts(places: int, width: int) -> Prompts:
-    """Nothing new for any place; for the host to fill in."""
+    """Return `Prompts` without any prompt, for the host to fill in."""
     tokens, lengths = np.zeros((places, width), np.int32), np.zeros(places, np.int32)
     arrays: list[Any] = [tokens, lengths, np.zeros((places, 2), np.uint32), np.full(places, -1, np.int32)]
     return Prompts(*arrays)
@@ -313,7 +320,7 @@ def _write(prompts: Prompts, free: np.ndarray, taken: np.ndarray, wanted: Sequen
 
 
 def _own_responses(ended: Responses, wanted: Sequence[Prompt]) -> list[Response]:
-    """The responses that this process reads: where several devices hold the same rows, one process of all does."""
+    """Read the ended responses of this process's devices. Rows that several devices hold are read from one of them."""
     own = []
     for shards in zip(*(array.addressable_shards for array in ended), strict=True):
         if shards[0].replica_id == 0:

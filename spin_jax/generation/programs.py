@@ -14,18 +14,17 @@ from spin_jax.models.params import make_resharding
 
 
 class DecodePrograms:
-    """The functions of `decode_loop`, jitted; compiled when they are first called. Those that take slots or a queue
-    donate them.
+    """The functions of `decode_loop`, jitted. They donate the slots and the queue that they are given.
 
     Attributes:
         spec: what they are compiled for.
-        lay_out: params -> params as the others read them: once an iteration, not once a decode step.
-        params: the tree that `lay_out` gives, as jax.ShapeDtypeStruct with shardings.
+        lay_out: params -> params as the other programs read them. Call it once an iteration.
+        params: the tree that `lay_out` returns, as jax.ShapeDtypeStruct with shardings.
         start: (slots, places, width) -> Slots, Queue: both empty.
         prefill: (params, queue, prompts) -> Queue.
         decode: (params, slots, queue, sampling, more) -> Slots, Queue, Responses, Report.
         drain: (params, slots, sampling, kept) -> Slots.
-        shrink: (slots, kept) -> Slots, Responses, Report; donates nothing, as no array stays as large as it was.
+        shrink: (slots, kept) -> Slots, Responses, Report. It donates nothing, since every array becomes smaller.
     """
 
     def __init__(self, spec: decode_state.DecodeSpec):

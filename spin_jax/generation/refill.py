@@ -1,7 +1,4 @@
-"""Which slot a prompt gets: each device moves prompts from its own places of the queue to its own slots.
-
-No cache travels between devices.
-"""
+"""Move prompts from the queue to slots: each device from its own places to its own slots, so no cache is exchanged."""
 
 import functools
 from collections.abc import Callable
@@ -14,18 +11,18 @@ from spin_jax.models import EMPTY_POSITION, rows_axis
 
 
 def on_each_device(spec: DecodeSpec, function: Callable, *trees):
-    """Call a function of (slots, ...) with each device's own rows; its results lie as its arguments do."""
+    """Call a function of (slots, ...) on each device with that device's rows. Results are split like arguments."""
     mesh = spec.execution.mesh
     if mesh.size == 1:
         return function(*trees)
     result = row_specs(jax.eval_shape(function, *trees))
-    # Unchecked: jax cannot tell that devices which hold the same rows compute the same.
+    # check_vma=False: jax cannot see that devices which hold the same rows compute the same results.
     by_device = jax.shard_map(function, mesh=mesh, in_specs=row_specs(trees), out_specs=result, check_vma=False)
     return by_device(*trees)
 
 
 def admit(slots: Slots, queue: Queue, ended: Responses) -> tuple[Slots, Queue, Responses]:
-    """Move pending prompts to the slots that do not run, and the responses that were there to `ended`."""
+    """Move pending prompts to slots that do not run, and the responses that were in these slots to `ended`."""
 
     def waiting(carry: tuple) -> jax.Array:
         slots, queue, _ = carry
@@ -52,7 +49,11 @@ def admit(slots: Slots, queue: Queue, ended: Responses) -> tuple[Slots, Queue, R
 
 
 def _moved(slot: jax.Array, place: jax.Array, path: tuple, to: jax.Array, of: jax.Array) -> jax.Array:
-    """An array of the slots' cache with one place's columns first in one slot, and no visible token in its others."""
+    """Copy the columns of a place of the queue to the first columns of a slot, and hide the slot's other columns.
+
+    Args:
+        path, to, of: name of an array of the cache; that array of the slots; that array of the queue.
+    """
     name = path[0].key
     if name == "positions":
         return to.at[slot].set(jnp.full(to.shape[1], EMPTY_POSITION).at[: of.shape[1]].set(of[place]))
@@ -62,7 +63,7 @@ def _moved(slot: jax.Array, place: jax.Array, path: tuple, to: jax.Array, of: ja
 
 
 def split(kept: int, slots: Slots) -> tuple[Slots, Responses]:
-    """The first `kept` slots, running ones in front, and the responses of the others."""
+    """Sort running slots to the front. Return the first `kept` slots, and the responses of the others."""
     order_B = jnp.argsort(~slots.running_B)
     first, others = order_B[:kept], order_B[kept:]
     cache = jax.tree_util.tree_map_with_path(

@@ -1,4 +1,4 @@
-"""Responses on disk: parts that are written as responses end, and what decides them."""
+"""Keep sampled responses on disk: part files, written as responses end, and a note of the settings that decide them."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from spin_jax.errors import UserError
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import find, reading, write_whole
 
-SETTINGS = "settings.json"  # beside the parts: what decides them
+SETTINGS = "settings.json"  # beside the parts: the settings that decide their responses
 
 _LOG = logging.getLogger(__name__)
 
@@ -25,9 +25,9 @@ class Response:
     Attributes:
         row: the prompt's index.
         number: which of the prompt's responses it is, from 0.
-        tokens: int32 ids; a stop id last, unless it is `truncated`.
-        truncated: it reached the cap, or the stop string that its last token completes, without a stop id.
-        logprobs: f32, log p of each token under the model itself, whatever temperature and filters it was drawn with.
+        tokens: int32 ids. The last is a stop id, unless the response is `truncated`.
+        truncated: whether it ended at the cap or with a stop string, instead of a stop id.
+        logprobs: f32, log p of each token under the model itself, at temperature 1 and without filters.
     """
 
     row: int
@@ -41,7 +41,10 @@ class Response:
 
 
 def note_settings(directory: epath.Path, settings: Mapping[str, object]) -> None:
-    """Note beside the parts to come what decides them, by the name that a refusal gives it.
+    """Note the settings that decide the responses of a directory, before its parts are written.
+
+    Args:
+        settings: by the names that a refusal calls them.
 
     Raises:
         UserError: there are parts of other settings, or nothing can be written.
@@ -59,20 +62,20 @@ def note_settings(directory: epath.Path, settings: Mapping[str, object]) -> None
 
 
 def forget_parts(directory: epath.Path) -> None:
-    """When all responses are in a file of their own."""
+    """Delete the parts and their settings. Call it when all responses are in another file."""
     for file in (*_part_files(directory), directory / SETTINGS):
         file.unlink(missing_ok=True)
 
 
 class Parts:
-    """The part files that this process writes, numbered on from those that are there; none without a directory."""
+    """Writes this process's part files, numbered after those that are there. Without a directory it writes nothing."""
 
     def __init__(self, directory: epath.Path | None):
         self._directory = directory
         self._next = multihost.on_process_zero(lambda: 1 + max(map(_part_number, _part_files(directory)), default=-1))
 
     def write(self, responses: Sequence[Response]) -> None:
-        """A part with these responses, whole or not at all."""
+        """Write a part with these responses, whole or not at all."""
         if self._directory and responses:
             name = f"part-{self._next:05d}.p{jax.process_index():03d}.jsonl"
             write_whole(self._directory / name, "".join(_to_json(one) + "\n" for one in responses))
@@ -88,7 +91,7 @@ def _part_number(part: epath.Path) -> int:
 
 
 def read_parts(directory: epath.Path | None) -> dict[tuple[int, int], Response]:
-    """The responses in all parts, by row and number. A part that cannot be read is left out: its responses are drawn
+    """Read the responses in all parts, as {(row, number): response}. Skip a damaged part: its responses are drawn
     again."""
     found = {}
     for part in _part_files(directory):
@@ -108,7 +111,7 @@ def _to_json(response: Response) -> str:
 
 def _from_json(line: str) -> Response:
     fields = json.loads(line)
-    if "finished" in fields:  # as parts were written before
+    if "finished" in fields:  # an older version wrote this field instead
         fields["truncated"] = not fields.pop("finished")
     tokens, logprobs = np.array(fields["tokens"], np.int32), np.array(fields["logprobs"], np.float32)
     return Response(**fields | {"tokens": tokens, "logprobs": logprobs})

@@ -1,8 +1,8 @@
-"""Stop strings as an automaton over tokens: whether a response's text holds one is known inside the decode loop.
+"""Find stop strings inside the decode loop, with an automaton over tokens.
 
-A string can be cut into tokens in many ways, and its end may lie in the middle of one. So the automaton reads bytes
-(A. Aho, M. Corasick, "Efficient string matching", 1975), and is then stepped through all bytes of each token: one table
-of the next state, by state and token.
+A string can be cut into tokens in many ways, and can end in the middle of a token. So build an automaton over bytes
+(A. Aho, M. Corasick, "Efficient string matching", 1975), and step it through the bytes of each token. The result is one
+table: state and token -> next state.
 """
 
 import functools
@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 def stop_table(
     tokenizer: "PreTrainedTokenizerBase", strings: Sequence[str], vocab_size: int, silent: Collection[int] = ()
 ) -> np.ndarray | None:
-    """The automaton that finds any of `strings`, int32 [states, vocab_size]: the state after a state and a token.
+    """Build the automaton that finds any of `strings`: int32 [states, vocab_size], the state after a state and a token.
 
-    State 0 is the beginning; the last one says that a string was found, and is never left. None without strings.
-    `silent` are ids that no text shows, besides special tokens.
+    State 0 is the beginning. The last state says that a string was found, and is never left.
+
+    Args:
+        silent: ids that decode to no text, besides special tokens.
+
+    Returns:
+        the table; None without strings.
     """
     if not strings:
         return None
@@ -33,7 +38,7 @@ def stop_table(
 
 
 def table_of(strings: Sequence[bytes], pieces: Sequence[bytes]) -> np.ndarray:
-    """The table, given what each token adds to a text."""
+    """Build the table from the bytes that each token adds to a text."""
     by_byte_AU = _automaton(strings)
     longest = max(map(len, pieces))
     bytes_VU = np.array([list(piece.ljust(longest, b"\0")) for piece in pieces], np.int32)
@@ -45,8 +50,8 @@ def table_of(strings: Sequence[bytes], pieces: Sequence[bytes]) -> np.ndarray:
 
 
 def _automaton(strings: Sequence[bytes]) -> np.ndarray:
-    """The state after a state and a byte, int32 [states, 256]. A state is the longest end of what was read that begins
-    one of the strings."""
+    """Build int32 [states, 256], the state after a state and a byte. A state stands for the longest end of the text so
+    far that begins one of the strings."""
     begun = sorted({string[:i] for string in strings for i in range(len(string))}, key=len)
     number = {prefix: state for state, prefix in enumerate(begun)}
     found = len(begun)
@@ -62,33 +67,33 @@ def _automaton(strings: Sequence[bytes]) -> np.ndarray:
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase", silent: Collection[int] = ()) -> list[bytes]:
-    """What each token adds to a text, by id; nothing for special tokens and those that are `silent`."""
+    """Return the bytes that each token adds to a text, by id. Special and `silent` tokens add none."""
     decoder = json.dumps(json.loads(backend(tokenizer).to_str())["decoder"])
     of = _byte_level if '"ByteLevel"' in decoder else _pieces
     unseen, added = special_ids(tokenizer).union(silent), tokenizer.added_tokens_decoder
     pieces = [b""] * (1 + max(tokenizer.get_vocab().values()))
     for token, i in tokenizer.get_vocab().items():
-        if i not in unseen:  # an added token is written as it reads
+        if i not in unseen:  # an added token's name is its text
             pieces[i] = token.encode() if i in added else of(token)
     return pieces
 
 
 def _byte_level(token: str) -> bytes:
-    """Of byte-level BPE, which writes each byte as a character that can be seen."""
+    """Bytes of a byte-level BPE token, which writes each byte as a visible character."""
     characters = _characters()
     return b"".join(characters.get(c, c.encode()) for c in token)
 
 
 @functools.cache
 def _characters() -> dict[str, bytes]:
-    """GPT-2's: printable bytes are themselves, the others the characters from 256 on, in order."""
+    """GPT-2's {character: byte}: printable bytes stand for themselves, the others are the characters from 256 on."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in seen]
     return {chr(b): bytes([b]) for b in seen} | {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
 
 
 def _pieces(token: str) -> bytes:
-    """Of SentencePiece, which writes a space as a low line and a byte without a piece of its own as <0x0A>."""
+    """Bytes of a SentencePiece token, which writes a space as a low line, and a byte without a piece as <0x0A>."""
     if token.startswith("<0x") and token.endswith(">") and len(token) == 6:
         return bytes([int(token[3:5], 16)])
     return token.replace("▁", " ").encode()
