@@ -1,9 +1,11 @@
-"""A model as the lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness) asks it: on `Scorer` and `Engine`.
+"""Answer the lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness) with `Scorer` and `Engine`.
 
-Answers to one question are responses to one prompt, which is computed once for all of them; questions share packed
-rows, and rows all devices. Text becomes token ids as in the harness's own `hf` model (`lm_eval.models.huggingface`),
-so that scores are comparable: an answer's ids are what the ids of question and answer have after those of the question,
-an empty question is the tokenizer's BOS (else EOS), and what is too long for the model loses its beginning.
+All answers to a question are responses to one prompt, which is computed once. Questions share packed rows, and all
+devices share the rows.
+
+Text becomes token ids as in the harness's own `hf` model (`lm_eval.models.huggingface`), so that scores are comparable.
+Question and answer are tokenised together, and the answer's ids are those after the question's. An empty question is
+the tokenizer's BOS (else EOS). Text that is too long for the model loses its beginning.
 
 `lm_eval.py` beside it has whole tasks asked. This module imports the harness, which the extra "eval" brings.
 """
@@ -67,7 +69,7 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Token ids, with the tokenizer's own BOS, but no second one behind a text that begins with it."""
+        """Tokenise a text. Add the tokenizer's BOS, unless the text begins with it."""
         return list(self._encode(string, add_special_tokens))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -86,7 +88,7 @@ class HarnessModel(TemplateLM):
     # ---- log-probs
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log p(continuation | context) in nats, whether greedy decoding would write it) of each request.
+        """Return (log p(continuation | context) in nats, whether greedy decoding would write it) for each request.
 
         Raises:
             UserError: a continuation is empty, or longer than the model reads.
@@ -100,8 +102,8 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
-        """`loglikelihood` of token ids. Continuations of one context are scored as responses to one prompt, as many as
-        a packed row has room for."""
+        """`loglikelihood` of token ids. Score continuations of one context as responses to one prompt, as many as fit a
+        packed row."""
         prompts, responses, places = [], [], []
         room: list[int] = []  # tokens that each prompt's row has left
         newest: dict[tuple[int, ...], int] = {}  # context -> the prompt that its next continuation goes to
@@ -123,7 +125,8 @@ class HarnessModel(TemplateLM):
         return [(float(logp), bool(one.correct.all())) for logp, one in zip(logps, of_requests, strict=True)]
 
     def _fit(self, text: Any, context: Sequence[int], continuation: Sequence[int]) -> tuple[int, ...]:
-        """The end of a context that a continuation leaves room for; its last token is predicted, and not read."""
+        """Cut the beginning of a context so that a continuation fits. The model need not read the continuation's last
+        token."""
         if not context or not continuation:
             raise UserError(f"{_shown(text)}: no token is left of the question or of its answer: mend the task")
         if len(continuation) > self.max_length:
@@ -133,7 +136,7 @@ class HarnessModel(TemplateLM):
         return tuple(context[-(self.max_length + 1 - len(continuation)) :])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p(text) in nats of each request, in windows that are as long as the model reads."""
+        """Return log p(text) in nats for each request, in windows as long as the model reads."""
         windows = []
         for (text,) in (request.args for request in requests):
             tokens = self.tok_encode(text)
@@ -145,9 +148,9 @@ class HarnessModel(TemplateLM):
     # ---- answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A text for each request (context, settings), which ends before the first of the settings' stop strings.
+        """Return a text for each request (context, settings), cut before the first of the settings' stop strings.
 
-        The sampled text to request i depends on (weights, seed, i), as all responses do.
+        The text for request i depends on (weights, seed, i), as all responses do.
 
         Raises:
             UserError: a setting is not known, or leaves no room for the context.
@@ -162,7 +165,7 @@ class HarnessModel(TemplateLM):
         return [answers[i] for i in range(len(requests))]
 
     def _answers(self, contexts: Mapping[int, list[int]], fields: Mapping[str, Any]) -> dict[int, str]:
-        """The texts to contexts of token ids, all sampled with the same fields of `config.generate`."""
+        """Answer contexts of token ids, all with the same fields of `config.generate`."""
         stops, room = fields["stop_strings"], self.max_length - fields["max_new_tokens"]
         if room < 1:
             raise UserError(
@@ -176,7 +179,7 @@ class HarnessModel(TemplateLM):
         return {row: postprocess_generated_text(text, ends, None) for row, text in texts.items()}
 
     def get_model_info(self) -> dict[str, object]:
-        """What a results file says of the model."""
+        """Describe the model for the results file."""
         dtype = np.dtype(self.scorer.execution.dtype).name
         return {"model_num_parameters": models.num_params(self.loaded.model), "model_dtype": dtype}
 
@@ -191,10 +194,10 @@ _SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_new_tokens
 
 
 def sampling_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's `generation_kwargs` as fields of `config.generate`.
+    """Translate a task's `generation_kwargs` into fields of `config.generate`.
 
     Raises:
-        UserError: one would change the answer and is not known.
+        UserError: one is unknown, and could change the answer.
     """
     known = normalize_gen_kwargs(dict(settings), MAX_NEW_TOKENS)
     stops = tuple(stop for stop in known.pop("until") if stop)

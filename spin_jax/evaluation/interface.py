@@ -1,4 +1,4 @@
-"""What an evaluator is, what it is given, and which ones the config means."""
+"""Define evaluators: what one is, what it is given, and which ones a config names."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -17,28 +17,28 @@ from spin_jax.registry import no_refusal
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model that is measured, and what a run can do with it. All functions are called by all processes alike.
+    """A model to measure, and what can be done with it. All processes must call its functions alike.
 
     Attributes:
         name: "SFT", "iteration 0" or "SFT control 0".
         config: of the run.
         chat: the tokenizer, and the template of prompts.
-        directory: where its result goes; an evaluator may keep files there.
-        source: of the run's tokenizer and description, which all of its models have.
-        identity: () -> its `checkpoints.fingerprint`.
+        directory: of its result; an evaluator may write files there.
+        source: directory of the run's tokenizer and description, which all of its models share.
+        identity: () -> the model's `checkpoints.fingerprint`.
         params: () -> its weights, f32, on the training mesh.
         encode: examples -> token ids of their prompts and responses, in the run's template and cut to its budget.
         logprobs: (pairs, name of the progress bar) -> the model's log-probs of the responses of each, f32 [pairs, Y],
             in nats. A pair is a prompt with any number of responses.
-        generate: (token ids of prompts, iteration whose seeds are drawn with, fields of `config.generate` other than
-            the run's) -> what `generation.engine.Engine.generate` returns for them.
-        held_out: pairs of real and generated responses to the held-out prompts. The opponent of the iteration wrote the
+        generate: (token ids of prompts, iteration whose seeds to use, changes to fields of `config.generate`) -> what
+            `generation.engine.Engine.generate` returns.
+        held_out: pairs of real and generated responses to the held-out prompts. The iteration's opponent wrote the
             generated ones.
-        held_out_examples: the rows of data that these are of, one for each prompt.
+        held_out_examples: the examples of these pairs, one for each prompt.
         held_out_prompts: row -> the token ids that a model is asked with, in the order of the examples.
-        held_out_logps: () -> the model's log-probs of these, f32 [pairs, 2], in nats.
-        opponent_logps: () -> the opponent's; None for a model that has no opponent.
-        iteration: the number of the iteration that trained it against its opponent; None for the others.
+        held_out_logps: () -> the model's log-probs of `held_out`, f32 [pairs, 2], in nats.
+        opponent_logps: () -> the opponent's log-probs; None for a model without an opponent.
+        iteration: the iteration that trained the model against its opponent; None for other models.
     """
 
     name: str
@@ -64,10 +64,12 @@ class Evaluator:
     """Measures of a model.
 
     Attributes:
-        measure: a model -> {name: number}, which go into `result.json` and the summary. Called by all processes.
-        refusal: config of a run -> why its models cannot be measured, if so; read after the evaluator's name.
-        auto: whether "auto" takes it where it can measure: it costs little, or a field of its own asks for it.
-        costly: whether `config.evaluate.every` says of which iterations it measures models.
+        measure: model -> {name: number}, for `result.json` and the summary. All processes call it.
+        refusal: config of a run -> why its models cannot be measured, worded to follow the evaluator's name; None if
+            they can.
+        auto: whether "auto" includes it, where it can measure. Such an evaluator costs little, or a field of its own
+            asks for it.
+        costly: whether it measures only the iterations that `config.evaluate.every` names.
     """
 
     measure: Callable[[Subject], dict[str, float]]
@@ -82,11 +84,11 @@ def needs_held_out(config: Config) -> str | None:
 
 
 def chosen(config: Config) -> dict[str, Evaluator]:
-    """The evaluators that `config.evaluate.evaluators` names, in its order; "auto" stands for those that the run's data
-    allow.
+    """Return the evaluators that `config.evaluate.evaluators` names, in its order. "auto" stands for all with `auto`
+    that can measure models of this run.
 
     Raises:
-        UserError: one was asked for by name that cannot measure models of this run.
+        UserError: an evaluator named in the config cannot measure models of this run.
     """
     found = {}
     for asked in config.evaluate.evaluators:
@@ -107,8 +109,8 @@ def is_due(config: Config, t: int) -> bool:
 
 
 def evaluate(subject: Subject, known: Mapping[str, float] | None = None, *, costly: bool = True) -> dict[str, object]:
-    """The summary's row of a model: its name, what is known of it already, and what the evaluators of the run find; the
-    costly ones only if asked."""
+    """Return a model's row of the summary: its name, what is `known` already, and what the run's evaluators measure,
+    without the costly ones unless `costly`."""
     row: dict[str, object] = {"model": subject.name, "iteration": subject.iteration, **(known or {})}
     for evaluator in chosen(subject.config).values():
         if costly or not evaluator.costly:

@@ -1,4 +1,4 @@
-"""What a model answers to the held-out prompts: how long, how varied, and the answers themselves to read."""
+"""Sample the model's answers to held-out prompts: measure their length and variety, and keep them to be read."""
 
 import json
 import logging
@@ -12,24 +12,24 @@ from spin_jax.runtime import multihost
 from spin_jax.runtime.files import write_whole
 
 FILE = "samples.jsonl"
-SHOWN = 10  # answers in the log: what a person reads
-LONGEST = 200  # characters of each there
-# Of these orders the literature reports most: distinct-2 of arXiv 1510.03055, rep-4 as in arXiv 1908.04319.
+SHOWN = 10  # answers in the log, as many as a person reads
+LONGEST = 200  # characters of an answer in the log
+# The orders that the literature mostly reports: distinct-2 (arXiv 1510.03055) and rep-4 (arXiv 1908.04319).
 DISTINCT, REPEATED = 2, 4
 
 _LOG = logging.getLogger(__name__)
 
 
 def distinct_ngrams(responses: Sequence[TokenIds], n: int) -> float:
-    """Different n-grams of token ids over all n-grams, of all responses together: 1 where none comes twice; 0 where
-    there are none."""
+    """Return the share of distinct n-grams of token ids among all n-grams of all responses: 1 if none occurs twice. It
+    is 0 if there are none."""
     found = [gram for response in responses for gram in _ngrams(response, n)]
     return len(set(found)) / max(1, len(found))
 
 
 def repeated_ngrams(responses: Sequence[TokenIds], n: int) -> float:
-    """The share of a response's n-grams of token ids that it had before, on average: near 1 in a loop. A response with
-    no n-gram repeats none."""
+    """Return the mean share of n-grams of token ids that repeat an earlier one of the same response: near 1 in a loop.
+    A response without n-grams counts as 0."""
     grams = [_ngrams(response, n) for response in responses]
     return float(np.mean([1 - len(set(own)) / max(1, len(own)) if own else 0.0 for own in grams]))
 
@@ -40,8 +40,8 @@ def _ngrams(response: TokenIds, n: int) -> list[tuple[int, ...]]:
 
 
 def _measure(subject: Subject) -> dict[str, float]:
-    """Sampled as the run samples; the policy of iteration t with the seeds of iteration t + 1, so that the answers are
-    those that it would write as the next opponent."""
+    """Sample as the run does. Use the seeds of iteration t + 1 for the policy of iteration t: the answers are then the
+    ones that it would write as the next opponent."""
     answered = (subject.iteration if subject.iteration is not None else -1) + 1
     responses = subject.generate(subject.held_out_prompts, answered, responses=1)
     tokens = [response.tokens for response in responses]
@@ -55,7 +55,7 @@ def _measure(subject: Subject) -> dict[str, float]:
 
 
 def _keep(subject: Subject, responses: Sequence) -> None:
-    """Every answer beside the real and the opponent's one in `samples.jsonl`, and the first few in the log."""
+    """Write every answer, beside the real one and the opponent's, to `samples.jsonl`, and log the first few."""
     decode, opponents = subject.chat.codec.decode, {}
     for pair in subject.held_out:
         opponents.setdefault(pair.row, decode(pair.responses[1]))
@@ -70,13 +70,13 @@ def _keep(subject: Subject, responses: Sequence) -> None:
 
 
 def _shown(line: dict) -> str:
-    """A prompt with its answers, a line each."""
+    """Format a prompt and its answers, a line each."""
     said = {"prompt": line["prompt"][-1]["content"], **{who: line[who] for who in ("real", "opponent", "policy")}}
     return f"row {line['row']}\n" + "\n".join(f"  {who:9}{_short(text)}" for who, text in said.items())
 
 
 def _short(text: str) -> str:
-    """In one line, and with no character that would move a terminal's cursor or turn its writing."""
+    """Shorten a text to one line. Replace characters that would move a terminal's cursor or change its direction."""
     plain = "".join(
         letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split())
     )

@@ -1,4 +1,4 @@
-"""Scores on disk: whole passes, and the parts of one that is under way."""
+"""Keep scores on disk: those of a finished pass over the pairs, and parts of an unfinished one."""
 
 import io
 import logging
@@ -16,40 +16,40 @@ _LOG = logging.getLogger(__name__)
 
 
 def write_scores(path: epath.Path, key: str, logps: np.ndarray, pairs: Sequence[Pair]) -> None:
-    """Store scores [..., Y] with their key and with the rows and iterations of `pairs`, which they are of, in order.
-    They take the place of the parts."""
+    """Store scores [..., Y] of `pairs`, in their order, with their key and the pairs' rows and iterations. Delete the
+    parts."""
     of_pairs = np.reshape([(pair.row, pair.iteration) for pair in pairs], (*logps.shape[:-1], 2))
     write_whole(path, _npz(key=key, logps=logps, rows=of_pairs[..., 0], iterations=of_pairs[..., 1]))
     delete_parts(path.parent)
 
 
 def read_scores(path: epath.Path, key: str) -> np.ndarray | None:
-    """The stored scores; None where there are none, or those of another key, or the file is damaged."""
+    """Read stored scores; None if there is no file, or it is damaged or has another key."""
     found = _read(path, key)
     return None if found is None else found["logps"]
 
 
 def delete_parts(directory: epath.Path, name: str = "part") -> None:
-    """When the scores of a pass are in a file of their own."""
+    """Delete the parts of a pass. Call it when its scores are stored."""
     for part in find(directory, f"{name}-*.npz"):
         part.unlink()
 
 
 class Parts:
-    """The scored batches of a pass that is under way, `every` of them a file, which is called `name`; the first process
-    reads and writes them."""
+    """The scored batches of an unfinished pass, in files NAME-NUMBER.npz of `every` batches. Process 0 reads and writes
+    them."""
 
     def __init__(self, directory: epath.Path, key: str, every: int, name: str = "part"):
         self._directory, self._key, self._every, self._name, self._kept = directory, key, every, name, 0
 
     def read(self) -> list[np.ndarray]:
-        """What is there, [pairs of a batch, Y] a batch, without a gap."""
+        """Return the scores of the first batches, [pairs of a batch, Y] each, up to the first one that is missing."""
         done = multihost.on_process_zero(self._read)
         self._kept = len(done)
         return done
 
     def keep(self, done: Sequence[np.ndarray]) -> None:
-        """Write the batches that are in no file yet, once they are `every`."""
+        """Write the batches that are in no file yet, if there are `every` of them."""
         new = done[self._kept :]
         if len(new) >= self._every:
             if multihost.is_first():
@@ -74,7 +74,7 @@ def _npz(**arrays: Any) -> bytes:
 
 
 def _read(path: epath.Path, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays of a file; None where it is not there, was made for another key, or is damaged."""
+    """Read the arrays of a file; None if it is missing or damaged, or has another key."""
     if not path.exists():
         return None
     try:

@@ -1,8 +1,8 @@
 """Log-probs of responses: of any prompts and responses (`Scorer`), and of the pairs of every training step.
 
-A margin is a difference of log-probs that are nearly equal, times beta. In bfloat16 each of them carries half a nat of
-rounding or more, which cancels only if policy and opponent are computed in the same way: the same rows, the same
-program. So each training step's own program scores each step's own batch (docs/algorithm.md has the measurements).
+A margin is beta times a difference of nearly equal log-probs. In bfloat16 each log-prob has a rounding error of half a
+nat or more. The errors of policy and opponent cancel only if the same program computes both, on the same rows. So the
+training step's own program scores each step's own batch (docs/algorithm.md has the measurements).
 """
 
 import dataclasses
@@ -31,18 +31,18 @@ from spin_jax.objectives.logprobs import pair_logprobs, target_scores
 from spin_jax.runtime import preemption
 from spin_jax.runtime.progress import Loop
 
-# Of the step's arithmetic: raised where a change of the code sums in another order, so that older scores are made anew.
+# Raise it when a change of the code sums in another order: scores of the older arithmetic are then made again.
 VERSION = 2
 
 
 # Sizes of scoring outside of a run, which scores in the rows that it trains on.
-PROMPTS = 8  # that a device takes at a time: some thousand tokens with few-shot examples, and the devices are busy
-LOGITS_CHUNK = 256  # positions of which logits are held: little memory, and a matmul large enough
+PROMPTS = 8  # a device scores at a time; with few-shot examples these are some thousand tokens, enough to be busy
+LOGITS_CHUNK = 256  # positions whose logits are held at a time: little memory, and still a large matmul
 
 
 @functools.cache
 def response_program(model: ModelConfig, execution: Execution) -> Callable:
-    """Jitted (params, batch) -> log-probs of responses [B, P, Y]; the very function that training differentiates."""
+    """Jitted (params, batch) -> log-probs of responses [B, P, Y]. Training differentiates the same function."""
     return jit(execution.mesh, lambda params, batch: pair_logprobs(model, params, batch, execution))
 
 
@@ -58,11 +58,11 @@ def token_program(model: ModelConfig, execution: Execution) -> Callable:
 
 
 class TokenScores(NamedTuple):
-    """Of a response y to a prompt x, f32 [tokens].
+    """Scores of a response's tokens, f32 [tokens] each.
 
     Attributes:
         logps: log p(y_j | x, y_<j), in nats.
-        correct: 1 where y_j is the most likely token, as greedy decoding takes it; else 0.
+        correct: 1 where y_j is the most likely token, which greedy decoding would take; else 0.
     """
 
     logps: np.ndarray
@@ -71,13 +71,15 @@ class TokenScores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scorer:
-    """Log-probs of responses under params of a model, which are an argument of each call: numpy or jax arrays, wherever
-    they lie. A prompt is computed once for all its responses, and several prompts share a packed row.
+    """Computes log-probs of responses. Each call takes params: numpy or jax arrays, on any devices.
+
+    A prompt is computed once for all its responses, and several prompts share a packed row.
 
     Attributes:
         model: its config.
-        settings: `config.train`: how long rows are, and how many prompts are scored at a time (a micro-batch's).
-        execution: on any mesh; data and fsdp axes split rows.
+        settings: `config.train`, of which the length of rows is read, and the size of a micro-batch: that many prompts
+            are scored at a time.
+        execution: on any mesh, whose data and fsdp axes split rows.
     """
 
     model: ModelConfig
@@ -87,17 +89,17 @@ class Scorer:
     def logprobs(
         self, params: dict, prompts: Sequence[TokenIds], responses: Sequence[Sequence[TokenIds]]
     ) -> np.ndarray:
-        """log p(y|x) of each response y to each prompt x, in nats, on every process.
+        """Return log p(y|x) of each response y to each prompt x, in nats, on every process.
 
         Args:
-            prompts: token ids of each.
+            prompts: token ids of each prompt.
             responses: for each prompt, the token ids of any number of responses, each with its stop id if it has one.
 
         Returns:
             f32 [prompts, K], K the largest number of responses to a prompt; NaN where a prompt has fewer.
 
         Raises:
-            UserError: a text has no tokens, or tokens that the model has not; or a log-prob is not finite.
+            UserError: a text is empty, or has an id beyond the vocabulary; or a log-prob is not finite.
         """
         pairs = self._pairs(prompts, responses)
         logps = np.full((len(pairs), max((len(pair.responses) for pair in pairs), default=0)), np.nan, np.float32)
@@ -109,7 +111,7 @@ class Scorer:
     def token_logprobs(
         self, params: dict, prompts: Sequence[TokenIds], responses: Sequence[Sequence[TokenIds]]
     ) -> list[list[np.ndarray]]:
-        """`logprobs` token by token: log p(y_j | x, y_<j) in nats, f32 [tokens], of each response to each prompt."""
+        """Return log p(y_j | x, y_<j) in nats, f32 [tokens], for each response to each prompt."""
         return [[one.logps for one in of_prompt] for of_prompt in self.token_scores(params, prompts, responses)]
 
     def token_scores(
@@ -119,7 +121,7 @@ class Scorer:
         responses: Sequence[Sequence[TokenIds]],
         name: str = "score",
     ) -> list[list[TokenScores]]:
-        """`token_logprobs`, and which tokens greedy decoding would take; `name` is that of `score`."""
+        """Like `token_logprobs`, but also say which tokens greedy decoding would take; `name` is that of `score`."""
         pairs = self._pairs(prompts, responses)
         answered, found = [pair for pair in pairs if pair.responses], [[] for _ in pairs]
         if not answered:
@@ -184,7 +186,7 @@ class Scorer:
 
 
 def _one_ahead(results: Iterator) -> Iterator:
-    """The results, each when the next has been asked for: the devices compute that one while the host reads this."""
+    """Yield each result after the next one was asked for, so that the devices compute while the host reads."""
     pending = next(results)
     for result in results:
         preemption.between_batches()
@@ -195,12 +197,12 @@ def _one_ahead(results: Iterator) -> Iterator:
 
 @dataclasses.dataclass
 class StepProgram:
-    """A training step's own program, called to score: it gives the log-probs that a training call finds, bit for bit.
+    """A training step's own program, called to score: its log-probs equal those of a training call, bit for bit.
 
     Attributes:
-        step: the jitted `train_step.make_step`; donates the state.
-        state: a `TrainState`, whose params score; no call changes it.
-        opponent: what the step takes beside it.
+        step: the jitted `train_step.make_step`, which donates the state.
+        state: a `TrainState` with the params to score with. Scoring does not change it.
+        opponent: the step's second argument.
     """
 
     step: Callable
@@ -221,12 +223,12 @@ def score_batches(
     name: str,
     parts: Parts | None = None,
 ) -> list[np.ndarray]:
-    """Log-probs of the pairs of each batch of a plan, [pairs of the batch, Y], row after row. A batch is read while the
-    devices compute the next.
+    """Return log-probs of the pairs of each batch of a plan, [pairs of the batch, Y], row after row. Read a batch while
+    the devices compute the next one.
 
     Args:
         run: host arrays -> log-probs [B, P, Y] on the devices, such as a `StepProgram`.
-        make_batch: the batch of a number.
+        make_batch: number of a batch -> the batch.
         name, parts: as in `Scorer.score`.
 
     Raises:
@@ -252,7 +254,7 @@ def score_batches(
 
 
 def check_finite(logps: np.ndarray, rows: np.ndarray) -> None:
-    """Refuse scores [pairs, Y] that are not finite; `rows` are the pairs' numbers in the data set."""
+    """Refuse scores [pairs, Y] that are not finite. `rows` are the row numbers of the pairs in the data set."""
     wrong = ~np.isfinite(logps).all(axis=1)
     if wrong.any():
         numbers = ", ".join(map(str, sorted(set(rows[wrong].tolist()))[:20]))
@@ -269,8 +271,8 @@ def scores_key(
     micro_batches: int = 1,
     model: Mapping[str, str] | None = None,
 ) -> str:
-    """A hash of all that decides the bits of scores: token ids, batches, programs, devices, and the model as
-    `checkpoints.fingerprint` identifies it. Scores of another key are not those that this run would make."""
+    """Hash all that decides the bits of scores: token ids, batches, programs, devices, and the model as
+    `checkpoints.fingerprint` identifies it. Do not use stored scores with another key: this run would make others."""
     digest = hashlib.sha256(json.dumps([VERSION, model]).encode())
     for pair in pairs:
         for tokens in (pair.prompt, *pair.responses):
