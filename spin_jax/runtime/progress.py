@@ -1,4 +1,4 @@
-"""Show the progress of a loop and of the run: a bar in a terminal or notebook, elsewhere an occasional log line."""
+"""Progress of a long loop and of the whole run: a bar in a terminal or notebook, elsewhere a line now and then."""
 
 import contextlib
 import dataclasses
@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from spin_jax.runtime import multihost
 
-# Write a line when both have passed since the last one, and at the end of a loop. That makes some dozens of lines in a
-# run of minutes, and twenty a loop in a run of days.
+# A line is written when both have passed since the last one, and at the end: some dozens in a run of minutes, twenty a
+# loop in one of days.
 SECONDS = 10.0
 SHARE = 0.05
 
@@ -25,23 +25,23 @@ def is_live() -> bool:
 
 
 class Loop:
-    """A loop of `total` units, `done` of which an earlier start has made. Only process 0 shows it.
+    """A loop of `total` units, of which an earlier start has made `done`. Only the first process shows it.
 
     Attributes:
-        done: units made so far, with those of earlier starts.
+        done: units so far.
         elapsed: seconds since the loop began.
     """
 
     def __init__(self, name: str, total: int, unit: str, done: int = 0):
         self.name, self.total, self.done = name, total, done
         self._unit, self._is_shown = unit, multihost.is_first()
-        self._share = 1 - done / max(total, 1)  # of the loop, that is left to this start
+        self._share = 1 - done / max(total, 1)  # that this process makes
         live = self._is_shown and is_live()
         self._bar = tqdm(total=total, initial=done, desc=name, unit=unit) if live else None
         self._began = self._written = time.perf_counter()
         self._written_done = done
         self._facts: dict[str, str] = {}
-        self._first: tuple[float, int] | None = None  # (time, `done`) after the units that waited for the compiler
+        self._first: tuple[float, int] | None = None  # when the first units were done, which waited for the compiler
 
     def __enter__(self) -> "Loop":
         _run.begin(self.name)
@@ -74,7 +74,7 @@ class Loop:
             self._write()
 
     def _seconds_a_unit(self) -> float | None:
-        """Seconds that a unit takes, without the first ones, which waited for the compiler; None until it is known."""
+        """Measured after the first units, which waited for the compiler; None before there are others."""
         if self._first is None or self.done == self._first[1]:
             return None
         return (time.perf_counter() - self._first[0]) / (self.done - self._first[1])
@@ -103,7 +103,7 @@ class Loop:
 
 
 def _duration(seconds: float) -> str:
-    """Write a time as "2 d 3 h", "1 h 20 min", "5 min 30 s" or "12 s"."""
+    """As "2 d 3 h", "1 h 20 min", "5 min 30 s" or "12 s"."""
     whole = round(seconds)
     for large, small, names in ((86400, 3600, ("d", "h")), (3600, 60, ("h", "min")), (60, 1, ("min", "s"))):
         if whole >= large:
@@ -124,21 +124,21 @@ class Expected:
 
 
 class _Run:
-    """The loops that are still to come, and how long a loop of each kind has taken in this process."""
+    """The loops to come, and how long those of each kind have taken in this process."""
 
     def __init__(self, loops: Sequence[Expected] = ()):
-        self._loops = list(loops)  # the current one first
-        self._seconds: dict[str, float] = {}  # of a loop of size 1, by kind, with the time since the loop before it
+        self._loops = list(loops)  # the one that goes on and those after it
+        self._seconds: dict[str, float] = {}  # by kind, for a size of 1, with what came before the loop
         self._ended = time.perf_counter()
 
     def begin(self, name: str) -> None:
-        """Drop the loops before this one, which are done."""
+        """Drop the loops before this one: they are done."""
         names = [loop.name for loop in self._loops]
         if name in names:
             self._loops = self._loops[names.index(name) :]
 
     def end(self, name: str, share: float) -> None:
-        """Note that a loop is done. This start made a `share` of it."""
+        """Note that a loop is done, and which share of it this process made."""
         if self._goes_on(name):
             loop = self._loops.pop(0)
             if share:
@@ -146,8 +146,8 @@ class _Run:
             self._ended = time.perf_counter()
 
     def seconds_left(self, name: str, share: float, of_loop: float | None) -> float | None:
-        """Estimate the seconds left of the run, given those left of the loop `name`. None until this process has made a
-        loop of each kind that is still to come."""
+        """Seconds left of the run, given those left of the loop `name`. None while that is not known: until a loop of
+        each kind that is to come has been made once."""
         if of_loop is None or not self._goes_on(name):
             return None
         now, *later = self._loops
@@ -160,10 +160,8 @@ class _Run:
         return bool(self._loops) and self._loops[0].name == name
 
     def _for_size_1(self, loop: Expected, share: float, left: float) -> float:
-        """Estimate the seconds that a loop of this kind and of size 1 takes, from the end of the loop before it.
-
-        A share below half counts as half: much of its time went to the compiler, which a longer loop needs only once.
-        """
+        """Seconds that a loop of this kind and of size 1 takes, from the end of the loop before. A share below half
+        counts as half, since much of its time is the compiler's."""
         return (time.perf_counter() - self._ended + left) / (max(share, 0.5) * loop.size)
 
 
@@ -172,7 +170,7 @@ _run = _Run()
 
 @contextlib.contextmanager
 def expected(loops: Sequence[Expected]) -> Iterator[None]:
-    """Announce the loops that a run makes inside, in order, so that each can show the time left of the whole run."""
+    """Announce the loops that a run makes inside, in order, so that each can say how long the whole will take."""
     global _run
     _run = _Run(loops)
     try:
