@@ -1,4 +1,4 @@
-"""softmax(q k / sqrt(H)) v of causal rows: in plain jax.numpy, or by a kernel of `spin_jax.kernels`, and of a cache.
+"""Attention, softmax(q k / sqrt(H)) v: of whole rows, in jax.numpy or by a kernel of `spin_jax.kernels`; of a cache.
 
 The plain path holds the scores [B, N, T, S]; kernels hold a tile of them at a time (FlashAttention, arXiv 2205.14135).
 Softmax runs in f32 in all of them.
@@ -28,11 +28,11 @@ def causal_attention(
     kernel: str | None,
     mesh: Mesh,
 ) -> jax.Array:
-    """Attention of whole rows to themselves, [B, T, N, H] in q's dtype. Differentiable in q, k, v.
+    """Return the attention of rows to themselves, [B, T, N, H] in q's dtype. Differentiable in q, k, v.
 
-    Query i sees key j where j <= i < ends[j] and positions[i] - positions[j] < sliding_window. So one number a token
-    says what sequences a row holds, and that two of them share a beginning (the causal case of FlashMask, arXiv
-    2410.01359).
+    Query i sees key j if j <= i < visible_until[j] and positions[i] - positions[j] < sliding_window. So one number for
+    each token describes which sequences a row holds, also sequences that share a beginning (the causal case of
+    FlashMask, arXiv 2410.01359).
 
     Args:
         q_BTNH: N is a multiple of K: query heads [n G, (n + 1) G) share kv head n.
@@ -50,7 +50,7 @@ def causal_attention(
     attention = functools.partial(
         KERNELS[kernel].attention, sliding_window=sliding_window, platform=mesh.devices.flat[0].platform
     )
-    # The partitioner cannot look into a kernel. No row or head needs another, so each device runs its own.
+    # The partitioner cannot split a kernel. Rows and heads do not depend on each other, so each device runs its own.
     rows, heads = spec("rows"), spec("rows", None, "heads", None)
     by_device = jax.shard_map(
         attention, mesh=mesh, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False
@@ -61,7 +61,8 @@ def causal_attention(
 def attend_cached(
     q_BTNH: jax.Array, cache: dict, layer: jax.Array | None, mask_BTS: jax.Array, columns: cache_lib.Columns
 ) -> jax.Array:
-    """`attend` to what a layer has in a cache, in its dtype; columns before the first that counts are not read."""
+    """`attend` to a layer's keys and values in a cache, in the cache's dtype. Do not read columns before
+    `columns.starts[columns.start]`."""
 
     def from_column(first: int, q_BTNH: jax.Array, cache: dict, mask_BTS: jax.Array) -> jax.Array:
         seen = cache_lib.read(cache, layer, first)
@@ -75,12 +76,12 @@ def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: ja
     """softmax(q k / sqrt(H)) v, [B, T, N, H]. Each of the K key heads serves G query heads without being repeated."""
     batch, length, heads, head_dim = q_BTNH.shape
     kv_heads, seen = v_BKSH.shape[1:3]
-    # M is G and T as one axis: XLA on CPUs knows a batched matmul by one axis a side, and is slow at any other.
+    # Merge G and T into one axis M: XLA for CPUs has a fast batched matmul for one free axis a side only.
     q_BKMH = q_BTNH.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     q_BKMH = q_BKMH.reshape(batch, kv_heads, -1, head_dim)
     scores_BKMS = jnp.einsum("BKMH,BKHS->BKMS", q_BKMH, k_BKHS, preferred_element_type=jnp.float32)
     scores_BKGTS = scores_BKMS.reshape(batch, kv_heads, -1, length, seen) * head_dim**-0.5
-    # A finite minimum: a query that sees nothing (beyond its cache) gives numbers nobody reads, not NaNs that spread.
+    # Mask with a finite minimum: a query that sees nothing then gives numbers that nobody reads, not NaNs that spread.
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
     weights_BKMS = weights_BKGTS.reshape(batch, kv_heads, -1, seen).astype(v_BKSH.dtype)

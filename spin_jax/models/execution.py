@@ -1,6 +1,6 @@
 """How a model is computed: precision, kernels, what is kept for the backward pass, where arrays lie.
 
-None of it changes the result but by rounding.
+None of this changes results, except by rounding.
 """
 
 import dataclasses
@@ -24,28 +24,29 @@ from spin_jax.models.config import ModelConfig
 INPUT, QKV, ATTENDED, GATE, UP, DOWN = "input", "qkv", "attended", "gate", "up", "down"
 
 _save = functools.partial(jax.checkpoint_policies.save_only_these_names, INPUT)
-# What the backward pass finds in memory; the rest of a layer is computed again. In brackets: numbers a token and layer.
+# What each policy keeps for the backward pass; the rest of a layer is computed again. In brackets: the numbers kept for
+# a token and layer.
 REMAT_POLICIES: dict[str, Callable | None] = {
-    # Every intermediate: no second forward pass.
+    # Keep every intermediate: no second forward pass.
     "none": None,
-    # The layer's input alone [D]: a second forward pass, but for its last matmul.
+    # Keep the layer's input alone [D]: a second forward pass, except for its last matmul.
     "full": _save(),
-    # Rotated queries and keys, and values [+ (N + 2K) H]: spares their projections.
+    # Also keep rotated queries and keys, and values [+ (N + 2K) H]: spares their projections.
     "qkv": _save(QKV),
-    # And the attention kernel's result, and the residual stream after it, or what is normed before it is added to that
-    # [+ N H + D]: spares the kernel's second forward run and the output projection.
+    # Also keep the attention kernel's result, and the residual stream after it; with post-norms, the output projection
+    # before its norm instead [+ N H + D]. Spares a second forward run of the kernel and the output projection.
     "attention": _save(QKV, RESIDUALS, ATTENDED),
-    # And the MLP's gate [+ F], and both its halves [+ 2F]: each spares one of the three large matmuls. With both goes
-    # what the MLP gives where that is normed [+ D].
+    # Also keep the MLP's gate [+ F], or its gate and up projections [+ 2F]: each spares one of the three large matmuls.
+    # "mlp" also keeps the MLP's result if that has a norm [+ D].
     "gate": _save(QKV, RESIDUALS, ATTENDED, GATE),
     "mlp": _save(QKV, RESIDUALS, ATTENDED, GATE, UP, DOWN),
-    # All of that but the kernel's result: every matmul is spared [(N + 2K) H + 2D + 2F].
+    # Keep all of that but the kernel's result [(N + 2K) H + 2D + 2F]: spares every matmul.
     "projections": _save(QKV, ATTENDED, GATE, UP, DOWN),
 }
 
 
 def saved_numbers(config: ModelConfig, remat: str, lanes: int = 1) -> int:
-    """Numbers a token and layer that a policy keeps: those in brackets above, and the layer's input ("none": about).
+    """Return how many numbers a policy keeps for a token and layer, with the layer's input; for "none" an estimate.
 
     Args:
         lanes: heads are padded to a multiple of so many numbers: 128 on TPUs.
@@ -61,16 +62,16 @@ def saved_numbers(config: ModelConfig, remat: str, lanes: int = 1) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Hashable, hence static under `jax.jit`.
+    """How a model is computed on a mesh. Hashable, hence static under `jax.jit`.
 
     Attributes:
-        dtype: of matmuls and activations; norms, softmax, log-probs and gradients of params are f32 always.
+        dtype: of matmuls and activations. Norms, softmax, log-probs and gradients of params are always f32.
         remat: name in REMAT_POLICIES.
         logits_chunk: response positions whose logits are held at a time; 0 is all.
         kernel: of attention, a name in `kernels.KERNELS`; None is plain jax.numpy.
-        mesh: the devices of params and activations; the first of this process by default.
-        line: from `sharding.sum_line`. Gradients are summed over lines of so many devices of the fsdp axis apart from
-            what is across them; 0: over all devices at once.
+        mesh: the devices of params and activations; by default this process's first device.
+        line: from `sharding.sum_line`. If it is not 0, gradients are summed over the fsdp axis in two steps: across
+            lines of so many neighbours, then along them.
     """
 
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
@@ -90,12 +91,13 @@ class Execution:
 
 
 def materialize(x: jax.Array) -> jax.Array:
-    """x, in memory: neither it nor its cotangent is fused into the matmuls beside it, whose tiles shrink otherwise."""
+    """Return x behind an optimization barrier: XLA fuses neither x nor its cotangent into neighbouring matmuls, whose
+    tiles would shrink."""
     return jax.lax.optimization_barrier(x)
 
 
 def remat_name(x: jax.Array, name: str, execution: Execution) -> jax.Array:
-    """x, under a name that a remat policy may keep."""
+    """Return x under a name by which a remat policy may keep it."""
     return _kept_on_cpu(x, name) if execution.on_one_cpu else checkpoint_name(x, name)
 
 
@@ -104,10 +106,10 @@ _kept_on_cpu.defjvp(lambda name, primals, tangents: (kept_bits(primals[0], name)
 
 
 def make_execution(settings: ModelSection, model: ModelConfig, mesh: Mesh) -> Execution:
-    """How `config.model` says that training computes on a mesh; "auto" is what its devices are best at.
+    """Return how training computes on a mesh, by `config.model`. "auto" is what the devices are best at.
 
     Raises:
-        UserError: the attention kernel that was asked for cannot run.
+        UserError: the attention kernel in the config cannot run on these devices.
     """
     device = mesh.devices.flat[0]
     dtype = compute_dtype(settings.compute_dtype, device)
@@ -116,7 +118,7 @@ def make_execution(settings: ModelSection, model: ModelConfig, mesh: Mesh) -> Ex
 
 
 def make_decode_execution(mesh: MeshConfig, model: ModelConfig, execution: Execution) -> Execution:
-    """The same for sampling, on the decode mesh of the same devices."""
+    """Return how sampling computes, on the decode mesh of the same devices."""
     num_shards = sharding.decode_shards(execution.mesh.size, mesh.decode_tensor, model.tensor_axes)
     decode_mesh = sharding.decode_mesh(execution.mesh, num_shards)
     return dataclasses.replace(execution, kernel=None, mesh=decode_mesh, line=0)

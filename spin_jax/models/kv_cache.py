@@ -1,15 +1,15 @@
-"""What a row has seen: its keys and values, as a dict of arrays that `models.forward` reads and writes.
+"""The KV cache: keys and values that rows have seen, as a dict of arrays that `models.forward` reads and writes.
 
     k, v         [L, B, K, S, H]
-    kT           in the place of k, on CPUs: [L, B, K, H, S]
+    kT           on CPUs, in the place of k: [L, B, K, H, S]
     positions    int32 [B, S], of the tokens in the columns; EMPTY_POSITION where a column holds none
 
-Columns stand beside head_dim, as the loop over tokens wants them: in any other order a TPU's compiler makes a second
-cache to its taste, where it is not one head a chip. On CPUs a matmul takes its second operand with the summed axis in
-front of the other, and transposes whole layers of keys in every step where it is not so.
+Columns (S) stand next to head_dim, as the loop over tokens reads them. With any other order a TPU's compiler makes a
+second cache in that one, unless each chip has a single head. On CPUs keys are transposed: a matmul there wants the
+summed axis of its second operand in front, and would transpose whole layers of keys in every step.
 
-A cache by layer has tuples of L arrays in the place of the axis L, and so have the layers of params beside it. XLA for
-CPUs updates and multiplies a whole array in place, and copies what is a part of one first.
+A cache by layer has tuples of L arrays instead of an axis L, and so have the layers of the params that go with it. XLA
+for CPUs updates and multiplies a whole array in place, but copies a part of an array first.
 
 Shape letters: docs/architecture.md.
 """
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from spin_jax.devices.sharding import constrain
 from spin_jax.models.config import ModelConfig
 
-# The position of what no token may see: ahead of all of them, and far from overflow when positions are subtracted.
+# The position of columns that no token may see: ahead of all tokens, and small enough to subtract without overflow.
 EMPTY_POSITION = 2**30
 
 
@@ -34,10 +34,10 @@ class Columns:
     """Which columns of a cache a call of `forward` writes and reads.
 
     Attributes:
-        written: int32; its T tokens fill this column and the T - 1 after it, the same in every row. (A column of its
-            own for each row would be a scatter, which TPUs run row by row.)
-        starts: columns that the reading may begin at, ascending from 0: one branch is compiled for each.
-        start: int32, which of them it is: no token sees a column before it.
+        written: int32; the call's T tokens fill this column and the T - 1 after it, the same ones in every row. (A
+            column for each row would be a scatter, which TPUs run row by row.)
+        starts: columns at which reading may begin, ascending from 0. A branch is compiled for each.
+        start: int32, index into `starts`. No token sees a column before it.
     """
 
     written: jax.Array | int = 0
@@ -54,8 +54,8 @@ def init_cache(
     *,
     by_layer: bool = False,
 ) -> dict:
-    """An empty cache with keys and values of `dtype`, split over the devices of a mesh by rows and kv heads. A cache by
-    layer is for one device."""
+    """Make an empty cache with keys and values of `dtype`. Rows and kv heads are split over the devices of a mesh; a
+    cache by layer is for one device."""
     device = mesh.devices.flat[0] if mesh else jax.devices()[0]
     layers, of_layer = config.num_layers, (batch, config.num_kv_heads)
 
@@ -70,27 +70,27 @@ def init_cache(
 
 
 def cache_dtype(compute_dtype: jnp.dtype, platform: str) -> jnp.dtype:
-    """The dtype of keys and values beside matmuls in `compute_dtype`: the same, but float32 on CPUs, where XLA converts
-    all that it reads of a bfloat16 cache in every step."""
+    """Return the dtype of keys and values: `compute_dtype`, but float32 on CPUs, where XLA would convert all that it
+    reads of a bfloat16 cache in every step."""
     return jnp.dtype(jnp.float32 if platform == "cpu" else compute_dtype)
 
 
 def rows_axis(name: str, x: jax.Array) -> int:
-    """Which axis of an array of the cache its rows are."""
+    """Return the axis of a cache's array that holds rows."""
     return 0 if name == "positions" else x.ndim - 4
 
 
 def columns_axis(name: str, x: jax.Array) -> int:
-    """Which axis of an array of the cache its columns are."""
+    """Return the axis of a cache's array that holds columns."""
     return x.ndim - 1 if name in ("positions", "kT") else x.ndim - 2
 
 
 def write(cache: dict, k_BTKH: jax.Array, v_BTKH: jax.Array, layer: jax.Array | None, column: jax.Array | int) -> dict:
-    """The cache with T new keys and values from `column` on; in place where it is donated or carried by a loop.
+    """Write T keys and values to a cache, from `column` on: in place if the cache is donated, or carried by a loop.
 
     Args:
         cache: without positions.
-        layer: None where the cache is that of one layer alone.
+        layer: None if the cache has one layer alone, and no axis L.
     """
     new = {"k": k_BTKH.swapaxes(1, 2), "v": v_BTKH.swapaxes(1, 2), "kT": k_BTKH.transpose(0, 2, 3, 1)}
 
@@ -106,7 +106,7 @@ def write(cache: dict, k_BTKH: jax.Array, v_BTKH: jax.Array, layer: jax.Array | 
 
 
 def read(cache: dict, layer: jax.Array | None, first: int) -> dict:
-    """A layer's part of a cache from column `first` on: kT [B, K, H, S], v [B, K, S, H]."""
+    """Return a layer's keys and values from column `first` on: kT [B, K, H, S], v [B, K, S, H]."""
 
     def part(name: str, x: jax.Array) -> jax.Array:
         start: list[jax.Array | int] = [0] * x.ndim

@@ -1,8 +1,7 @@
 """Low-rank updates of a frozen model's linear layers (LoRA, arXiv 2106.09685), as a tree of their own.
 
-The tree follows the params', with {"a": f32 [L, *inputs, R], "b": f32 [L, R, *outputs]} in the place of each weight of
-a layer that is a matmul's and among `config.lora.target_modules`, and nothing for embeddings, norms and biases. The
-updated weight is w + scale a b.
+The tree has {"a": f32 [L, *inputs, R], "b": f32 [L, R, *outputs]} at the place of each linear layer's weight that
+`config.lora.target_modules` names, and nothing for embeddings, norms and biases. An updated weight is w + scale a b.
 """
 
 import functools
@@ -23,7 +22,7 @@ from spin_jax.models.weights import Weight, stacked_weights, weights
 
 @functools.cache
 def adapter_weights(config: ModelConfig, lora: LoraConfig) -> dict:
-    """The table of the updates, as a tree like them; names are those of Hugging Face's PEFT, without its prefix."""
+    """The table of weights of the updates. Names are those of Hugging Face's PEFT, without its prefix."""
 
     def pair(weight: Weight) -> dict[str, Weight]:
         inputs, stem = weight.inputs or 0, weight.name.removesuffix("weight")
@@ -45,14 +44,14 @@ def adapter_weights(config: ModelConfig, lora: LoraConfig) -> dict:
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Of [L, *inputs, R], in +-1 / sqrt(inputs), as PEFT draws it (kaiming_uniform_ with a = sqrt(5),
+    """Draw [L, *inputs, R] from +-1 / sqrt(inputs), as PEFT does (kaiming_uniform_ with a = sqrt(5) in
     src/peft/tuners/lora/layer.py)."""
     bound = 1 / math.sqrt(math.prod(shape[1:-1]))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def init_adapters(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict:
-    """Fresh updates: b zero, so that they change nothing yet. Jittable, to be born sharded."""
+    """Make fresh updates, whose b is 0, so that they change nothing yet. Jittable, so that they can be born sharded."""
     layer = adapter_weights(config, lora)["layers"]
     keys = iter(jax.random.split(key, sum(map(len, layer.values()))))
 
@@ -65,8 +64,13 @@ def init_adapters(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict
 
 
 def attach(params: dict, adapters: dict, scale: float, dropout: Dropout | None = None) -> dict:
-    """Params for `forward` that compute with the updated weights, both held as they are; gradients reach the adapters
-    alone. `dropout`: split over weights and layers, each of which drops numbers of its own."""
+    """Return params for `forward` that compute with the updated weights, without adding them up.
+
+    Gradients reach the adapters alone.
+
+    Args:
+        dropout: split over weights and layers, each of which drops other numbers.
+    """
     if dropout is not None:
         pairs, treedef = jax.tree.flatten(adapters, is_leaf=lambda entry: "a" in entry)
         own = (Dropout(jax.random.fold_in(dropout.key, i), dropout.rate) for i in range(len(pairs)))
@@ -77,7 +81,7 @@ def attach(params: dict, adapters: dict, scale: float, dropout: Dropout | None =
 
 
 def merge(params: dict, adapters: dict, scale: float) -> dict:
-    """Plain params that hold the updated weights; f32 throughout, also where matmuls are of bfloat16 by default."""
+    """Return plain params with the updates added. The matmuls are f32, also where bfloat16 is a device's default."""
 
     def add(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         contracted, stacked = ((a.ndim - 1,), (1,)), ((0,), (0,))
@@ -98,8 +102,11 @@ def abstract_adapters(config: ModelConfig, lora: LoraConfig) -> dict:
 
 
 def adapter_shardings(mesh: Mesh, config: ModelConfig, lora: LoraConfig) -> dict:
-    """The NamedSharding of every array of `init_adapters`: split over fsdp by the axis that the weight is split by, or
-    else by the rank, where that divides; a rank that does not is a small one."""
+    """Return the NamedSharding of every array of `init_adapters`.
+
+    Each is split over fsdp along the axis along which its weight is split, or else along the rank. A rank that the
+    devices do not divide is small, and stays whole.
+    """
     table = stacked_weights(config, adapter_weights(config, lora))
     return jax.tree.map(lambda weight: fitting(mesh, weight.shape, weight.logical_axes), table)
 

@@ -1,4 +1,4 @@
-"""The tree of params, as the table of weights has it: its shapes, its axes, and how it is made and cast."""
+"""Make, cast and describe the tree of params, as the table of weights says."""
 
 import functools
 from collections.abc import Callable
@@ -17,20 +17,20 @@ from spin_jax.models.weights import stacked_weights, weights
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> dict:
-    """Fresh params, as `weights(config)` says. Jittable, so that they can be born sharded."""
+    """Draw fresh params, as `weights(config)` says. Jittable, so that they can be born sharded."""
     return nnx.to_pure_dict(nnx.state(Llama(config, Execution(), weights(config), rngs=nnx.Rngs(key), dtype=dtype)))
 
 
 def cast_params(config: ModelConfig, params: dict, dtype: jnp.dtype) -> dict:
-    """A copy of params with what `forward` casts to `dtype` cast already: it computes the same from half the bytes.
+    """Return a copy of params, cast to `dtype` beforehand: `forward` computes the same from half the bytes.
 
-    Norm scales stay as they are, because `forward` reads them in f32.
+    Norm scales are not cast, because `forward` reads them in f32.
     """
     return jax.tree.map(lambda weight, x: x if weight.float32 else x.astype(dtype), weights(config), params)
 
 
 def split_layers(params: dict) -> dict:
-    """params with a tuple of each layer's own arrays in the place of the axis L: see `init_cache(by_layer=True)`."""
+    """Replace the axis L of params by a tuple of each layer's own arrays, for `init_cache(by_layer=True)`."""
     layers = params["layers"]
     count = len(jax.tree.leaves(layers)[0])
     return params | {"layers": tuple(jax.tree.map(lambda x: x[layer], layers) for layer in range(count))}  # noqa: B023
@@ -38,13 +38,13 @@ def split_layers(params: dict) -> dict:
 
 @functools.cache
 def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> dict:
-    """The tree of `init_params` as jax.ShapeDtypeStruct: no memory, no compute."""
+    """Return the tree of `init_params` as jax.ShapeDtypeStruct, without computing it."""
     return jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, dtype), stacked_weights(config))
 
 
 @functools.cache
 def logical_axes(config: ModelConfig) -> dict:
-    """The tree of `init_params` with a tuple for each param that names its axes; None for that of a norm's scale."""
+    """Return the tree of `init_params` with each param's logical axes; None is an axis that is not split."""
     return jax.tree.map(lambda weight: weight.logical_axes, stacked_weights(config))
 
 
@@ -59,6 +59,6 @@ def param_shardings(mesh: Mesh, config: ModelConfig) -> dict:
 
 @functools.cache
 def make_resharding(model: ModelConfig, execution: Execution) -> Callable:
-    """params -> a copy in the compute dtype, laid out for `execution.mesh`."""
+    """Return a jitted function: params -> a copy in the compute dtype, split over `execution.mesh`."""
     copy = functools.partial(cast_params, model, dtype=execution.dtype)
     return jit(execution.mesh, copy, out_shardings=param_shardings(execution.mesh, model))

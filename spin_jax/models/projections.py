@@ -1,4 +1,4 @@
-"""Matmuls with weights, split over devices, and what belongs between two of them."""
+"""Matmuls with weights that are split over devices, and the elementwise functions between them."""
 
 import functools
 import re
@@ -22,28 +22,28 @@ def project(
     execution: Execution,
     out_dtype: jnp.dtype,
 ) -> jax.Array:
-    """einsum(expression, x, w) with FSDP said out loud, because the partitioner left alone does something else.
+    """einsum(expression, x, w) with FSDP written out, since XLA's partitioner would choose something else.
 
-    Forward: the shards of w are cast first and gathered then, half the bytes, whole, so that the matmul is one (left
-    alone, XLA makes it a loop over pieces that adds up in bfloat16). Backward: dw is summed over tokens and devices in
-    f32, whatever the dtype of w's copy, and each device keeps its shard.
+    Forward: cast the shards of w, then gather them, which is half the bytes, then do one matmul. (The partitioner would
+    loop over pieces, and sum them in bfloat16.) Backward: sum dw over tokens and devices in f32, whatever the dtype of
+    the gathered w, and leave each device its shard.
 
     Args:
         expression: such as "BTD,DF->BTF".
         x: in the compute dtype.
         w: a param, sharded.
-        axes: of w, their logical names.
-        out_dtype: of the result; dx is computed in x's dtype in any case.
+        axes: logical names of w's axes.
+        out_dtype: of the result. dx is always computed in x's dtype.
     """
     return _einsum(expression, x, _gathered(w, x.dtype, axes, execution.mesh), out_dtype, execution)
 
 
 def _einsum(expression: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype, execution: Execution) -> jax.Array:
-    """einsum, which sums in f32 whatever it is given and gives `dtype`."""
+    """einsum with sums in f32 and a result of `dtype`."""
     if execution.on_one_cpu:
-        # XLA's matmuls of bfloat16 are faster where the result is f32 (`benchmarks/matmuls.py`): those use a CPU's
-        # instructions for them. Two summed axes are taken in their letters' alphabetical order, and transposed first
-        # where that is not the order in memory: letters are renamed by where they stand.
+        # Ask for an f32 result: XLA's matmuls of bfloat16 then use a CPU's instructions for them, and are faster
+        # (`benchmarks/matmuls.py`). And rename letters by where they stand: einsum takes two summed axes in
+        # alphabetical order, and would transpose arrays first if that is not the order in memory.
         letters = {letter: chr(ord("a") + i) for i, letter in enumerate(dict.fromkeys(re.sub("[,>-]", "", expression)))}
         expression = expression.translate(str.maketrans(letters))
         return jnp.einsum(expression, left, right, preferred_element_type=jnp.float32).astype(dtype)
@@ -52,8 +52,8 @@ def _einsum(expression: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype
 
 def _gathered(w: jax.Array, dtype: jnp.dtype, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
     if w.dtype != dtype:
-        # What the cast gives in any case. But XLA takes a mere cast out of the loop over layers, and then keeps a cast
-        # copy of the whole model.
+        # Round before the cast, which changes no result: XLA would move a mere cast out of the loop over layers, and
+        # keep a cast copy of the whole model.
         w = jax.lax.reduce_precision(w, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
     return constrain(w.astype(dtype), mesh, *gathered(axes))
 
@@ -66,7 +66,7 @@ def _project_backward(expression, axes, execution, out_dtype, residuals, dy):
     del out_dtype
     (x, w), (inputs, y_axes) = residuals, expression.split("->")
     x_axes, w_axes = inputs.split(",")
-    # Tokens whole, features as w has them: where tensor splits the sequence, each device would sum up a whole dw else.
+    # Split features as in w, and gather tokens: if the tensor axis split tokens, each device would sum a whole dw.
     split = dict(zip(w_axes, gathered(axes), strict=True)) | {"B": "rows"}
     x_split, y_split = tuple(map(split.get, x_axes)), tuple(map(split.get, y_axes))
     x, dy = constrain(x, execution.mesh, *x_split), constrain(dy.astype(x.dtype), execution.mesh, *y_split)
@@ -82,7 +82,7 @@ def _project_backward(expression, axes, execution, out_dtype, residuals, dy):
     def own_dw(x: jax.Array, dy: jax.Array) -> jax.Array:
         return _sum_scatter(whole_dw(x, dy), tuple(placed).index("fsdp"), execution)
 
-    # Unchecked: that data and tensor have one device, and nothing to sum over, is not seen.
+    # check_vma=False: jax does not see that the data and tensor axes have one device, and nothing to sum over.
     specs = {"in_specs": (spec(*x_split), spec(*y_split)), "out_specs": placed, "check_vma": False}
     return dx, jax.shard_map(own_dw, mesh=execution.mesh, **specs)(x, dy).astype(w.dtype)
 
@@ -99,19 +99,19 @@ project.defvjp(_project_forward, _project_backward)
 
 
 class Dropout(NamedTuple):
-    """What drops out of the input of a low-rank update, as PEFT's lora_dropout has it (arXiv 1207.0580): each number
-    with the probability `rate`; the others are divided by 1 - rate.
+    """Dropout of a low-rank update's input, as PEFT's lora_dropout (arXiv 1207.0580): set each number to 0 with
+    probability `rate`, and divide the others by 1 - rate.
 
     Attributes:
         key: a jax.random key, or an array of them.
-        rate: f32, a number for each key; at 0 an input stays as it is, to the bit.
+        rate: f32, a number for each key. At 0 inputs stay the same, to the bit.
     """
 
     key: jax.Array
     rate: jax.Array
 
     def split(self, count: int) -> "Dropout":
-        """As many independent ones, along a first axis."""
+        """Return `count` independent ones, along a first axis."""
         return Dropout(jax.random.split(self.key, count), jnp.broadcast_to(self.rate, (count,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -120,14 +120,13 @@ class Dropout(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """w + a b: a frozen weight with a low-rank update (LoRA, arXiv 2106.09685), in the place of the weight in a tree
-    of params.
+    """A frozen weight and its low-rank update, w + a b (LoRA, arXiv 2106.09685). It takes the weight's place in params.
 
     Attributes:
         w: [*inputs, *outputs], in any dtype; not differentiated.
         a: f32 [*inputs, R].
         b: f32 [R, *outputs].
-        dropout: of what a is multiplied with.
+        dropout: of the input of a.
     """
 
     w: jax.Array
@@ -137,8 +136,12 @@ class Adapted(NamedTuple):
 
 
 def low_rank_axes(axes: tuple[str | None, ...], inputs: int) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
-    """The logical axes of an `Adapted`'s a and b, given those of w, the first `inputs` of which are the matmul's
-    inputs: one of the two has w's "embed" axis, the other is split by its rank instead."""
+    """Return the logical axes of an `Adapted`'s a and b. One of the two has w's "embed" axis; the other is split along
+    its rank instead.
+
+    Args:
+        axes: of w, the first `inputs` of them the matmul's inputs.
+    """
     first, second = axes[:inputs], axes[inputs:]
     return (*first, None if "embed" in first else "rank"), (None if "embed" in second else "rank", *second)
 
@@ -151,7 +154,7 @@ def project_adapted(
     execution: Execution,
     out_dtype: jnp.dtype,
 ) -> jax.Array:
-    """`project` of w + a b as x w + (drop(x) a) b: the sum is never made, and neither is the gradient of w."""
+    """`project` with w + a b, as x w + (drop(x) a) b. Neither the sum nor the gradient of w is ever computed."""
     x_axes, w_axes, y_axes = re.split(",|->", expression)
     inputs = weight.a.ndim - 1
     a_axes, b_axes = low_rank_axes(axes, inputs)
@@ -169,13 +172,13 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": functools.partial(jax.n
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def gated(gate: jax.Array, up: jax.Array, activation: str, execution: Execution) -> jax.Array:
-    """activation(gate) * up. Its derivative is computed once and written down: left alone, the TPU compiler computes it
-    anew inside each of the five matmuls that read it, and these matmuls take half as long again."""
+    """activation(gate) * up. Materialize its derivative: the TPU compiler would compute it inside each of the five
+    matmuls that read it, which would take half as long again."""
     return _gated(gate, up, activation, execution)
 
 
 def _gated(gate: jax.Array, up: jax.Array, activation: str, execution: Execution) -> jax.Array:
-    # XLA for CPUs would round to bfloat16 after each of its operations, which takes longer than the operations do.
+    # On CPUs compute in f32: XLA would round to bfloat16 after each operation, which takes longer than the operations.
     gate, up = (x.astype(jnp.float32) if execution.on_one_cpu else x for x in (gate, up))
     return (ACTIVATIONS[activation](gate) * up).astype(execution.dtype)
 

@@ -13,40 +13,41 @@ from spin_jax.models.config import Llama3RopeScaling, ModelConfig
 
 
 def rope_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
-    """Radians per position of each of the H/2 rotations, f32: theta^(-2i/H), scaled as config.py's classes say.
+    """Return the H/2 rotation frequencies, f32, in radians per position: theta^(-2i/H), scaled as config.py's classes
+    say.
 
     Args:
-        local: of the layers with a window, where those rotate differently.
+        local: whether for layers with a sliding window, which may have another theta.
     """
     theta, scaling = config.rope_theta, config.rope_scaling
     if local and config.local_rope_theta is not None:
         theta, scaling = config.local_rope_theta, None
-    # In f32, as transformers computes them: thousands of positions on, a rounding of a frequency is a visible angle.
+    # Compute in f32, as transformers does: after thousands of positions, another rounding is a visible angle.
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = np.float32(1.0) / np.float32(theta) ** exponents
     if scaling is None:
         return frequencies
     if not isinstance(scaling, Llama3RopeScaling):
         return frequencies / np.float32(scaling.factor)
-    # The turns that a frequency makes within the original context, placed between the two factors: 0 long, 1 short.
+    # Turns that a frequency makes within the original context, mapped to 0 for long wavelengths and 1 for short ones.
     turns = scaling.original_max_position_embeddings * frequencies / np.float32(2 * math.pi)
     short = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
     return ((1 - short) * frequencies / np.float32(scaling.factor) + short * frequencies).astype(np.float32)
 
 
 def rope_tables(config: ModelConfig, positions_BT: jax.Array, local: bool = False) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of the angle that each of the H numbers of a head is turned by, each f32 [B, T, 1, H]."""
+    """Return (cos, sin) of the angle by which each of a head's H numbers is rotated, each f32 [B, T, 1, H]."""
     frequencies_H = np.tile(rope_frequencies(config, local), 2)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies_H[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + H/2}), Hugging Face's pairing, and multiplies by `scale`, in f32.
+    """Rotate the pairs (x_i, x_{i + H/2}), Hugging Face's pairing, and multiply by `scale`, in f32.
 
-    That is x cos + x' sin with x' = (-second half, first half). x' comes from a product with a signed permutation,
-    which is exact: half a vector is half a register on a TPU, and to cut there and concatenate takes four times as
-    long.
+    The result is x cos + x' sin with x' = (-second half, first half). Compute x' by a product with a signed
+    permutation, which is exact. On a TPU half a vector is half a register, and cutting and concatenating would take
+    four times as long.
     """
     half = x_BTNH.shape[-1] // 2
     turn_HH = np.zeros((2 * half, 2 * half))

@@ -1,7 +1,7 @@
-"""The table of weights: all that is known of each, in one place.
+"""The table of weights: all that is known of each weight, in one place.
 
-What makes, casts, splits, updates, reads and writes weights follows it. An architecture says here what its layers hold,
-and in `llama.py` what they compute with it.
+All code that makes, casts, splits, updates, reads or writes weights follows this table. A model family says here which
+weights its layers have, and in `llama.py` what they compute.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ class Weight:
     """A weight of the model, or one that each layer has.
 
     Attributes:
-        name: in Hugging Face checkpoints; that of a layer's weight without "model.layers.N.".
-        axes: (logical name, size) of each. The names are those of `devices.sharding.RULES`.
+        name: in Hugging Face checkpoints; for a layer's weight, without "model.layers.N.".
+        axes: (logical name, size) of each axis. Names are those of `devices.sharding.RULES`.
         init: (key, shape, dtype) -> its first value.
-        inputs: how many of the leading axes are a matmul's inputs; the others are its outputs. torch.nn.Linear stores
-            [outputs, inputs], each flattened to one axis. 0: a bias, stored flat. None: no matmul, stored as it is
-            here.
-        float32: read in float32 whatever the compute dtype, and so never cast.
+        inputs: how many of the leading axes are a matmul's inputs; the others are its outputs. Checkpoints store
+            [outputs, inputs], each flattened to one axis, as torch.nn.Linear does. 0 is a bias, stored flat. None is no
+            matmul, stored in this shape.
+        float32: whether the model reads it in float32, whatever the compute dtype; it is then never cast.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Weight:
 
     @property
     def module(self) -> str:
-        """Hugging Face's name of the layer that has it, such as "q_proj"."""
+        """Hugging Face's name of the module that has the weight, such as "q_proj"."""
         return self.name.split(".")[-2]
 
     @property
@@ -52,9 +52,9 @@ class Weight:
 
 @functools.cache
 def weights(config: ModelConfig) -> dict:
-    """The table of a model, as a tree like its params; a weight in "layers" is there once for all layers.
+    """Return a model's table of weights, a tree like its params. A weight in "layers" stands for all layers.
 
-    Weights are drawn in the table's order, which must stay: a seed's numbers depend on it.
+    Do not change the order: weights are drawn in it, so what a seed gives depends on it.
     """
     D, F, V = ("embed", config.hidden_size), ("mlp", config.intermediate_size), ("vocab", config.vocab_size)
     N, K, H = ("heads", config.num_heads), ("kv_heads", config.num_kv_heads), ("head_dim", config.head_dim)
@@ -92,7 +92,7 @@ def weights(config: ModelConfig) -> dict:
 
 
 def stacked_weights(config: ModelConfig, table: dict | None = None) -> dict:
-    """The table, or another one of the model, with the axis of layers in front of each weight that layers have."""
+    """Return the table, or another one of the model, with an axis of layers in front of each weight in "layers"."""
     layers = ("layers", config.num_layers)
 
     def stack(weight: Weight) -> Weight:
@@ -111,5 +111,5 @@ def _bias(name: str, *axes: Axis) -> Weight:
 
 
 def _norm(name: str, *axes: Axis, offset: float) -> Weight:
-    """Of an RMS norm that multiplies by offset + scale, by 1 at first."""
+    """The scale of an RMS norm, which multiplies by offset + scale; 1 at first."""
     return Weight(f"{name}.weight", axes, initializers.constant(1 - offset), float32=True)
