@@ -1,14 +1,14 @@
-"""Messages to token ids: what the opponent is asked with, and what both models are scored on.
+"""Turn messages into token ids: the prompts that the opponent is asked with, and the sequences that are scored.
 
-`chat_format` gives one of two formats with the same four methods:
+`chat_format` makes one of two formats with the same methods:
 
-- "chat" (default): the tokenizer's own chat template, for generation and training alike. A sampled response is scored
-  as the very ids that were sampled; it is never decoded and tokenised again.
-- "paper" (the released code of arXiv 2401.01335): an Alpaca-style prompt for generation, the Zephyr template with an
-  empty system turn for training. One deviation, on purpose: the released code ends every generated response with EOS,
-  even a truncated one, so that the policy is taught endings nobody wrote. Here a truncated response has no end.
+- "chat" (default): the tokenizer's own chat template, for generation and training. A sampled response is scored as the
+  ids that were sampled. It is never decoded and tokenised again.
+- "paper" (the released code of arXiv 2401.01335): an Alpaca-style prompt for generation, and Zephyr's template with an
+  empty system turn for training. One deviation is on purpose: the released code ends every generated response with EOS,
+  even a truncated one, and so teaches endings that nobody wrote. Here a truncated response has no end.
 
-The tokenizer never adds special tokens of its own: a template's text has them all, as `apply_chat_template` assumes.
+The tokenizer adds no special tokens: the template's text contains them all, as `apply_chat_template` assumes.
 """
 
 import abc
@@ -34,13 +34,14 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat(abc.ABC):
-    """How messages become ids: int32 arrays of shape [tokens]. Prompts are messages as in `Example`.
+    """Turns messages into ids: int32 arrays of shape [tokens]. Prompts are messages as in `Example`.
 
-    Each method raises UserError where the template does not take the messages or an id is beyond the vocabulary.
+    Each method raises UserError if the template refuses the messages, or an id is beyond the vocabulary.
 
     Attributes:
         name: "chat" or "paper".
-        stop_ids: sampling stops at any of these, and keeps it as the response's last id.
+        codec: tokenises text.
+        stop_ids: sampling stops at the first of these, which is the response's last id.
     """
 
     name: ClassVar[str]
@@ -49,33 +50,36 @@ class ChatFormat(abc.ABC):
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The codec's."""
+        """The codec's tokenizer."""
         return self.codec.tokenizer
 
     @abc.abstractmethod
     def generation_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
-        """What the opponent is asked with."""
+        """Return the prompt that the opponent is asked with."""
 
     @abc.abstractmethod
     def training_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
-        """What precedes a response when policy and opponent are scored."""
+        """Return the prompt that precedes a response when policy and opponent are scored."""
 
     def real_response(self, prompt: Sequence[Message], text: str) -> np.ndarray:
-        """The human response as a target, with its end."""
+        """Return the human response as a target, with its end."""
         return self.generated_response(prompt, text, truncated=False)
 
     @abc.abstractmethod
     def generated_response(
         self, prompt: Sequence[Message], response: Sequence[int] | np.ndarray | str, truncated: bool
     ) -> np.ndarray:
-        """The opponent's response as a target, with an end unless it is `truncated`.
+        """Return the opponent's response as a target, with an end unless it is `truncated`.
 
-        `response` holds the sampled ids, a stop id last unless truncated, or the text where a pairs file has only that.
-        Raises ValueError if ids and `truncated` disagree.
+        Args:
+            response: the sampled ids, the last a stop id unless `truncated`; or its text, if only that is known.
+
+        Raises:
+            ValueError: the ids end in a stop id although `truncated`, or do not although it is not.
         """
 
     def sampled_ids(self, prompt: Sequence[Message], text: str, truncated: bool) -> np.ndarray:
-        """The ids that the opponent would have sampled for a text, a stop id last unless it is `truncated`."""
+        """Return the ids that the opponent would have sampled for a text, the last a stop id unless `truncated`."""
         return self.generated_response(prompt, text, truncated)
 
 
@@ -86,7 +90,7 @@ def load_chat(
     parse_special_tokens: bool = False,
     vocab_size: int | None = None,
 ) -> ChatFormat:
-    """The chat format of the tokenizer in a model's directory; `chat_format` has the arguments.
+    """Make the chat format of the tokenizer in a model's directory. Arguments are those of `chat_format`.
 
     Raises:
         UserError: there is no tokenizer, it has no EOS or usable chat template, or ids are beyond the vocabulary.
@@ -110,17 +114,17 @@ def chat_format(
     parse_special_tokens: bool = False,
     vocab_size: int | None = None,
 ) -> ChatFormat:
-    """The format called `template`, "chat" or "paper".
+    """Make the format called `template`, "chat" or "paper".
 
     Args:
         eos_ids: ids at which the model stops by its own files.
-        parse_special_tokens: whether the name of a special token in a message is that token; else it is text.
-        vocab_size: of the model; an id beyond it is refused.
+        parse_special_tokens: whether the name of a special token in a message becomes that token. Else it stays text.
+        vocab_size: of the model; ids beyond it are refused.
 
     Raises:
         UserError: the tokenizer has no EOS or no usable chat template, or ids are beyond the vocabulary.
     """
-    eos: Any = tokenizer.eos_token_id  # which transformers types as more than it is
+    eos: Any = tokenizer.eos_token_id  # transformers gives it too wide a type
     eos_ids = list(eos_ids)
     stop_ids = _unique([*([] if eos is None else [eos]), *eos_ids])
     if not stop_ids or (eos is None and template == "paper"):
@@ -141,7 +145,7 @@ def chat_format(
 
 
 def _try(chat: ChatFormat) -> None:
-    """Refuse a format whose ids cannot be used, whatever the data."""
+    """Refuse a format that cannot work with any data."""
     question = [{"role": "user", "content": "question"}]
     chat.generation_prompt(question)
     chat.training_prompt(question)
@@ -154,16 +158,16 @@ def _try(chat: ChatFormat) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TemplateFormat(ChatFormat):
-    """The tokenizer's chat template for generation and training alike.
+    """The tokenizer's chat template, for generation and training.
 
-    A response in text is tokenised as it stands after its prompt, which is how SFT saw it and how the model writes it.
-    Alone, a SentencePiece tokenizer would put a space in front of it that no sampled response has, and the two players
-    could be told apart by that.
+    A response that is text is tokenised after its prompt, as SFT saw it and as the model writes it. Tokenised alone, it
+    would get a space in front from SentencePiece that no sampled response has, and the policy could learn to tell the
+    two players apart by that.
     """
 
     name: ClassVar[str] = "chat"
     habits: Template
-    eos: int  # ends a response where the template writes no end
+    eos: int  # ends a response if the template writes no end
 
     def generation_prompt(self, prompt: Sequence[Message]) -> np.ndarray:
         return _ids(self.codec.encode(self.habits.prompt(self._hidden(prompt))))
@@ -183,7 +187,7 @@ class TemplateFormat(ChatFormat):
         if truncated:
             return _ids(self.codec.encode_after(asked, answer))
         ids = self.codec.encode_after(asked, answer + self.habits.closing)
-        # Sampling stops at the first stop id, so what a template writes after it ("\n") could never be generated.
+        # Cut after the first stop id, where sampling stops: text of the template after it ("\n") is never generated.
         stops = [position for position, token in enumerate(ids) if token in self.stop_ids]
         return _ids(ids[: stops[0] + 1] if stops else [*ids, self.eos])
 
@@ -198,8 +202,8 @@ class PaperFormat(ChatFormat):
     asked with   "### Instruction: {x}\n\n### Response: "
     scored with  "<|system|>\n</s>\n<|user|>\n{x}</s>\n<|assistant|>\n", then "{y}</s>\n</s>"
 
-    As in the released collator, prompt and response are tokenised apart, and the generated response is decoded and
-    tokenised again, which gives both players' responses the same first token rules.
+    As in the released collator, prompt and response are tokenised apart, and a generated response is decoded and
+    tokenised again. So both players' responses are tokenised by the same rules.
     """
 
     name: ClassVar[str] = "paper"
@@ -233,7 +237,7 @@ class PaperFormat(ChatFormat):
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A prompt and its responses within their budgets, and which of them lost tokens."""
+    """A prompt and its responses, cut to their budgets, and which of them lost tokens."""
 
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
@@ -242,10 +246,13 @@ class Fitted:
 
 
 def fit(prompt: np.ndarray, *responses: np.ndarray, max_length: int, max_prompt_length: int) -> Fitted:
-    """Truncate to a budget in tokens, so that prompt <= max_prompt_length and prompt + response <= max_length.
+    """Truncate to budgets in tokens, so that prompt <= max_prompt_length and prompt + response <= max_length.
 
-    The end of the prompt is kept, where the question and the assistant's header are, and the start of each response. A
-    truncated response loses its stop id and gets no other.
+    Keep the end of the prompt, which has the question and the assistant's header, and the start of each response. A
+    truncated response loses its stop id, and gets no other.
+
+    Raises:
+        UserError: the budgets leave no room for a response.
     """
     if not 0 < max_prompt_length < max_length:
         raise UserError(f"max_prompt_length ({max_prompt_length}) must be positive and below max_length ({max_length})")

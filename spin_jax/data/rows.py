@@ -1,4 +1,4 @@
-"""A source's rows, as they are: of files, saved data sets, the Hub and TFDS. `data/sources.py` knows their columns."""
+"""Read the rows of files, saved data sets, the Hub and TFDS. What their columns mean is known to `data/sources.py`."""
 
 import codecs
 import collections
@@ -13,9 +13,9 @@ from etils import epath
 from spin_jax.data.directories import FILE_SUFFIXES, files_of_split, is_saved_dataset
 from spin_jax.errors import UserError
 
-NAMED = 20  # mistakes that one message names
+NAMED = 20  # mistakes that a message names at most
 
-# How files begin that have a right name and hold no rows, and what to do about them.
+# How files begin that are named like data but hold no rows, and what to do about them.
 _NO_ROWS = (
     (b"version https://git-lfs", "a Git LFS pointer instead of the data: run `git lfs pull`, or download the file"),
     (b"<", "a web page instead of the data: download the file itself"),
@@ -25,22 +25,22 @@ _NO_ROWS = (
     (codecs.BOM_UTF16_LE, "UTF-16 text: save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16 text: save it as UTF-8"),
 )
-_MISNAMED = ((b"PAR1", ".parquet"), (b"[", ".json"))  # how files begin that are called .jsonl, and should not be
-_STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # what etils reads them with
+_MISNAMED = ((b"PAR1", ".parquet"), (b"[", ".json"))  # how files begin that are wrongly called .jsonl
+_STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # the packages with which etils reads object stores
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
 
 class Place(NamedTuple):
-    """Where a row is, for whoever has to mend it: FILE:LINE or FILE row NUMBER."""
+    """Where a row is, for a user who has to mend it: FILE:LINE or FILE row NUMBER."""
 
     before: str
     number: int
 
 
 class Mistakes:
-    """Rows that stop a load, gathered so that one start names all of them."""
+    """Gathers the rows that stop a load, so that one message names all of them."""
 
     def __init__(self):
         self._count = 0
@@ -52,9 +52,10 @@ class Mistakes:
             self._numbers[place.before, str(mistake)].append(str(place.number))
 
     def refuse(self) -> None:
-        """
+        """Stop if a mistake was added.
+
         Raises:
-            UserError: there are some; it names the first `NAMED`.
+            UserError: with the first `NAMED` mistakes.
         """
         if self._count:
             named = [f"{before}{', '.join(numbers)}: {what}" for (before, what), numbers in self._numbers.items()]
@@ -63,10 +64,10 @@ class Mistakes:
 
 
 def make_all(make: Callable[[Item], T], items: Iterable[Item], before: str) -> list[T]:
-    """[make(item) for item in items].
+    """Return [make(item) for item in items].
 
     Raises:
-        UserError: `make` refused items; it names all of them by `before` and their positions.
+        UserError: `make` refused some items; it names them by `before` and their positions.
     """
     made, mistakes = [], Mistakes()
     for position, item in enumerate(items):
@@ -79,11 +80,11 @@ def make_all(make: Callable[[Item], T], items: Iterable[Item], before: str) -> l
 
 
 def read_rows(source: str, split: str) -> Iterator[tuple[Place, object]]:
-    """(place, row) one after another, with a UserError in the place of a row that cannot be parsed. `load_examples`
-    says what a source may be.
+    """Yield (place, row) for each row. A row that cannot be parsed is a UserError instead. `load_examples` says what a
+    source may be.
 
     Raises:
-        UserError: the source cannot be read; while iterating, too.
+        UserError: the source cannot be read. It may be raised while iterating.
     """
     if source.startswith("tfds:"):
         return _guarded(source, _read_tfds(source.removeprefix("tfds:"), split))
@@ -97,14 +98,14 @@ def read_rows(source: str, split: str) -> Iterator[tuple[Place, object]]:
 
 
 def _existing(source: str) -> epath.Path | None:
-    """The file or directory, if there is one."""
+    """Return the file or directory; None if there is none."""
     scheme = source.partition("://")[0]
     try:
         path = epath.Path(source.removeprefix("file://")).expanduser()
         if path.exists():
             return path
         if "://" not in source:
-            path.stat()  # says whether it is hidden from us
+            path.stat()  # raises PermissionError if the file is there but hidden from us
         return None
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -118,10 +119,10 @@ def _existing(source: str) -> epath.Path | None:
 
 
 def _guarded(what: object, rows: Iterator[tuple[Place, object]]) -> Iterator[tuple[Place, object]]:
-    """`rows`, with whatever goes wrong in reading them, at their opening or later, as one line that names `what`.
+    """Yield from `rows`, and turn any error while reading them into one line that names `what`.
 
-    All that runs in here are json, pyarrow, `datasets` and clients of stores. At damaged bytes they raise nearly
-    anything: OSError, ArrowInvalid, UnicodeDecodeError, KeyError, AttributeError, MemoryError.
+    Only json, pyarrow, `datasets` and clients of stores run in here. Over damaged bytes they raise nearly anything:
+    OSError, ArrowInvalid, UnicodeDecodeError, KeyError, AttributeError, MemoryError.
     """
     try:
         yield from rows
@@ -218,7 +219,7 @@ def _read_directory(path: epath.Path, split: str) -> Iterator[tuple[Place, objec
 def _read_saved_dataset(path: epath.Path, split: str) -> Iterator[tuple[Place, object]]:
     import datasets
 
-    if (path / "dataset_dict.json").exists():  # of its splits only the one is looked at
+    if (path / "dataset_dict.json").exists():  # read one split alone: the others may be damaged
         splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
         if split not in splits:
             raise UserError(f"{path}: no split {split!r}; there are: {', '.join(splits)}")
@@ -227,8 +228,10 @@ def _read_saved_dataset(path: epath.Path, split: str) -> Iterator[tuple[Place, o
 
 
 def _rows_of(name: str, data) -> Iterator[tuple[Place, object]]:
-    """The rows of a `datasets.Dataset` as Arrow has them: images and sounds, whose rows are left out in any case, are
-    not decoded, which would need packages and time. Only JSON columns are."""
+    """Yield the rows of a `datasets.Dataset` as Arrow stores them, with JSON columns decoded.
+
+    Do not decode images and sounds, which would need time and more packages: their rows are skipped anyway.
+    """
     import datasets
 
     json_columns = datasets.Features({name: kind for name, kind in data.features.items() if "Json(" in repr(kind)})
@@ -271,7 +274,7 @@ def _read_tfds(name: str, split: str) -> Iterator[tuple[Place, object]]:
         raise UserError("reading tfds:... needs TensorFlow Datasets: pip install 'spin_jax[tfds]'") from None
     try:
         data = tensorflow_datasets.data_source(name, split=split)
-    # No network or disk; a server that refuses; no such data set, configuration or split; data that was prepared
+    # Raised for: no network or disk; a server that refuses; no such data set, configuration or split; data prepared
     # earlier in a format that cannot be read row by row.
     except (OSError, tensorflow_datasets.download.DownloadError, ValueError, NotImplementedError) as error:
         advice = str(error).partition("\n")[0]  # the lines after it list every data set there is
@@ -281,7 +284,7 @@ def _read_tfds(name: str, split: str) -> Iterator[tuple[Place, object]]:
 
 
 def _plain(value: object) -> object:
-    """A TFDS value as JSON would give it: text for bytes, lists for arrays."""
+    """Convert a TFDS value to what JSON would have: bytes to text, arrays to lists."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, np.ndarray | np.generic):

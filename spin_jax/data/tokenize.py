@@ -1,4 +1,4 @@
-"""The token ids of a run's examples: made once, by all processes together, and kept in the workdir for later starts."""
+"""Tokenise a run's examples: once, by all processes together. Keep the ids in the workdir for later starts."""
 
 import contextlib
 import hashlib
@@ -24,11 +24,11 @@ from spin_jax.runtime.files import write_whole
 
 
 class Tokenised(NamedTuple):
-    """What of an example is the same in all iterations: int32 ids [tokens] each, not yet cut to a budget.
+    """The ids of an example that are the same in all iterations: int32 [tokens] each, not yet cut to a budget.
 
     Attributes:
-        asked: what the opponent is asked with.
-        prompt: what precedes a response when policy and opponent are scored.
+        asked: the prompt that the opponent is asked with.
+        prompt: the prompt that precedes a response when policy and opponent are scored.
         real: the human response, with its end.
     """
 
@@ -38,12 +38,12 @@ class Tokenised(NamedTuple):
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longer one of `asked` and `prompt`."""
+        """Number of tokens in the longer one of `asked` and `prompt`."""
         return max(len(self.asked), len(self.prompt))
 
 
 def tokenise(chat: ChatFormat, example: Example) -> Tokenised:
-    """The ids of an example.
+    """Tokenise an example.
 
     Raises:
         UserError: the template refuses the row; its number is in the message.
@@ -61,7 +61,7 @@ def _tokenise(chat: ChatFormat, example: Example) -> Tokenised | Skip:
             chat.training_prompt(example.prompt),
             chat.real_response(example.prompt, example.response),
         )
-    except codec.BeyondVocabulary as error:  # no fault of the row: others have it in store
+    except codec.BeyondVocabulary as error:  # the tokenizer does not fit the model: do not go on without this row
         raise UserError(f"row {example.row}: {error}") from None
     except UserError as error:
         return Skip(example.row, str(error))
@@ -75,11 +75,15 @@ def tokenise_once(
     examples: Sequence[Example],
     enough: int | None = None,
 ) -> list[Tokenised | Skip]:
-    """`tokenise` of each example, or why the template refuses it: read from the file at `path` where it was made of the
-    same, else made and kept there. With `enough`, one after another until there are the tokens of so many.
+    """Tokenise each example, or say why the template refuses it. Each process makes a share, and process 0 writes.
 
-    The same are the texts, the files of the tokenizer in `directory`, `template` (`config.data.template`), what `chat`
-    found there, and the code that reads them. Of several processes each makes a share, and the first one writes.
+    Read the ids from the file at `path`, if that was made from the same texts, tokenizer, template and code. Else make
+    them, and write them there.
+
+    Args:
+        directory: of the tokenizer.
+        template: `config.data.template`.
+        enough: stop after so many examples were tokenised; None is all.
     """
     key = _key(directory, template, chat, examples, enough)
     kept = _read(path, key, examples)
@@ -108,7 +112,7 @@ def _key(
 
 
 def _read(path: epath.Path, key: str, examples: Sequence[Example]) -> list[Tokenised | Skip] | None:
-    """What is kept, if it was made of the same; a damaged file is as good as none."""
+    """Read the file; None if it is missing or damaged, or has another key."""
     with contextlib.suppress(Exception):  # zipfile, zlib, pickle and numpy raise what they like
         with np.load(io.BytesIO(path.read_bytes())) as stored:
             if str(stored["key"]) == key:

@@ -1,4 +1,4 @@
-"""A model directory's tokenizer and stop ids, read or refused in one line that names the file."""
+"""Read a model directory's tokenizer and stop ids, or refuse them in one line that names the file."""
 
 import importlib
 import json
@@ -13,25 +13,26 @@ if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerBase
 
-# What transformers reads as text.
+# Files that transformers reads as text.
 _READ = ("tokenize*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "*templates/*.jinja")
 
 
 def load_tokenizer(directory: pathlib.Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a model's directory.
+    """Load the tokenizer in a model's directory.
 
     Raises:
-        UserError: there is none, or it is damaged or needs a package that is not here.
+        UserError: there is none, it is damaged, or it needs a package that is not installed.
     """
     from transformers import AutoTokenizer
 
     model = directory / "tokenizer.model"
-    if model.exists():  # an empty one would be read without complaint
+    # transformers would accept an empty tokenizer.model, and a link whose file is gone: read them here to refuse them.
+    if model.exists():
         read_bytes(model)
-    read_json_if_there(directory / "tokenizer_config.json")  # so would a link whose file is gone
+    read_json_if_there(directory / "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain ones, transformers any kind
+    except Exception as error:  # tokenizers raises a plain Exception, transformers any kind
         raise UserError(_why_not(directory, error)) from None
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: {type(tokenizer).__name__} is not a fast tokenizer: save it as tokenizer.json")
@@ -39,21 +40,21 @@ def load_tokenizer(directory: pathlib.Path) -> "PreTrainedTokenizerBase":
 
 
 def backend(tokenizer: "PreTrainedTokenizerBase") -> "tokenizers.Tokenizer":
-    """What a fast tokenizer is made of."""
+    """The `tokenizers.Tokenizer` inside a fast tokenizer."""
     return cast("tokenizers.Tokenizer", tokenizer.backend_tokenizer)
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Ids of special tokens, which no text shows: those that have a role, and those that only tokenizer.json marks."""
+    """Ids of special tokens, which decode to no text: those with a role, and those that tokenizer.json marks."""
     marked = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     return frozenset((*tokenizer.all_special_ids, *marked))
 
 
 def own_stop_ids(directory: pathlib.Path) -> tuple[int, ...]:
-    """The ids that transformers would stop at: those of generation_config.json, else of config.json.
+    """Return the ids at which transformers would stop: those in generation_config.json, else in config.json.
 
     Raises:
-        UserError: a file is damaged, or holds something else than ids.
+        UserError: a file is damaged, or its eos_token_id holds no ids.
     """
     for name in ("generation_config.json", "config.json"):
         found = read_json_if_there(directory / name).get("eos_token_id")
@@ -69,7 +70,7 @@ def own_stop_ids(directory: pathlib.Path) -> tuple[int, ...]:
 
 
 def _why_not(directory: pathlib.Path, error: Exception) -> str:
-    """What is wrong with a tokenizer that could not be loaded, and what to do about it."""
+    """Find out why a tokenizer could not be loaded, and what to do about it."""
     from huggingface_hub.errors import StrictDataclassError
 
     for file in (file for pattern in _READ for file in directory.glob(pattern)):
