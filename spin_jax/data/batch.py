@@ -10,14 +10,15 @@ import numpy as np
 class PackedRows(NamedTuple):
     """Rows of pairs, one after the other, each `prompt | response | response ...`, then padding.
 
-    What a token may see, and who predicts what, travels with the tokens; nothing is inferred from ids. The last token
-    of a response predicts nothing and is a target only. The last token of a prompt predicts the first of each response.
+    Arrays beside the tokens say what each token may see, and which token predicts which target; nothing is inferred
+    from ids. The last token of a prompt predicts the first token of each response. The last token of a response
+    predicts nothing, so it is a target only.
 
     Attributes:
         tokens_BT: int32.
-        positions_BT: int32, places of the tokens in their own sequence: each response goes on where the prompt ends.
-        visible_until_BT: int32, the first slot of the row whose token, and all after it, does not see this one: for a
-            prompt the end of its pair, for a response its own end.
+        positions_BT: int32, places of the tokens in their own sequence. Each response goes on where the prompt ends.
+        visible_until_BT: int32. Tokens from this slot of the row on do not see the token. For a prompt it is the end of
+            the pair, for a response its own end.
         predictor_index_BR: int32, slots of the tokens that predict the targets.
         targets_BR: int32, the tokens of the responses, a stop id only where a response really ended.
         response_ids_BR: int32, which of its row's responses a target belongs to; -1 is padding.
@@ -32,17 +33,17 @@ class PackedRows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pairs in packed rows, at most P in each, with at most Y responses to each prompt.
+    """Pairs in packed rows, at most P in each row, with at most Y responses to each prompt.
 
-    A loss, its metrics and its gradient are sums over the batch's pairs, each with its weight: they are the same
-    however the pairs share rows, and however the rows are cut into micro-batches.
+    The loss, its metrics and its gradient are sums over the batch's pairs, each times its weight. So they do not depend
+    on which pairs share a row, or on how rows are cut into micro-batches.
 
     Attributes:
         rows: response y of a row's pair p has the id p Y + y.
-        weights_BP: f32, what a pair counts; 0 where a row has fewer pairs. For a mean over pairs 1 / pairs of the whole
-            batch, for one over tokens 1 / response tokens of the whole batch.
-        reference_logps_BPY: f32, stored log p_t of the responses, in nats; not read with a live opponent, nor by an
-            objective without a reference.
+        weights_BP: f32, weight of a pair; 0 where a row has fewer pairs. It is 1 / pairs of the whole batch for a mean
+            over pairs, and 1 / response tokens of the whole batch for a mean over tokens.
+        reference_logps_BPY: f32, stored log p_t of the responses, in nats. With a live opponent, or an objective
+            without a reference, nobody reads it.
     """
 
     rows: PackedRows
@@ -63,15 +64,14 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """A batch on its way to the devices.
+    """A batch on the host.
 
     Attributes:
         arrays: numpy arrays.
-        rows: numbers of its pairs' rows in the data set.
-        host_metrics: scalars that need no device (mean lengths, shares truncated, fill), logged with the metrics.
+        rows: row numbers in the data set, of each pair.
+        host_metrics: metrics that need no device: mean lengths, shares truncated, fill.
         tokens: slots of its rows that are not padding.
-        flops: model FLOPs of one forward pass: what the mathematics needs, a prompt once for all its responses,
-            nothing for padding.
+        flops: model FLOPs of one forward pass. A prompt counts once for all its responses, and padding does not count.
     """
 
     arrays: Batch
@@ -82,7 +82,7 @@ class HostBatch:
 
 
 def empty_batch(shape: Shape) -> Batch:
-    """Padding alone: each token a sequence of its own, no targets."""
+    """Make a batch of padding: each token is a sequence of its own, and there are no targets."""
     tokens, targets = (shape.rows, shape.length), (shape.rows, shape.targets)
     visible_until_BT = np.broadcast_to(np.arange(1, shape.length + 1, dtype=np.int32), tokens).copy()
     by_token: list[Any] = [np.zeros(tokens, np.int32), np.zeros(tokens, np.int32), visible_until_BT]

@@ -1,4 +1,4 @@
-"""Which pairs share a row: bin packing of token counts, a function of the counts alone."""
+"""Choose which pairs share a row: bin packing of their token counts. The result depends on the counts alone."""
 
 import bisect
 import math
@@ -13,7 +13,7 @@ class Packed(NamedTuple):
 
     Attributes:
         length: tokens that each row has room for.
-        rows: for each row the numbers of its items, in order; some may be empty.
+        rows: for each row, the numbers of its items, in order. Rows may be empty.
     """
 
     length: int
@@ -21,7 +21,7 @@ class Packed(NamedTuple):
 
 
 def pack(sizes: Sequence[int], rows: int, multiple: int) -> Packed:
-    """Items of so many tokens in `rows` rows, as short as best fit finds, of a length that is a multiple."""
+    """Pack items of these sizes into `rows` rows, whose length is the smallest multiple with which best fit succeeds."""
     length = round_up(max(max(sizes), math.ceil(sum(sizes) / rows)), multiple)
     while len(filled := best_fit(sizes, length)) > rows:
         length += multiple
@@ -29,12 +29,15 @@ def pack(sizes: Sequence[int], rows: int, multiple: int) -> Packed:
 
 
 def few_lengths(lengths: Sequence[int], most: int) -> list[int]:
-    """Each length raised to one of at most `most` of them, with the least sum that there is."""
+    """Raise each length to one of at most `most` of the lengths, so that their sum is the least possible.
+
+    Dynamic programming over the distinct lengths: best[j] is the least sum for the first j of them.
+    """
     distinct, counts = np.unique(lengths, return_counts=True)
     before = np.r_[0, np.cumsum(counts)]
-    raised = distinct * (before[1:] - before[:-1, None])  # [i, j]: what is from distinct[i] to distinct[j], as the last
+    raised = distinct * (before[1:] - before[:-1, None])  # [i, j]: the sum if distinct[i] to [j] become [j]
     raised = np.where(raised > 0, raised, np.iinfo(np.int64).max // 2)
-    best, begins = np.r_[0, raised[0]], [np.zeros(len(distinct), int)]  # best[j]: of the first j distinct lengths
+    best, begins = np.r_[0, raised[0]], [np.zeros(len(distinct), int)]
     for _ in range(1, min(most, len(distinct))):
         sums = best[:-1, None] + raised
         begins.append(sums.argmin(axis=0))
@@ -47,21 +50,23 @@ def few_lengths(lengths: Sequence[int], most: int) -> list[int]:
 
 
 def round_up(number: float, multiple: int) -> int:
-    """The next multiple that is not below."""
+    """Return the smallest multiple that is not below `number`."""
     return math.ceil(number / multiple) * multiple
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: the largest first, each into the fullest row that has room for it, else into a new one.
+    """Best-fit decreasing: put the largest item first, each into the fullest row that has room for it, else into a new
+    row.
 
-    At most 11/9 of the fewest possible rows, and a constant (Johnson et al. 1974); far fewer where items are small.
+    The number of rows is at most 11/9 of the fewest possible and a constant (Johnson et al. 1974), and nearer to it if
+    items are small.
 
     Args:
         sizes: none above `capacity`.
     """
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # rows by the room that they have left
-    rooms: list[int] = []  # of some row, in order
+    by_room: dict[int, list[int]] = {}  # room left -> the rows that have it
+    rooms: list[int] = []  # the keys whose list is not empty, in order
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         place = bisect.bisect_left(rooms, sizes[item])
         if place < len(rooms):

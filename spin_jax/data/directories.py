@@ -1,4 +1,4 @@
-"""Which files of a directory hold the rows of a split, by their names and folders, as the Hub lays them out."""
+"""Find the files of a directory that hold the rows of a split, by the Hub's conventions for names and folders."""
 
 import collections
 import logging
@@ -28,18 +28,20 @@ _LOG = logging.getLogger(__name__)
 
 def is_saved_dataset(path: epath.Path) -> bool:
     """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the directory."""
-    state = path / "state.json"  # of many a program
+    state = path / "state.json"  # many programs write a file of this name
     if state.exists() and (b"_data_files" in state.read_bytes() or any(path.glob("data-*.arrow"))):
         return True
     return (path / "dataset_dict.json").exists()
 
 
 def files_of_split(path: epath.Path, split: str) -> list[epath.Path]:
-    """The files, or folders that `Dataset.save_to_disk` wrote, of a split: in the directory, in its `data/`, or in a
-    folder of the split's name in either. Where no name says a split, all files are the split "train".
+    """Return the files of a split, or the folders that `Dataset.save_to_disk` wrote.
+
+    They lie in the directory, in its `data/`, or in a folder in either that is named like the split. If no name tells a
+    split, all files are the split "train".
 
     Raises:
-        UserError: there is none, or it cannot be told which.
+        UserError: the split has no file, or is there more than once.
     """
     folders = [folder for folder in (path, path / "data") if folder.is_dir()]
     named = [(_SHARD.sub("", file.stem), file) for folder in folders for file in _files(folder)]
@@ -57,7 +59,8 @@ def files_of_split(path: epath.Path, split: str) -> list[epath.Path]:
 
 
 def _choose(named: list[tuple[str, epath.Path]], split: str) -> list[tuple[str, epath.Path]]:
-    """Those of the (name, file) whose name is the split's, or a number after it, or is alone in having it as a word."""
+    """Return the (name, file) of a split: the name is the split's, or that with a number after it, or is the only one
+    that has the split as a word."""
     stems = [_NUMBER.sub("", name) for name, _ in named]
     variants = {stem for stem in stems if _says(stem, split)}
     for names in ([name for name, _ in named], stems):
@@ -84,7 +87,7 @@ def _visible(folder: epath.Path) -> list[epath.Path]:
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:
-    """The files that may hold rows, but for backups of one another."""
+    """Return the files that may hold rows, without backups of another file."""
     files = [file for file in _visible(folder) if file.suffix.lower() in FILE_SUFFIXES and not file.is_dir()]
     names = {file.name for file in files}
     originals = {file: _BACKUP.sub("", file.stem) + file.suffix for file in files}
@@ -92,7 +95,7 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 
 
 def _may_hold_rows(file: epath.Path) -> bool:
-    """Whether a JSON file begins as a list of rows does; others are only known by reading them."""
+    """Whether a JSON file begins like a list of rows. Other files are True: only reading them would tell."""
     if file.suffix.lower() != ".json":
         return True
     with file.open("rb") as content:
@@ -100,7 +103,7 @@ def _may_hold_rows(file: epath.Path) -> bool:
 
 
 def _check_alone(path: epath.Path, split: str, chosen: list[tuple[str, epath.Path]]) -> None:
-    """Refuse rows that are there twice, and warn of shards that are missing."""
+    """Refuse a split that is there twice, and warn of missing shards."""
     by_name = collections.defaultdict(list)
     for name, file in chosen:
         shard = _SHARD.search(file.stem)

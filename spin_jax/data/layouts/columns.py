@@ -1,7 +1,7 @@
-"""A row's columns and a turn's keys by name, and those of which nothing can be learned.
+"""A row's columns and a turn's keys, by name; and the names of columns that cannot be learned from.
 
-They are told by those that hold something, row by row: Parquet and data sets that were joined fill what a row lacks
-with null.
+A column counts only in rows where it is not empty: Parquet, and data sets that were joined, fill what a row lacks with
+null.
 """
 
 from collections.abc import Mapping
@@ -10,30 +10,30 @@ from spin_jax.errors import UserError
 
 QUESTIONS = ("prompt", "question", "instruction", "query")
 ANSWERS = ("response", "completion", "answer", "output")
-PREFERENCES = ("chosen", "rejected")  # two answers to choose between: the layout "preference" reads them
-TOOLS = ("tools", "functions", "tool_calls", "function_call")  # of a row or of a turn
-UNWANTED = ("label", "kto_tag")  # false where a response is one to avoid
+PREFERENCES = ("chosen", "rejected")  # read by the layout "preference"
+TOOLS = ("tools", "functions", "tool_calls", "function_call")  # columns of a row, or keys of a turn
+UNWANTED = ("label", "kto_tag")  # false if the response is one to avoid
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class Unusable(Exception):
-    """A well-formed row that cannot be trained on, and why: it is counted and left out."""
+    """Raised for a well-formed row that cannot be trained on, with the reason. The row is counted and skipped."""
 
 
 class Fields:
-    """A row's columns, or a turn's keys, by name; it notes which are read, so that the others can be told."""
+    """A row's columns, or a turn's keys, by name. Notes which are read, so that the others can be reported."""
 
     def __init__(self, values: Mapping[str, object]):
         self.values = values
         self._read: set[str] = set()
-        self._inner: dict[str, None] = {}  # keys of turns that nobody read
+        self._inner: dict[str, None] = {}  # keys of turns that were not read
 
     def held(self, *names: str) -> list[str]:
-        """Those of `names` that have more than null, an empty text or an empty list."""
+        """Return those of `names` that are not empty (see `has_content`)."""
         return [name for name in names if name in self.values and has_content(self.values[name])]
 
     def unused(self) -> list[str]:
-        """Names that hold something and were not read, keys of turns among them as column[].key."""
+        """Return the names that are not empty and were not read. A key of a turn is written column[].key."""
         return self.held(*(name for name in self.values if name not in self._read)) + list(self._inner)
 
     def note_unused(self, column: str, turn: "Fields") -> None:
@@ -42,10 +42,10 @@ class Fields:
             self._inner[f"{column}[].{key}"] = None
 
     def choose(self, *names: str) -> str:
-        """The first of `names` that holds something, else the first that is there; it counts as read.
+        """Return the first of `names` that is not empty, else the first that exists. Note it as read.
 
         Raises:
-            UserError: none is there.
+            UserError: none exists.
         """
         there = self.held(*names) or [name for name in names if name in self.values]
         if not there:
@@ -55,11 +55,15 @@ class Fields:
         return there[0]
 
     def get(self, *names: str) -> object:
-        """The value of the chosen one of `names`."""
+        """Return the value of the name that `choose` returns."""
         return self.values[self.choose(*names)]
 
     def text(self, *names: str) -> str:
-        """The text of the chosen one of `names`; null is an empty one."""
+        """Return the text of the name that `choose` returns; null becomes an empty text.
+
+        Raises:
+            UserError: it is not text.
+        """
         name = self.choose(*names)
         value = self.values[name]
         if value is not None and not isinstance(value, str):
@@ -68,7 +72,7 @@ class Fields:
 
 
 def has_content(value: object, depth: int = 2) -> bool:
-    """Whether a value is more than null, an empty text, or a list or dict of such."""
+    """Whether a value is more than null, false, blank text, or a list or dict of such values."""
     if isinstance(value, str):
         return value != "" and not value.isspace()
     if isinstance(value, list | tuple | dict):
@@ -78,8 +82,10 @@ def has_content(value: object, depth: int = 2) -> bool:
 
 
 def refuse_kinds(fields: Fields, whose: str) -> None:
-    """Refuse tools and media, in the columns of a row or the keys of a turn: they are no part of the text that is
-    scored.
+    """Refuse tools and media in the columns of a row or the keys of a turn: no text that is scored contains them.
+
+    Args:
+        whose: "row" or "turn", for the reason.
 
     Raises:
         Unusable: there are some.

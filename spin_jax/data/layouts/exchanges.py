@@ -12,7 +12,7 @@ _ALPACA = ("output", "response")
 
 
 def exchange_layout(columns: str, questions: Sequence[str], answers: Sequence[str]) -> Layout:
-    """The layout of rows with one of these questions and one of these answers."""
+    """Make the layout of rows that have a column of `questions` and one of `answers`."""
 
     def fits(names: set[str], answered: bool) -> bool:
         has_answer = not names.isdisjoint(answers) or (not answered and names.isdisjoint(ANSWERS))
@@ -38,7 +38,7 @@ def _turns_of(row: Fields, role: str, *columns: str) -> list[Message]:
 
 
 def _history(row: Fields) -> list[Message]:
-    """Alpaca's earlier exchanges, [question, answer] each."""
+    """Read Alpaca's earlier exchanges, each [question, answer], as turns."""
     if not row.held("history"):
         return []
     pairs = row.get("history")

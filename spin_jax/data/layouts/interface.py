@@ -1,4 +1,4 @@
-"""What a layout is, and which one a row has."""
+"""Define layouts, and find the one that a row has."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,15 +11,18 @@ from spin_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where rows of a kind hold their conversation. `answered` is false where prompts alone are read.
+    """Where the rows of one kind hold their conversation.
+
+    In `fits` and `turns`, `answered` is False if only prompts are read, so that rows need no answer.
 
     Attributes:
-        columns: what they are called, for a user whose rows fit no layout.
+        columns: describes the columns, for a user whose rows fit no layout.
         fits: (names of columns, answered) -> whether a row with these columns has this layout.
-        turns: (row, answered) -> its turns, the last of them the answer if one is wanted. Raises Unusable for a row
-            that cannot be trained on, UserError for a malformed one.
-        generated: row -> (turns that end in the opponent's response, whether that was truncated), where rows have one.
-        is_text: whether a prompt of one turn is a text to its user, and not a list of turns.
+        turns: (row, answered) -> its turns, of which the last is the answer if `answered`. Raises Unusable for a row
+            that cannot be trained on, and UserError for a malformed one.
+        generated: row -> (turns that end in the opponent's response, whether that is truncated). None if rows of this
+            layout have no generated response.
+        is_text: whether users of this layout write a prompt of one turn as a text, and not as a list of turns.
     """
 
     columns: str
@@ -30,11 +33,16 @@ class Layout:
 
 
 def detect_layout(row: Fields, answered: bool = True, otherwise: str | None = None) -> str:
-    """Name of the layout that a row's columns fit: those that hold something or, where these fit none, all. The layout
-    that was registered last is asked first. If not `answered`, a column of answers may be missing.
+    """Return the name of the layout that a row's columns fit. Ask the layout that was registered last first.
+
+    Try the columns that are not empty; if they fit no layout, try all columns.
+
+    Args:
+        answered: False if a column of answers may be missing.
+        otherwise: the layout to return if the row fits none.
 
     Raises:
-        UserError: they fit none, and there is no `otherwise`.
+        UserError: the row fits no layout, and there is no `otherwise`.
     """
     every = list(row.values)
     for names in (set(row.held(*every)), set(every)):

@@ -1,4 +1,4 @@
-"""Turns of a conversation: read from a column, after a system text; and what of them is learned."""
+"""Read the turns of a conversation from a column, and split them into prompt and response."""
 
 from collections.abc import Sequence
 
@@ -16,17 +16,17 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 
 def message(role: str, content: str) -> Message:
-    """A turn as everything behind the data knows it."""
+    """Make a turn in the form that all other code uses."""
     return {"role": role, "content": content}
 
 
 def read_conversation(row: Fields, *columns: str) -> list[Message]:
-    """A column of turns, after the system text of another column where the row has one."""
+    """Read a column of turns, and put the system text of another column before them if the row has one."""
     return with_system(row, read_turns(row, *columns))
 
 
 def with_system(row: Fields, turns: list[Message]) -> list[Message]:
-    """The system text of a column goes before the turns, unless they begin with one of their own."""
+    """Put the system text of a column before the turns, unless they begin with one of their own."""
     own = [turn for turn in turns[:1] if turn["role"] == "system"]
     if not row.held(*SYSTEMS) or (own and has_content(own[0]["content"])):
         return turns
@@ -34,11 +34,11 @@ def with_system(row: Fields, turns: list[Message]) -> list[Message]:
 
 
 def read_turns(row: Fields, *columns: str) -> list[Message]:
-    """A column of turns, in role/content (Hugging Face) or from/value (ShareGPT) words, as messages.
+    """Read a column of turns, with keys role/content (Hugging Face) or from/value (ShareGPT), as messages.
 
     Raises:
-        Unusable: there are none, or one has a role, a tool's call or a kind of content that is not text.
-        UserError: it is no column of turns.
+        Unusable: there are no turns, or one has an unknown role, a tool call, or content other than text.
+        UserError: it is not a column of turns.
     """
     column = row.choose(*columns)
     turns = _as_list(row.values[column])
@@ -60,7 +60,7 @@ def read_turns(row: Fields, *columns: str) -> list[Message]:
 
 
 def _as_list(turns: object) -> object:
-    """TFDS and `datasets` may hold a list of turns as one dict of lists."""
+    """Turn a dict of lists, as TFDS and `datasets` may hold turns, into a list of dicts. Return other values as is."""
     if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
         if len({len(values) for values in turns.values()}) == 1:
             return [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
@@ -81,7 +81,7 @@ def _read_turn(turn: Fields) -> Message:
 
 
 def _part(part: Fields) -> str:
-    """The text of one item in a turn's list of contents."""
+    """Return the text of one item in a turn's list of contents."""
     kind = part.values.get("type") or next(iter(part.held(*MEDIA, "image_url")), "text")
     if kind not in ("text", "input_text", "output_text"):
         raise Unusable(f"a turn with {kind} content")
@@ -89,7 +89,11 @@ def _part(part: Fields) -> str:
 
 
 def exchange(row: Fields, turns: Sequence[Message], turn: str) -> tuple[tuple[Message, ...], str]:
-    """(prompt messages, response text): the last response with all before it, or the first exchange.
+    """Split turns into (prompt messages, response text).
+
+    Args:
+        turn: "last": the last turn is the response, and all turns before it are the prompt. "first": the answer to the
+            first user turn is the response.
 
     Raises:
         Unusable: there is no such response.
@@ -110,7 +114,7 @@ def exchange(row: Fields, turns: Sequence[Message], turn: str) -> tuple[tuple[Me
 
 
 def asked(turns: list[Message], turn: str) -> list[Message]:
-    """A conversation up to its first or last user turn, whether that is answered or not.
+    """Return a conversation up to its "first" or "last" user turn, without the answer.
 
     Raises:
         Unusable: there is no user turn.
