@@ -21,7 +21,7 @@ class Packed(NamedTuple):
 
 
 def pack(sizes: Sequence[int], rows: int, multiple: int) -> Packed:
-    """Pack items of these sizes into `rows` rows, whose length is the smallest multiple with which best fit succeeds."""
+    """Pack items of such sizes into `rows` rows, whose length is the smallest multiple for which best fit succeeds."""
     length = round_up(max(max(sizes), math.ceil(sum(sizes) / rows)), multiple)
     while len(filled := best_fit(sizes, length)) > rows:
         length += multiple

@@ -1,4 +1,4 @@
-"""The examples of a run: read, tokenised, split into those to train on and those held out."""
+"""Load the examples of a run: read them, tokenise them, and split them into training and held-out examples."""
 
 import logging
 from collections.abc import Mapping
@@ -17,14 +17,23 @@ _LOG = logging.getLogger(__name__)
 def load_dataset(
     config: Config, train: str, workdir: epath.Path, source: epath.Path, chat: ChatFormat
 ) -> tuple[list[Example], list[Example], dict[int, Tokenised]]:
-    """(examples to train on, held-out ones, their token ids by row). Every process reads all of the text, of which it
-    then tokenises a share."""
+    """Return (examples to train on, held-out examples, token ids of both by row). Every process reads all the text, and
+    tokenises a share of it.
+
+    Args:
+        train: the data set's source, as `load_examples` takes it.
+        workdir: keeps the token ids.
+        source: directory of the tokenizer.
+
+    Raises:
+        UserError: the data cannot be read or used.
+    """
     data = config.data
     found = multihost.on_each_process(
         lambda: load_examples(train, split=data.split, layout=data.layout, turn=data.turn)
     )
     found.log(train)
-    # Rows are taken in the order in which they are drawn, until there are enough: those after them need no tokens.
+    # Tokenise in the order of drawing: once there are enough usable rows, the others need no tokens.
     order = drawn(found.examples, config.seed)
     cut = data.long_prompts == "keep_end"
     enough = data.eval_rows + data.max_rows if data.max_rows and cut else None

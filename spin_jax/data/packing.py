@@ -1,4 +1,4 @@
-"""Pairs of token ids to batches: which pairs a step takes, how they share rows, what they cost."""
+"""Make batches of pairs: choose which pairs share a row, lay them out, and count their FLOPs."""
 
 import dataclasses
 import itertools
@@ -23,10 +23,10 @@ class Packing:
     """How batches are cut into rows.
 
     Attributes:
-        num_shards: the number of rows is a multiple of it: devices that split them, times micro-batches.
-        multiple: tokens that a row's length is a multiple of.
-        row_length: tokens that rows have at most, on average; where a pair is longer, as many as it has.
-        shapes: that the batches of a stage have at most; each is a program to compile.
+        num_shards: devices that split rows, times micro-batches. The number of rows is a multiple of it.
+        multiple: the length of a row, in tokens, is a multiple of it.
+        row_length: mean length of rows, at most; a longer pair makes rows as long as itself.
+        shapes: shapes that the batches of a stage have, at most. Each is a program to compile.
     """
 
     num_shards: int
@@ -35,11 +35,11 @@ class Packing:
     shapes: int = 3
 
     def rows(self, sizes: np.ndarray) -> int:
-        """The number of rows, one for all batches, that needs the fewest slots (rows times their length, summed over
-        the batches); of equals the smallest.
+        """Choose the number of rows, the same for all batches, that needs the fewest slots (rows times their length,
+        summed over the batches). Of equals take the smallest.
 
-        Rows are no longer than `row_length` on average, or than the longest pair. And no batch takes more slots than a
-        row for each pair would, as long as the longest pair: the bound that the compile check compiles.
+        On average rows are no longer than `row_length` or the longest pair. No batch takes more slots than rows with
+        one pair each, all as long as the longest pair: that is the bound which the compile check compiles.
 
         Args:
             sizes: slots of each pair, int [batches, pairs].
@@ -66,9 +66,9 @@ class Plan:
 
     Attributes:
         batches: for each batch, for each row, the numbers of its pairs.
-        shapes: of the batches, few of them different; those of one length are of one shape.
+        shapes: of each batch. Few are different: batches of the same length have the same shape.
         fill: share of all slots that is not padding.
-        saved: slots of a row for each response, padded to the longest of its batch, over the slots of the plan.
+        saved: how many times more slots a row for each response would take, padded to the longest of its batch.
     """
 
     batches: list[list[list[int]]]
@@ -86,9 +86,9 @@ class Plan:
 
 
 def plan_training(pairs: Sequence[Pair], order: np.ndarray, packing: Packing) -> Plan:
-    """Batch after batch of `order` [steps, batch_size], in rows of the lengths that need the fewest slots in all.
+    """Pack the batches of `order` [steps, batch_size] into rows, of the lengths that need the fewest slots in all.
 
-    The number of rows is the same in all batches, so that the programs differ in the rows' length alone.
+    All batches have the same number of rows, so that the programs differ in the length of rows alone.
     """
     sizes = np.array([slots(pair) for pair in pairs])
     rows = packing.rows(sizes[order])
@@ -102,7 +102,7 @@ def plan_training(pairs: Sequence[Pair], order: np.ndarray, packing: Packing) ->
 
 
 def plan_scoring(pairs: Sequence[Pair], at_a_time: int, packing: Packing) -> Plan:
-    """All pairs, about `at_a_time` a batch, in whatever order fills rows of one length best: one program."""
+    """Pack all pairs into batches of about `at_a_time` pairs, in any order, with rows of one length: one program."""
     sizes = [slots(pair) for pair in pairs]
     length = round_up(max(packing.row_length, *sizes), packing.multiple)
     in_rows = best_fit(sizes, length)
@@ -114,7 +114,7 @@ def plan_scoring(pairs: Sequence[Pair], at_a_time: int, packing: Packing) -> Pla
 
 
 def _plan(pairs: Sequence[Pair], batches: Sequence[Packed], packing: Packing) -> Plan:
-    """Sizes that hold any of the batches, by their lengths."""
+    """Make a plan of batches. For each length of rows, choose the shape that holds all batches of that length."""
     targets: dict[int, int] = {}
     used = padded = total = 0
     for length, rows in batches:
@@ -134,13 +134,13 @@ def _plan(pairs: Sequence[Pair], batches: Sequence[Packed], packing: Packing) ->
 
 
 def slots(pair: Pair) -> int:
-    """Tokens that a pair takes in a row: its prompt once, and its responses without their last tokens, which predict
-    nothing."""
+    """Return how many slots of a row a pair takes: its prompt once, and its responses without their last tokens, which
+    predict nothing."""
     return len(pair.prompt) + sum(max(len(y) - 1, 0) for y in pair.responses)
 
 
 def _padded_slots(pairs: Sequence[Pair], multiple: int) -> int:
-    """What the same pairs take where each response is a row of its own behind a copy of its prompt."""
+    """Return the slots that pairs would take if each response had a row of its own, after a copy of its prompt."""
     lengths = [len(pair.prompt) + len(y) for pair in pairs for y in pair.responses if len(y)]
     return len(lengths) * round_up(max(lengths), multiple)
 
@@ -162,9 +162,9 @@ def pack_batch(
 
     Args:
         responses: names of a pair's responses, for the names of `host_metrics`.
-        mean_over: "pairs" or "tokens", as `Objective.mean_over`: what the weights make of a sum over pairs.
-        reference_logps: log p_t of the responses, [pairs of the batch, Y], row after row; None gives NaN, where nobody
-            reads them.
+        mean_over: "pairs" or "tokens", as `Objective.mean_over`. It decides the weights of pairs.
+        reference_logps: log p_t of the responses, [pairs of the batch, Y], row after row. None writes NaN, for an
+            objective or a program that does not read them.
     """
     chosen = [pairs[i] for i in itertools.chain(*rows)]
     arrays = empty_batch(shape)
@@ -193,18 +193,18 @@ def pack_batch(
 
 
 def of_pairs(x_BP: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """What a program gives for each place of a batch, [B, P, ...], of its pairs alone: [pairs, ...], row after row."""
+    """Select the values of pairs, [pairs, ...], row after row, from those for each place of a batch, [B, P, ...]."""
     return x_BP[_places(rows)]
 
 
 def _places(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(row, place in it) of each pair of a batch, row after row."""
+    """Return (row, place in the row) of each pair of a batch, row after row."""
     places = [(row, place) for row, numbers in enumerate(rows) for place in range(len(numbers))]
     return tuple(np.array(places).T)
 
 
 def _write(rows: PackedRows, pair: Pair, row: int, first_id: int, slot: int, target: int) -> tuple[int, int]:
-    """Writes a pair into its row from `slot` and `target` on; returns where the next one goes."""
+    """Write a pair into its row from `slot` and `target` on. Return where the next pair goes."""
     prompt, end = len(pair.prompt), slot + slots(pair)
     rows.tokens_BT[row, slot : slot + prompt] = pair.prompt
     rows.positions_BT[row, slot : slot + prompt] = np.arange(prompt)
@@ -224,8 +224,8 @@ def _write(rows: PackedRows, pair: Pair, row: int, first_id: int, slot: int, tar
 
 
 def forward_flops(model: ModelConfig, pair: Pair) -> float:
-    """Matmul FLOPs of a forward pass over a pair, whose prompt is read once. With a sliding window a token counts the
-    keys inside it."""
+    """Return the matmul FLOPs of a forward pass over a pair, with its prompt once. With a sliding window, count for
+    each token the keys inside its window."""
     prompt, tokens, seen = len(pair.prompt), 0, 0.0
     spans = [(0, prompt)] + [(prompt, prompt + max(len(y) - 1, 0)) for y in pair.responses]
     for first, end in spans:
@@ -237,13 +237,17 @@ def forward_flops(model: ModelConfig, pair: Pair) -> float:
 
 
 def _keys_seen(tokens: int, window: int | None) -> int:
-    """Keys that the first tokens of a sequence see, in all: the sum of min(k, window) for k from 1 to `tokens`."""
+    """Return how many keys the first tokens of a sequence see: the sum of min(k, window) for k = 1 to `tokens`."""
     growing = min(tokens, window or tokens)
     return growing * (growing + 1) // 2 + (tokens - growing) * growing
 
 
 def make_packing(settings: TrainConfig, mesh: Mesh, micro_batches: int = 1) -> Packing:
-    """How `config.train` says that pairs are packed into rows on a mesh. For training `micro_batches` are those of the
-    config; scoring keeps nothing for a backward pass, and takes a micro-batch's pairs at a time."""
+    """Return how to pack pairs into rows on a mesh, by `config.train`.
+
+    Args:
+        micro_batches: the config's for training. Scoring, which keeps nothing for a backward pass, takes 1, with the
+            pairs of one micro-batch at a time.
+    """
     num_shards = sharding.num_shards(mesh, "rows") * micro_batches
     return Packing(num_shards, settings.length_multiple, settings.row_length, settings.row_shapes)

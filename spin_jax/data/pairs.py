@@ -1,4 +1,4 @@
-"""Pairs, a prompt with its responses: as token ids, and on disk in the authors' Parquet layout."""
+"""Pairs, each a prompt with its responses: as token ids, and on disk in the authors' Parquet layout."""
 
 import contextlib
 import dataclasses
@@ -25,9 +25,9 @@ class Pair:
         row: row number of the example in its source.
         iteration: self-play iteration t whose opponent wrote the generated response; -1 without one.
         prompt: x, within the prompt budget.
-        responses: in the order of the objective's names, for SPIN the real one y and the generated one y'. Each has
-            its stop id only where it really ended.
-        truncated: for each, whether a budget ended it, so that its last token is no stop id.
+        responses: in the order of the objective's names; for SPIN the real response y and the generated y'. A response
+            has a stop id only if it really ended.
+        truncated: for each response, whether a budget ended it, so that it has no stop id.
     """
 
     row: int
@@ -41,10 +41,10 @@ TokenIds = Sequence[int] | np.ndarray  # of one text
 
 
 def token_ids(ids: TokenIds, vocab_size: int, what: str) -> np.ndarray:
-    """A caller's token ids as int32 [tokens].
+    """Check a caller's token ids, and return them as int32 [tokens].
 
     Raises:
-        UserError: there are none, or one is not in the vocabulary: on a device it would be another token, or NaN.
+        UserError: there are none, or one is beyond the vocabulary, and would become another token, or NaN, on a device.
     """
     array = np.asarray(ids)
     if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
@@ -54,20 +54,20 @@ def token_ids(ids: TokenIds, vocab_size: int, what: str) -> np.ndarray:
     return array.astype(np.int32)
 
 
-RESPONSES = ("real", "generated")  # what a run's pairs hold, in order
-ALL_RESPONSES = (*RESPONSES, "proto")  # with what self_play.pairs.with_proto adds, where an objective asks for it
+RESPONSES = ("real", "generated")  # the responses of a run's pairs, in order
+ALL_RESPONSES = (*RESPONSES, "proto")  # self_play.pairs.with_proto adds the last, if an objective needs it
 
 
 def choose(pair: Pair, names: Sequence[str]) -> Pair:
-    """The pair with those of its responses that are named, of ALL_RESPONSES."""
+    """Return the pair with only those of its responses that are named (names of ALL_RESPONSES)."""
     places = [ALL_RESPONSES.index(name) for name in names]
     responses, truncated = (tuple(values[i] for i in places) for values in (pair.responses, pair.truncated))
     return dataclasses.replace(pair, responses=responses, truncated=truncated)
 
 
 def whole_sequence(pair: Pair) -> Pair:
-    """The pair with one response to its first token: all that follows it, prompt and real response. What is trained on
-    it learns the prompt, too."""
+    """Return a pair whose prompt is the first token, and whose response is all that follows: the rest of the prompt and
+    the real response. Training on it learns the prompt, too."""
     tokens = np.concatenate([pair.prompt, pair.responses[0]])
     return dataclasses.replace(pair, prompt=tokens[:1], responses=(tokens[1:],), truncated=pair.truncated[:1])
 
@@ -80,10 +80,13 @@ def write_pairs_parquet(
 ) -> None:
     """Write examples with generated responses in the authors' layout (data sets UCLA-AGI/SPIN_iter0 to 3).
 
-    Columns `real` and `generated` are lists of {"role", "content"} turns, the prompt's and then the response. Beside
-    them are our own: `row`, `generated_truncated` and `columns` (name -> one value an example; sampled ids, for
-    instance). The file's metadata has `model`: what identifies the model that wrote the responses. The file appears
-    under its name only when it is whole. `load_examples` reads it back.
+    Columns `real` and `generated` are lists of {"role", "content"} turns: the prompt's, then the response. Columns of
+    our own are `row`, `generated_truncated`, and those of `columns`. The file is written whole or not at all.
+    `load_examples` reads it back.
+
+    Args:
+        columns: name -> a value for each example, such as the sampled ids.
+        model: identifies the model that wrote the responses; stored in the file's metadata.
     """
     import pyarrow
     import pyarrow.parquet
@@ -111,7 +114,7 @@ def write_pairs_parquet(
 
 
 def read_sampled(path: epath.PathLike) -> dict[int, list[tuple[np.ndarray, bool]]]:
-    """{row: [(sampled token ids, truncated), ...]} of a pairs file that a run wrote: the very ids, not their text.
+    """Read the sampled token ids from a pairs file of a run: {row: [(token ids, truncated), ...]}.
 
     Raises:
         UserError: the file is damaged.
@@ -128,7 +131,7 @@ def read_sampled(path: epath.PathLike) -> dict[int, list[tuple[np.ndarray, bool]
 
 
 def read_model(path: epath.PathLike) -> dict[str, str]:
-    """What identifies the model that wrote the responses of a pairs file; empty where the file does not say."""
+    """Read what identifies the model that wrote a pairs file's responses; empty if the file does not say."""
     import pyarrow.parquet
 
     with _reading(path) as file:

@@ -1,6 +1,7 @@
-"""Model FLOPs that an iteration spends, as the algorithm asks for them: what baselines are matched by.
+"""Count the model FLOPs of an iteration, so that baselines can be given as many.
 
-Counted are the matmuls of sampling, scoring and training on the rows to train on, without padding and recomputation.
+Count the matmuls of sampling, scoring and training that the algorithm needs for the training rows. Do not count
+padding, recomputation or held-out rows.
 """
 
 import dataclasses
@@ -19,47 +20,48 @@ from spin_jax.training.schedule import check_warmup
 
 
 def sampling_flops(run: Run, t: int) -> float:
-    """Of the responses that were written for iteration t to train on; 0 where it takes those of the data, or none."""
+    """FLOPs of sampling the responses that iteration t trains on; 0 if it samples none."""
     if not is_sampled(run, t):
         return 0.0
     return sum(forward_flops(run.model, choose(pair, ["generated"])) for pair in pairs_of(run, t)[0])
 
 
 def iteration_flops(run: Run, t: int, spec: TrainingSpec, pairs: Sequence[Pair]) -> float:
-    """Of iteration t, whose steps are on such pairs: sampling, scoring, training."""
+    """FLOPs of iteration t: sampling, scoring, and training on these pairs."""
     return sampling_flops(run, t) + spec.steps * iteration_step_flops(run, t, spec, pairs)
 
 
 def iteration_step_flops(run: Run, t: int, spec: TrainingSpec, pairs: Sequence[Pair]) -> float:
-    """Of a step of iteration t on such pairs, on average, and of the scoring that it needs."""
+    """Mean FLOPs of a training step of iteration t on these pairs, with the scoring that it needs."""
     passes = spec.flops_multiplier + is_scored(run.config.spin) * (1 + is_mixed(run.config.spin, t))
     return passes * _forward_flops(run, pairs)
 
 
 def sft_flops(run: Run, spec: TrainingSpec, pairs: Sequence[Pair]) -> float:
-    """Of supervised fine-tuning whose steps are on such pairs."""
+    """FLOPs of supervised fine-tuning on these pairs."""
     return spec.steps * spec.flops_multiplier * _forward_flops(run, pairs)
 
 
 def _forward_flops(run: Run, pairs: Sequence[Pair]) -> float:
-    """Of a forward pass over a batch of such pairs, on average."""
+    """Mean FLOPs of a forward pass over a batch of these pairs."""
     return sum(forward_flops(run.model, pair) for pair in pairs) * run.config.train.batch_size / len(pairs)
 
 
 def matched_steps(run: Run, t: int, spec: TrainingSpec, pairs: Sequence[Pair]) -> int:
-    """Steps for which iteration t spends what the same iteration of the run in `config.train.match_flops` has spent.
+    """Return how many steps iteration t can take for the FLOPs of the same iteration of the run in
+    `config.train.match_flops`.
 
     Raises:
-        UserError: they are not enough for a step, or for no step after the warm-up.
+        UserError: there are too few for a step, or for a step after the warm-up.
     """
     return _matched_steps(run, t, sampling_flops(run, t), iteration_step_flops(run, t, spec, pairs))
 
 
 def check_matched(run: Run) -> None:
-    """Refuse FLOPs to match that cannot be enough, before anything is sampled.
+    """Refuse FLOPs to match that are certainly too few, before anything is sampled.
 
-    What an iteration costs is known when its responses are there. Until then each counts as empty, which is a lower
-    bound: whatever is refused here would be refused by `matched_steps`, after the sampling.
+    The cost of an iteration is known once its responses are. Before that, count each response as empty. That is a lower
+    bound, so `matched_steps` would refuse all that is refused here, after the sampling.
 
     Raises:
         UserError: as `matched_steps`; or the run in `config.train.match_flops` has no result of an iteration.
@@ -72,7 +74,7 @@ def check_matched(run: Run) -> None:
 
 
 def _least_flops(run: Run, t: int) -> tuple[float, float]:
-    """(of sampling, of a step and its scoring) of iteration t, if each generated response were empty."""
+    """FLOPs of iteration t if each generated response were empty: (of sampling, of a step with its scoring)."""
     spec = spin_spec(run.config, run.model, run.execution, t, steps=1)
     examples = [sft_pair(run, example) for example in run.train_examples]
     asked = [_with_real_alone(pair, ["generated"]) for pair in examples] if is_sampled(run, t) else []
@@ -82,7 +84,7 @@ def _least_flops(run: Run, t: int) -> tuple[float, float]:
 
 
 def _with_real_alone(pair: Pair, names: Sequence[str]) -> Pair:
-    """A pair of the real response with the named responses, all of them empty but the real one."""
+    """Give a pair that has a real response the named ones, all empty except the real one."""
     real, empty = pair.responses[0], np.zeros(0, np.int32)
     return dataclasses.replace(pair, responses=tuple(real if name == "real" else empty for name in names))
 

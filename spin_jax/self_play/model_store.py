@@ -1,4 +1,4 @@
-"""The models that a run has made: read, kept in memory while they are in use, exported, told apart."""
+"""Read, keep, export and identify the models of a run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,8 +15,7 @@ from spin_jax.runtime.files import writing
 
 
 class ModelStore:
-    """Models by the directories that they are in, all of one architecture. One at a time is in memory: two are one too
-    many."""
+    """Models by their directories, all of one architecture. Only one at a time is in memory: two might not fit."""
 
     def __init__(self, model: models.ModelConfig, mesh: Mesh, source: epath.Path, export_dtype: jnp.dtype):
         self._model, self._mesh, self._source, self._export_dtype = model, mesh, source, export_dtype
@@ -24,17 +23,17 @@ class ModelStore:
         self._identities: dict[epath.Path, dict[str, str]] = {}
 
     def identity_of(self, directory: epath.Path) -> dict[str, str]:
-        """The fingerprint of the model in `directory`: kept with what it wrote and scored."""
+        """Return the fingerprint of the model in `directory`, which is stored with its responses and scores."""
         if directory not in self._identities:
             with self._reading(directory):
                 self._identities[directory] = multihost.on_process_zero(lambda: checkpoints.fingerprint(directory))
         return self._identities[directory]
 
     def params(self, directory: epath.Path) -> dict:
-        """The f32 params in `directory`, sharded; those used last stay in memory.
+        """Return the f32 params in `directory`, sharded. The params that were used last stay in memory.
 
         Raises:
-            UserError: there is no whole model in `directory`.
+            UserError: `directory` has no complete model.
         """
         if self._loaded is None or self._loaded[0] != directory:
             self._loaded = None
@@ -47,7 +46,7 @@ class ModelStore:
 
     @contextlib.contextmanager
     def _reading(self, directory: epath.Path) -> Iterator[None]:
-        """Says of a damaged model that this run has made what can be done about it."""
+        """If a model that this run has made is damaged, say what to do about it."""
         try:
             yield
         except UserError as error:
@@ -56,25 +55,25 @@ class ModelStore:
             raise UserError(f"delete {directory}, and its stage makes it anew: {error}") from None
 
     def take_params(self, directory: epath.Path) -> dict:
-        """Like `params`, for a caller that donates them."""
+        """Like `params`, but forget them: the caller may donate them."""
         params = self.params(directory)
         self._loaded = None
         return params
 
     def keep_params(self, directory: epath.Path, params: dict) -> None:
-        """Give the f32 params of `directory` back, which `take_params` took: they were not changed."""
+        """Give back f32 params of `directory` that `take_params` returned. They must be unchanged."""
         self._loaded = (directory, params)
 
     def export_adapter(self, directory: epath.Path, lora: LoraConfig, adapters: dict, start: epath.Path) -> None:
-        """Write low-rank updates of the model in `start` as an adapter of PEFT."""
+        """Write low-rank updates of the model in `start` as a PEFT adapter."""
         with writing(directory), checkpoints.uploaded(directory) as local:
             checkpoints.save_adapter(local, self._model, lora, adapters, base=start)
 
     def export(self, directory: epath.Path, params: dict) -> None:
-        """Write params as a Hugging Face directory. From then on they are what the files hold."""
+        """Write params as a Hugging Face directory, and keep them in memory if they equal the files, which f32 does."""
         with writing(directory), checkpoints.uploaded(directory) as local:
             checkpoints.save(local, self._model, params, source=self._source, dtype=self._export_dtype)
-        multihost.gather(None)  # nobody reads it before it is whole
+        multihost.gather(None)  # wait, so that no process reads it before it is complete
         self._identities.pop(directory, None)
         self._loaded = (directory, params) if self._export_dtype == jnp.float32 else None
 

@@ -1,4 +1,4 @@
-"""The pairs of a run: written when their responses are there, read back for scoring and training."""
+"""The pairs of a run: write them when their responses are sampled, and read them back for scoring and training."""
 
 import collections
 import dataclasses
@@ -24,8 +24,11 @@ def write_responses(
     responses: Sequence[Response],
     model: dict[str, str],
 ) -> None:
-    """`pairs.parquet`, which takes the place of the parts: a row a response, those to one prompt together. `model`
-    identifies who wrote them."""
+    """Write `pairs.parquet`, with a row for each response, those to one prompt together; then delete the parts.
+
+    Args:
+        model: identifies the model that wrote the responses.
+    """
     texts = [run.chat.codec.decode(response.tokens) for response in responses]
     asked = [example for example in examples for _ in range(run.config.generate.responses)]
     answered = [
@@ -42,23 +45,27 @@ def write_responses(
 
 
 def is_given(run: Run, t: int) -> bool:
-    """Whether the generated responses of iteration t are those of the data."""
+    """Whether iteration t takes its generated responses from the data."""
     return run.has_responses and (t == 0 or run.config.generate.source == "data")
 
 
 def is_sampled(run: Run, t: int) -> bool:
-    """Whether responses are written for iteration t to train on."""
+    """Whether iteration t trains on responses that are sampled for it."""
     return reads_generated(run.config.spin) and not is_given(run, t)
 
 
 def asked_examples(run: Run) -> list[Example]:
-    """The examples whose prompts the opponent answers. Where the objective reads no generated response, held-out ones
-    alone."""
+    """Return the examples whose prompts the opponent answers: only held-out ones if the objective reads no generated
+    response."""
     return (run.train_examples if reads_generated(run.config.spin) else []) + run.held_out_examples
 
 
 def pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
-    """(train, held-out) pairs whose y' are the responses of iteration t."""
+    """Return the (training, held-out) pairs of iteration t.
+
+    Raises:
+        UserError: they are missing, or another model wrote them.
+    """
     if t not in run.pairs:
         path = run.iteration(t) / "generated" / "pairs.parquet"
         asked = asked_examples(run)
@@ -86,21 +93,23 @@ def pairs_of(run: Run, t: int) -> tuple[list[Pair], list[Pair]]:
 
 
 def iterations_mixed(run: Run, t: int) -> range:
-    """The iterations whose pairs iteration t trains on: its own, then `config.spin.previous_iterations` before it, if
-    their pairs are others."""
+    """Return the iterations whose pairs iteration t trains on, newest first: t, and `config.spin.previous_iterations`
+    before it, unless their pairs are the same."""
     differ = reads_generated(run.config.spin) and run.config.generate.source != "data"
     previous = run.config.spin.previous_iterations if differ else 0
     return range(t, max(0, t - previous) - 1, -1)
 
 
 def mixed_pairs(run: Run, t: int) -> list[Pair]:
-    """The pairs that iteration t trains on, those of the newest iteration first."""
+    """Return the pairs that iteration t trains on, those of the newest iteration first."""
     return [pair for s in iterations_mixed(run, t) for pair in pairs_of(run, s)[0]]
 
 
 def with_proto(run: Run, pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs with a third response, "proto": the one that theta_0 wrote to the same prompt, generated at iteration
-    0. Of several to a prompt the k-th has theta_0's k-th; where those are fewer, from the first again."""
+    """Add a third response to pairs, "proto": what theta_0 wrote to the same prompt at iteration 0.
+
+    The k-th pair of a prompt gets theta_0's k-th response. If there are fewer of those, begin again with the first.
+    """
     protos, seen = collections.defaultdict(list), collections.Counter()
     for first in pairs_of(run, 0)[0]:
         protos[first.row].append(first)
@@ -115,7 +124,7 @@ def with_proto(run: Run, pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def sft_pairs(run: Run) -> list[Pair]:
-    """The examples to train on as pairs without a generated response; `config.sft.loss_on` says what is learned."""
+    """Return the training examples as pairs without a generated response; `config.sft.loss_on` says what is learned."""
     pairs = [sft_pair(run, example) for example in run.train_examples]
     return [whole_sequence(pair) for pair in pairs] if run.config.sft.loss_on == "all" else pairs
 

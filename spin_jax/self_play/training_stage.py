@@ -1,4 +1,4 @@
-"""A training stage of a run, put together: its programs, where it starts, which pairs each step takes."""
+"""Put a training stage of a run together (its programs, its start, the pairs of each step), and train it."""
 
 import dataclasses
 import logging
@@ -39,8 +39,11 @@ class TrainingStage(NamedTuple):
         return programs.make_training(self.spec)
 
     def make_batch(self, run: Run, reference_logps: np.ndarray | None = None) -> Callable[[int], HostBatch]:
-        """step -> batch, a function of (seed, step) and the pairs; with the reference's log-probs where they are given:
-        [steps, pairs of a batch, Y]."""
+        """Return a function step -> batch, which depends on (seed, step) and the pairs.
+
+        Args:
+            reference_logps: the reference's log-probs to put into the batches, [steps, pairs of a batch, Y].
+        """
         plan, objective = self.plan, self.spec.objective
         named = {"responses": objective.responses, "mean_over": objective.mean_over}
 
@@ -60,13 +63,14 @@ def _planned(run: Run, spec: programs.TrainingSpec, start: epath.Path, seed: int
 
 
 def spin_stage(run: Run, t: int) -> TrainingStage:
-    """Iteration t's."""
+    """Return the training stage of iteration t."""
     spec, pairs = spin_spec(run, t)
     return _planned(run, spec, run.start_of(t), run.config.seed + t, pairs)
 
 
 def spin_spec(run: Run, t: int) -> tuple[programs.TrainingSpec, list[Pair]]:
-    """What iteration t trains, for `config.train.epochs` or for the FLOPs of another run, and on which pairs."""
+    """Return what iteration t trains, with the number of steps, and its pairs. The number of steps is that of
+    `config.train.epochs`, or of the FLOPs of another run."""
     train, pairs = run.config.train, mixed_pairs(run, t)
     steps = 1 if train.match_flops else num_steps(len(pairs), train.epochs, train.batch_size)
     spec = programs.spin_spec(run.config, run.model, run.execution, t, steps)
@@ -79,7 +83,7 @@ def spin_spec(run: Run, t: int) -> tuple[programs.TrainingSpec, list[Pair]]:
 
 
 def sft_stage(run: Run, start: epath.Path, pairs: list[Pair], steps: int, peak: float) -> TrainingStage:
-    """So many steps of supervised fine-tuning of the model in `start`; `peak` is the highest learning rate."""
+    """Return a stage of supervised fine-tuning of the model in `start`; `peak` is the highest learning rate."""
     spec = programs.sft_spec(run.config, run.model, run.execution, peak, steps)
     return _planned(run, spec, start, run.config.seed, pairs)
 
@@ -92,7 +96,7 @@ def fit_stage(
     name: str,
     start_loss: tuple[float, float] | None = None,
 ) -> dict:
-    """The params of the stage's start, trained; low-rank updates are written to `adapter/` and merged into them."""
+    """Train a stage and return its params. Write low-rank updates to `adapter/`, and merge them into the params."""
     spec, training = stage.spec, stage.training
     _LOG.info("%s", stage.plan)
     state, frozen = training.begin(run.store.take_params(stage.start), stage.seed)
@@ -116,14 +120,14 @@ def fit_stage(
 
 
 def export_model(run: Run, directory: epath.Path, params: dict) -> None:
-    """Write what a training stage has made; its checkpoints go."""
+    """Write the model that a training stage has made, and delete its checkpoints."""
     run.store.export(directory / "model", params)
     is_trained(directory)
 
 
 def is_trained(directory: epath.Path) -> bool:
-    """Whether a training stage has exported its model. Once it is whole, nobody needs the checkpoints that led to it,
-    three times its size each: they go."""
+    """Whether a training stage has exported its model. If it has, delete its checkpoints, each three times the model's
+    size: nobody needs them any more."""
 
     def is_whole() -> bool:
         whole = (directory / "model" / "config.json").exists()

@@ -1,4 +1,4 @@
-"""A run's directory: made, seen by all hosts, and begun with settings, data and a model that go on being the same."""
+"""Make a run's directory, and check that a resumed run has the settings, the data and the model it was begun with."""
 
 import hashlib
 import itertools
@@ -15,14 +15,15 @@ from spin_jax.errors import UserError
 from spin_jax.runtime import multihost
 from spin_jax.runtime.files import expand, find, is_remote, reading, write_whole
 
-# What a stage has made by which it has begun; a training stage begins with its first checkpoint.
+# Files that show that a stage has begun; a training stage has begun when it has a checkpoint.
 _TRAINED = ("checkpoints/[0-9]*", "model/config.json")
 _SFT = tuple(f"sft/{made}" for made in _TRAINED)
 _SPIN = tuple(f"iteration_*/{made}" for made in _TRAINED)
 _CONTROL = tuple(f"iteration_*/control/{made}" for made in _TRAINED)
 _GENERATED = ("iteration_*/generated/pa*",)
 _ANYTHING = (*_SFT, *_GENERATED, "iteration_*/scores/*", *_SPIN)
-# Fields of stages of their own: fixed when that stage has begun, the others as soon as there is anything.
+# Prefixes of fields, and the files that fix them: those of the stage that reads the field. Other fields are fixed as
+# soon as any of these files exists.
 _STAGES = (
     ("generate.", _GENERATED),
     ("spin.", _SPIN),
@@ -36,7 +37,7 @@ _STAGES = (
 
 
 def make(path: epath.PathLike) -> epath.Path:
-    """The directory at --workdir, made where it is missing, as an absolute path: Orbax wants one.
+    """Make the directory at --workdir if it is missing. Return an absolute path, as Orbax needs.
 
     Raises:
         UserError: it cannot be made.
@@ -56,15 +57,15 @@ def make(path: epath.PathLike) -> epath.Path:
 
 
 def check_settings(config: Config, workdir: epath.Path) -> None:
-    """Refuse to go on in a workdir that holds what was made with other settings.
+    """Refuse to go on in a workdir with results of other settings.
 
     Raises:
-        UserError: with the fields, what they were and what they are now; or the workdir's note of them is damaged.
+        UserError: with the fields, and their values then and now; or the workdir's note of them is damaged.
     """
     noted, now = _read_note(workdir), as_json(config)
     if not noted:
         return
-    # A field that the schema has got since then had its default.
+    # A field that was added to the schema since then had its default.
     before = as_json(Config()) | noted
     if changed := [field for field in now if now[field] != before[field] and _is_fixed(field, now, before, workdir)]:
         what = ", ".join(f"--config.{field} was {before[field]!r} and is now {now[field]!r}" for field in changed)
@@ -74,13 +75,13 @@ def check_settings(config: Config, workdir: epath.Path) -> None:
 
 
 def _is_fixed(field: str, now: dict, before: dict, workdir: epath.Path) -> bool:
-    """Whether something in the workdir was made with a field's old value."""
+    """Whether the workdir has results of a field's old value."""
     rule = FIELDS[field].resume
     if rule == FREE or (rule == CONTENT and "start" in before):
         return False
     if rule == BY_ITERATION:
         begun = itertools.takewhile(lambda t: _has(workdir / f"iteration_{t}", _TRAINED), itertools.count())
-        was = before[field] or [None]  # a note that somebody has emptied
+        was = before[field] or [None]  # () in a note that somebody has edited
         return any(at_iteration(now[field], t) != at_iteration(was, t) for t in begun)
     return _has(workdir, next((made for prefix, made in _STAGES if field.startswith(prefix)), _ANYTHING))
 
@@ -92,11 +93,10 @@ def _has(directory: epath.Path, patterns: Sequence[str]) -> bool:
 def note_start(
     config: Config, workdir: epath.Path, source: epath.Path, train: list[Example], held_out: list[Example]
 ) -> None:
-    """Note the settings, the data and the model at `source` in the workdir, once all has been found to work.
+    """Note the settings, the data and the model at `source` in the workdir. Call it when all checks have passed.
 
     Raises:
-        UserError: data or model are not what the run was begun with, whatever their paths, or not the same on all
-            hosts.
+        UserError: the content of data or model is not what the run was begun with, or not the same on all hosts.
     """
     rows = [(e.row, e.prompt, e.response, e.generated) for e in train + held_out]
     data = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -121,18 +121,20 @@ def _note(config: Config, workdir: epath.Path, source: epath.Path, data: str, st
 
 
 def check_model(before: Mapping[str, str] | None, now: Mapping[str, str], complaint: str, remedy: str) -> None:
-    """Refuse what was made with another model than today's, both as `checkpoints.fingerprint` identifies them; an empty
-    `before` is of a time when it was not kept.
+    """Refuse results of another model than today's.
+
+    Args:
+        before, now: `checkpoints.fingerprint` of the two models. Older workdirs have no `before`, and are not refused.
 
     Raises:
-        UserError: complaint, what of the model changed, and remedy.
+        UserError: with the complaint, the parts of the model that changed, and the remedy.
     """
     if before and (changed := _changes(before, now)):
         raise UserError(f"{complaint} (changed: {changed}): {remedy}")
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The parts of a model that differ, as "weights, stop ids"."""
+    """Name the parts of a model that differ, as "weights, stop ids"."""
     return ", ".join(part for part in now if now[part] != before.get(part))
 
 
