@@ -1,6 +1,6 @@
-"""The programs of a training stage, made by one function each, which is cached: no program is compiled twice.
+"""Make the programs of a training stage. Each is made by a cached function, so that none is compiled twice.
 
-The stages of a run and the Python surface run them, and `spin_jax/compile_check/programs.py` compiles them ahead.
+The stages of a run and the Python surface run them; `spin_jax/compile_check/programs.py` compiles them ahead of time.
 """
 
 import dataclasses
@@ -37,31 +37,31 @@ from spin_jax.training.train_step import TrainState, init_state, make_step, on_a
 
 @functools.cache
 def make_adapters(model: ModelConfig, lora: LoraConfig, mesh: Mesh) -> Callable:
-    """key -> fresh low-rank updates, born where they live."""
+    """Return a jitted function: key -> fresh low-rank updates, born sharded."""
     return jit(mesh, functools.partial(init_adapters, model, lora), out_shardings=adapter_shardings(mesh, model, lora))
 
 
 @functools.cache
 def make_merging(model: ModelConfig, scale: float, mesh: Mesh) -> Callable:
-    """(params, adapters) -> params with the updates in them; donates the params."""
+    """Return a jitted function: (params, adapters) -> params with the updates added. It donates the params."""
     merging = functools.partial(merge, scale=scale)
     return jit(mesh, merging, donate_argnums=0, out_shardings=param_shardings(mesh, model))
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSpec:
-    """All that the programs of a training stage depend on; hashable, so that they are made and compiled once.
+    """All that the programs of a training stage depend on. Hashable, so that they are made and compiled once.
 
     Attributes:
-        model, compute: what is trained, and how it computes.
+        model, execution: what is trained, and how it is computed.
         objective: one of objectives.OBJECTIVES.
-        settings: what it reads of the config.
-        live: every step computes the opponent's log-probs anew, from its params.
+        settings: what the objective reads of the config.
+        live: whether each step computes the opponent's log-probs from its params.
         optimizer: see `optimizer.make_optimizer`.
         peak, steps: see `optimizer.learning_rate_schedule`.
-        train: read are its warm-up, weight decay, largest norm of a gradient, and micro-batches.
-        lora: of low-rank updates; with a rank of 0 all weights are trained.
-        seed: of what their dropout sets to 0, a constant of the program as the schedule is; 0 without dropout.
+        train: of which warm-up, weight decay, clipping and micro-batches are read.
+        lora: the low-rank updates; with a rank of 0 all weights are trained.
+        seed: of dropout, a constant of the program as the schedule is; 0 without dropout.
     """
 
     model: ModelConfig
@@ -78,29 +78,28 @@ class TrainingSpec:
 
     @property
     def flops_multiplier(self) -> int:
-        """Forward passes that a step's FLOPs count as: a backward pass is two matmuls for each of the forward, or one
-        where the weights are frozen. The updates' own, a few per cent, are not counted."""
+        """How many forward passes a step costs. A backward pass has two matmuls for each of the forward pass, or one if
+        weights are frozen. Those of low-rank updates, a few per cent, are not counted."""
         return (2 if self.lora.rank else 3) + self.live
 
 
 def is_scored(spin: SpinConfig) -> bool:
-    """Whether `config.spin` has the reference's log-probs computed before training, and not in it or not at all."""
+    """Whether the reference's log-probs are computed before training. (Else they are computed in it, or not needed.)"""
     return spin.opponent == "stored" and OBJECTIVES[spin.loss].reference
 
 
 def reads_generated(spin: SpinConfig) -> bool:
-    """Whether the objective learns from responses that a model has written."""
+    """Whether the objective learns from generated responses."""
     return bool({"generated", "proto"} & set(OBJECTIVES[spin.loss].responses))
 
 
 def is_mixed(spin: SpinConfig, t: int) -> bool:
-    """Whether the reference of iteration t is a mixture of the opponent and theta_0, which are the same at iteration
-    0."""
+    """Whether the reference of iteration t is a mixture of the opponent and theta_0. At iteration 0 the two are one."""
     return spin.opponent_share < 1 and t > 0
 
 
 def spin_spec(config: Config, model: ModelConfig, execution: Execution, t: int, steps: int) -> TrainingSpec:
-    """Iteration t's training stage."""
+    """Return the spec of iteration t's training stage."""
     spin, train, objective = config.spin, config.train, OBJECTIVES[config.spin.loss]
     return TrainingSpec(
         model=model,
@@ -118,7 +117,7 @@ def spin_spec(config: Config, model: ModelConfig, execution: Execution, t: int, 
 
 
 def sft_spec(config: Config, model: ModelConfig, execution: Execution, peak: float, steps: int) -> TrainingSpec:
-    """Supervised fine-tuning: another objective, optimizer and learning rate, all else as in SPIN."""
+    """Return the spec of supervised fine-tuning: with another objective, optimizer and learning rate than SPIN's."""
     other = {"objective": OBJECTIVES["sft"], "settings": Settings(), "live": False, "optimizer": config.sft.optimizer}
     return dataclasses.replace(spin_spec(config, model, execution, 0, steps), peak=peak, **other)
 
@@ -132,9 +131,9 @@ class Training(NamedTuple):
         merge: (params (donated), low-rank updates) -> params; None where all weights are trained.
         schedule: steps -> their learning rates.
         state: the state as a tree of jax.ShapeDtypeStruct with shardings.
-        frozen: likewise, the params in the compute dtype that a step takes beside it, or None: those of a live
-            opponent, or under low-rank updates. One copy serves both.
-        begin: (params, seed of fresh low-rank updates) -> (state at step 0, frozen params); takes the params over.
+        frozen: the step's second argument, likewise: params in the compute dtype, of a live opponent or under low-rank
+            updates (one copy serves both); None if there is neither.
+        begin: (params, seed of fresh low-rank updates) -> (state at step 0, frozen params). It may donate the params.
     """
 
     init: Callable
@@ -146,7 +145,7 @@ class Training(NamedTuple):
     begin: Callable
 
 
-@functools.lru_cache(maxsize=4)  # a program is specific to an iteration's schedule
+@functools.lru_cache(maxsize=4)  # a few only: each iteration's schedule is another program
 def make_training(spec: TrainingSpec) -> Training:
     """The programs of a training stage."""
     model, mesh, train, lora = spec.model, spec.execution.mesh, spec.train, spec.lora
@@ -169,7 +168,7 @@ def make_training(spec: TrainingSpec) -> Training:
 
     def begin(params: dict, seed: int) -> tuple[TrainState, dict | None]:
         frozen = None
-        if lora.rank:  # the f32 params are read again to be merged
+        if lora.rank:  # the f32 params are not needed: they are read again for merging
             frozen, params = cast(params), make_adapters(model, lora, mesh)(jax.random.key(seed))
         elif spec.live:
             frozen = jax.tree.map(jnp.copy, cast_params(model, params, spec.execution.dtype))
@@ -186,7 +185,7 @@ def jit_training(
     mesh: Mesh,
     dropout: tuple[float, int] | None = None,
 ) -> tuple[Callable, Callable]:
-    """The jitted (init: params -> state, `train_step.make_step`); both donate their first argument.
+    """Return the jitted (init: params -> state, step of `train_step.make_step`). Both donate their first argument.
 
     Args:
         params: arrays or jax.ShapeDtypeStructs, with their shardings.

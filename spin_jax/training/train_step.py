@@ -15,14 +15,14 @@ from spin_jax.objectives.interface import BatchLoss
 
 
 class TrainState(NamedTuple):
-    """What a step changes and a checkpoint holds.
+    """What a step updates and a checkpoint holds.
 
     Attributes:
         step: int32, updates made.
-        params: the policy's, f32 masters; or low-rank updates of frozen ones.
+        params: the policy's f32 params, or low-rank updates of frozen params.
         opt_state: optax's.
-        healthy: bool; False once a loss or gradient was not finite. From then on no step changes anything, so that the
-            last good state survives until the host has read the metrics, which it does a step late.
+        healthy: bool; False once a loss or gradient was not finite. From then on no step changes the state: the host
+            reads metrics a step late, and must find the last good state.
     """
 
     step: jax.Array
@@ -32,9 +32,11 @@ class TrainState(NamedTuple):
 
 
 def on_adapters(loss: BatchLoss, scale: float, live: bool) -> BatchLoss:
-    """`loss` as a function of low-rank updates of frozen params, which are the step's `opponent` then: the policy is
-    opponent + scale a b, and one copy of the opponent serves both. `live`: the loss asks for the opponent, of whose
-    input nothing drops out."""
+    """Make `loss` a function of low-rank updates: the policy is opponent + scale a b.
+
+    The step's `opponent` is then the frozen params. One copy serves as the policy's frozen weights and, if `live`, as
+    the opponent that the loss asks for, which has no dropout.
+    """
 
     def adapted(
         adapters: dict, opponent: dict | None, batch: Batch, dropout: Dropout | None = None
@@ -46,12 +48,12 @@ def on_adapters(loss: BatchLoss, scale: float, live: bool) -> BatchLoss:
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh optimizer for `params`, which the state takes over. Sharded as the params are when called under jit."""
+    """Return the state at step 0 for `params`. Under jit it is sharded as they are."""
     return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.bool_(True))
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: dict) -> TrainState:
-    """Where a state for sharded `params` lives: optimizer moments beside their params, scalars everywhere."""
+    """Return the shardings of a state: optimizer moments are sharded as their params, and scalars are everywhere."""
     param_shardings = jax.tree.map(lambda x: x.sharding, params)
     everywhere: Any = NamedSharding(jax.tree.leaves(param_shardings)[0].mesh, PartitionSpec())
     opt_state = optax.tree.map_params(
@@ -70,20 +72,19 @@ def make_step(
     micro_batches: int,
     dropout: tuple[float, int] | None = None,
 ) -> Callable:
-    """step(state, opponent, batch, scoring=False) -> (state, metrics, log-probs [B, P, Y]), to be jitted; pure.
+    """Make step(state, opponent, batch, scoring=False) -> (state, metrics, log-probs [B, P, Y]). It is pure; jit it.
 
-    The batch's leading axis is cut into `micro_batches` equal parts, whose gradients are added up in f32: the loss, its
-    gradient and every metric are sums over the whole batch. Adds `grad_norm` (before clipping) and `healthy` to the
-    loss's metrics.
+    Cut the batch's leading axis into `micro_batches` equal parts, and add up their gradients in f32: loss, gradient and
+    metrics are sums over the whole batch. Add `grad_norm` (before clipping) and `healthy` to the loss's metrics.
 
-    With `scoring`, a bool scalar, the state stays as it is and no gradient is computed. The log-probs are those that a
-    training call finds, bit for bit, since the same instructions of the same program compute them: what the opponent is
-    scored with, see docs/algorithm.md. Metrics mean nothing then.
+    With `scoring`, a bool scalar, leave the state as it is, and compute no gradient. The log-probs equal those of a
+    training call, bit for bit, because the same instructions of the same program compute them. So this step scores the
+    opponent (docs/algorithm.md). Metrics mean nothing then.
 
     Args:
         loss_fn: a `BatchLoss`; with dropout, one of `on_adapters`.
-        dropout: (rate, seed): what drops out of the inputs of low-rank updates is a function of (seed, step,
-            micro-batch). Nothing does with `scoring`, and while all b are 0 it makes no difference.
+        dropout: (rate, seed) of dropout of the inputs of low-rank updates, which depends on (seed, step, micro-batch).
+            There is none with `scoring`. While all b are 0, it makes no difference.
     """
 
     def dropout_at(step: jax.Array, scoring: jax.Array | bool) -> Dropout | None:
@@ -96,7 +97,7 @@ def make_step(
         """(gradient, metrics, log-probs); the gradient is 0, and not computed, with `scoring`."""
         loss_of = loss_fn if dropped is None else functools.partial(loss_fn, dropout=dropped)
         loss, backward, (metrics, logps) = jax.vjp(lambda p: loss_of(p, opponent, batch), params, has_aux=True)
-        # The backward pass is the first branch, which the compile check counts.
+        # XLA puts the false branch first, and the compile check counts the first branch: let that be the backward pass.
         (grads,) = jax.lax.cond(
             scoring, lambda: (jax.tree.map(jnp.zeros_like, params),), lambda: backward(jnp.ones_like(loss))
         )

@@ -1,4 +1,4 @@
-"""What the models of a run are measured by: a row of the summary for each."""
+"""Measure the models of a run: a row of the summary for each."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from spin_jax.training.programs import reads_generated
 
 @out_of_memory.tells("evaluate", out_of_memory.for_training)
 def evaluate_start(run: Run) -> None:
-    """The summary's first row: theta_0, the opponent of iteration 0, which has scored the held-out pairs."""
+    """Measure theta_0, for the summary's first row. As the opponent of iteration 0 it has scored the held-out pairs."""
 
     def measure() -> dict:
         start = _subject(run, 0, "SFT", run.start_of(0), run.workdir, " SFT")
@@ -37,8 +37,8 @@ def evaluate_start(run: Run) -> None:
 
 @out_of_memory.tells("evaluate", out_of_memory.for_training)
 def evaluate_policy(run: Run, t: int) -> None:
-    """The summary's row of theta_{t+1}, with what its opponent has generated. Without held-out pairs, what the last
-    training step had."""
+    """Measure theta_{t+1}, for its row of the summary, with the lengths of its opponent's responses. Without held-out
+    pairs, take the metrics of the last training step."""
 
     def measure() -> dict:
         train, held_out = pairs_of(run, t)
@@ -58,8 +58,8 @@ def evaluate_policy(run: Run, t: int) -> None:
 
 
 def evaluate_control(run: Run, t: int, directory: epath.Path, spent: Callable[[], float]) -> None:
-    """The summary's row of the baseline of iteration t, in `directory`; `spent` are the FLOPs that it was trained
-    for."""
+    """Measure the baseline of iteration t in `directory`, for its row of the summary. `spent` gives the FLOPs that it
+    was trained for."""
 
     def measure() -> dict:
         subject = _subject(run, t, f"SFT control {t}", directory / "model", directory, " SFT control")
@@ -69,7 +69,7 @@ def evaluate_control(run: Run, t: int, directory: epath.Path, spent: Callable[[]
 
 
 def _measure_once(directory: epath.Path, measure: Callable[[], dict]) -> None:
-    """`result.json` in a directory: a row of the summary, measured where there is none that can be read."""
+    """Write `result.json`, a row of the summary, in a directory, unless it has one that can be read."""
     if not multihost.on_process_zero(lambda: read_result(directory)):
         row = measure()
         multihost.on_process_zero(lambda: write_result(directory, row))
@@ -77,8 +77,12 @@ def _measure_once(directory: epath.Path, measure: Callable[[], dict]) -> None:
 
 
 def _subject(run: Run, t: int, name: str, model: epath.Path, directory: epath.Path, whose: str = "") -> Subject:
-    """The model in a directory, to be measured on the held-out pairs of iteration t, with its result in another.
-    `whose` ends the name of its progress bar."""
+    """Describe the model in a directory for evaluators, which measure it on the held-out pairs of iteration t.
+
+    Args:
+        directory: of its result.
+        whose: ends the name of its progress bar.
+    """
     held_out = pairs_of(run, t)[1]
 
     @functools.cache
@@ -118,7 +122,7 @@ def _subject(run: Run, t: int, name: str, model: epath.Path, directory: epath.Pa
 
 
 def _last_step(iteration: epath.Path) -> dict[str, float]:
-    """Margin and accuracy of an iteration's last training step, as far as its objective has them, for a summary without
+    """Return margin and accuracy of an iteration's last training step, if its objective has them, for a summary without
     held-out rows."""
     row = metric_writer.read_metrics(iteration / metric_writer.FILE_NAME)[-1]
     return {f"last_step/{name}": row[name] for name in ("rewards/accuracy", "rewards/margin") if name in row}

@@ -1,14 +1,15 @@
-"""Responses that another program writes, such as vLLM on another machine: prompts go out as a file, responses come in.
+"""Let another program write responses, such as vLLM on another machine: write a file of prompts, read one of responses.
 
-With `config.generate.source="external"` the generate stage writes the first two of these into `generated/`, and the run
-ends. When the third is there, the same command checks it, takes the responses, and goes on with scoring and training.
+With `config.generate.source="external"` the generate stage writes the first two of these files into `generated/`, and
+the run ends. When the third file exists, the same command checks it, takes the responses, and goes on with scoring and
+training.
 
     request.json     where the model is, what identifies it, how to sample, and which ids end a response
     prompts.jsonl    {"row", "number", "request", "tokens"}: a line for each response that is wanted, with its prompt
     responses.jsonl  {"row", "number", "request"} of that line, with the response's "tokens" or its "text"; and
                      "truncated": true where a budget of tokens ended it
 
-"request" is a mark of the prompt, of the model and of how to sample: a response to anything else is refused.
+"request" is a hash of the prompt, the model and the sampling settings. A response to another request is refused.
 """
 
 import hashlib
@@ -28,17 +29,20 @@ from spin_jax.self_play.pairs import asked_examples, write_responses
 from spin_jax.self_play.run import Run
 
 PROMPTS, REQUEST, RESPONSES = "prompts.jsonl", "request.json", "responses.jsonl"
-NAMED = 5  # of many responses that are missing
+NAMED = 5  # missing responses that a message names at most
 
 _LOG = logging.getLogger(__name__)
 
 
 def exchange_files(run: Run, t: int, directory: epath.Path, model: Mapping[str, str]) -> bool:
-    """Take the responses of iteration t if they are in `directory`, else ask for them; returns whether they are there.
-    For process zero alone. `model` is what identifies theta_t.
+    """Take the responses of iteration t from `directory` if they are there, else write the request. Return whether they
+    were there. Call it on process 0 alone.
+
+    Args:
+        model: identifies theta_t.
 
     Raises:
-        UserError: a response is missing, there twice, to another request, or broken; it names the line.
+        UserError: a response is missing, there twice, to another request, or broken; the message names the line.
     """
     if not (directory / RESPONSES).exists():
         _ask(run, t, directory, model)
@@ -69,13 +73,13 @@ def _sampling(run: Run) -> dict[str, object]:
 
 
 def _mark(run: Run, row: int, model: Mapping[str, str]) -> str:
-    """A short name of what a response to a row is a response to."""
+    """Hash the request that a response to a row must answer."""
     request = [dict(model), _sampling(run), run.asked(row).tolist()]
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _read(run: Run, directory: epath.Path, model: Mapping[str, str]) -> list[Response]:
-    """Responses in the order in which they were asked for."""
+    """Read and check the responses, and return them in the order of the request."""
     examples = {example.row: example for example in asked_examples(run)}
     marks = {row: _mark(run, row, model) for row in examples}
     wanted = [(row, number) for row in examples for number in range(run.config.generate.responses)]
@@ -119,7 +123,7 @@ def _response(run: Run, examples: Mapping[int, Example], line: object, marks: Ma
         tokens = _sampled(run, examples[row], line["tokens"], truncated)
     elif isinstance(line["text"], str):
         tokens = run.chat.sampled_ids(examples[row].prompt, line["text"], truncated)
-        if len(tokens) > (most := run.config.generate.max_new_tokens):  # where our own sampler would have cut it
+        if len(tokens) > (most := run.config.generate.max_new_tokens):  # cut it where our own sampler would have
             tokens, truncated = tokens[:most], True
     else:
         raise ValueError(f"text must be text, not {type(line['text']).__name__}")
@@ -127,13 +131,13 @@ def _response(run: Run, examples: Mapping[int, Example], line: object, marks: Ma
 
 
 def _sampled(run: Run, example: Example, ids: list, truncated: bool) -> np.ndarray:
-    """Token ids of a response as the sampler could have drawn them.
+    """Check that our own sampler could have drawn the token ids of a response, and return them.
 
     Raises:
-        ValueError, UserError: it could not.
+        ValueError, UserError: it could not have.
     """
     tokens = token_ids(ids, run.model.vocab_size, "tokens") if ids else np.zeros(0, np.int32)
-    run.chat.generated_response(example.prompt, tokens, truncated)  # refuses an end that is not one
+    run.chat.generated_response(example.prompt, tokens, truncated)  # refuses ids whose end contradicts `truncated`
     if np.isin(tokens[:-1], run.chat.stop_ids).any():
         raise ValueError("a stop id stands before the end: cut the response behind it")
     if len(tokens) > (most := run.config.generate.max_new_tokens):

@@ -14,10 +14,10 @@ _LOG = logging.getLogger(__name__)
 
 @out_of_memory.tells("generate", out_of_memory.for_sampling)
 def generate_responses(run: Run, t: int) -> None:
-    """y' ~ p_t(.|x) for every prompt, train and held-out: `generated/pairs.parquet`, in the authors' layout.
+    """Sample y' ~ p_t(.|x) for every prompt, training and held-out, into `generated/pairs.parquet`.
 
     Raises:
-        Stopped: another program is to write them, and has not yet.
+        Stopped: another program is to write the responses, and has not done so yet.
     """
     directory = run.iteration(t) / "generated"
     if multihost.on_process_zero((directory / "pairs.parquet").exists):

@@ -20,11 +20,11 @@ EVALUATION_PARTS = "evaluation-part"  # what an interrupted evaluation leaves to
 
 @out_of_memory.tells("score", out_of_memory.for_training)
 def score_pairs(run: Run, t: int) -> None:
-    """The opponent's log-probs of the pairs of every training step, `scores/steps.npz`, and of the held-out ones,
-    `scores/held_out.npz`.
+    """Compute the opponent's log-probs of the pairs of every training step (`scores/steps.npz`) and of the held-out
+    pairs (`scores/held_out.npz`).
 
-    Nothing is done where they are there, made by the programs that this run trains with, nor once the iteration has
-    trained. With a live opponent, or without a reference, only the held-out pairs are scored.
+    Do nothing if the iteration has trained, or if the files hold scores by the programs that this run trains with. With
+    a live opponent, or without a reference, score the held-out pairs only.
     """
     if is_trained(run.iteration(t)):
         return
@@ -36,8 +36,11 @@ def score_pairs(run: Run, t: int) -> None:
 def score_pairs_of(
     run: Run, model: epath.Path, pairs: Sequence[Pair], name: str, parts: tuple[epath.Path, str] | None = None
 ) -> np.ndarray:
-    """Log-probs of pairs, [pairs, Y], under the model in a directory. `parts`: directory and name of the files in which
-    an interrupted pass leaves what it has scored to the next."""
+    """Return log-probs of pairs, [pairs, Y], under the model in a directory.
+
+    Args:
+        parts: (directory, name) of files that keep the scores of an interrupted pass for the next one.
+    """
     scorer, kept = _scorer(run), None
     if parts:
         directory, file = parts
@@ -51,7 +54,7 @@ def _scorer(run: Run) -> Scorer:
 
 
 def held_out_scores(run: Run, t: int) -> np.ndarray:
-    """log p_t of the held-out pairs of iteration t, [pairs, Y]: stored, or computed and stored."""
+    """Return log p_t of iteration t's held-out pairs, [pairs, Y]. Read stored scores, or compute and store them."""
     pairs = pairs_of(run, t)[1]
     if not pairs:
         return np.zeros((0, 2), np.float32)
@@ -71,9 +74,11 @@ def steps_path(run: Run, t: int, name: str = "steps") -> epath.Path:
 
 
 def step_scores(run: Run, t: int, stage: TrainingStage) -> np.ndarray:
-    """The reference's log-probs of the pairs of each training step of iteration t, [steps, pairs of a batch, Y]: those
-    of the opponent, or alpha log p_t + (1 - alpha) log p_0 with alpha `config.spin.opponent_share`. The normaliser of
-    this geometric mixture is a constant of the prompt, and is left out: it cancels in a margin."""
+    """Return the reference's log-probs of the pairs of each training step of iteration t, [steps, pairs of a batch, Y].
+
+    They are the opponent's, or alpha log p_t + (1 - alpha) log p_0 with alpha = `config.spin.opponent_share`. The
+    normaliser of this geometric mixture depends on the prompt alone, and cancels in a margin, so it is left out.
+    """
     if not programs.is_mixed(run.config.spin, t):
         return _step_scores_of(run, t, stage, stage.start)
     share = np.float32(run.config.spin.opponent_share)
@@ -82,8 +87,8 @@ def step_scores(run: Run, t: int, stage: TrainingStage) -> np.ndarray:
 
 
 def _step_scores_of(run: Run, t: int, stage: TrainingStage, start: epath.Path, name: str = "steps") -> np.ndarray:
-    """Log-probs under the model in `start`: stored under a name, or computed and stored. Those of another mesh or
-    version of jax are made anew: they would not cancel."""
+    """Return log-probs under the model in `start`. Read those that are stored under a name, or compute and store them.
+    Scores of another mesh or version of jax are not used: their rounding would not cancel the policy's."""
     path, model = steps_path(run, t, name), run.store.identity_of(start)
     key = scores_key(stage.pairs, stage.plan, run.execution, run.config.train.micro_batches, model)
     logps = multihost.on_process_zero(lambda: read_scores(path, key))
@@ -95,5 +100,5 @@ def _step_scores_of(run: Run, t: int, stage: TrainingStage, start: epath.Path, n
         scored = [stage.pairs[i] for rows in stage.plan.batches for i in itertools.chain(*rows)]
         multihost.on_process_zero(lambda: write_scores(path, key, logps, scored))
         if not run.config.lora.rank:
-            run.store.keep_params(start, program.state.params)  # which training starts from
+            run.store.keep_params(start, program.state.params)  # training starts from them
     return logps

@@ -17,8 +17,8 @@ from spin_jax.self_play.training_stage import (
 
 @out_of_memory.tells("SFT control", out_of_memory.for_training)
 def continue_sft(run: Run, t: int) -> None:
-    """The baseline: plain SFT of the same start, on the same examples, for the FLOPs that iteration t spent, and its
-    summary row."""
+    """Train and measure the baseline: plain SFT from the same start, on the same examples, for the FLOPs that iteration
+    t has spent."""
     directory = run.iteration(t) / "control"
     if not is_trained(directory):
         stage, name = _control_stage(run, t), f"iteration {t}: SFT control"
