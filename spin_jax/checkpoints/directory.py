@@ -1,4 +1,4 @@
-"""A model's directory: where it is, and which of the files in it are read. What else it holds is left alone."""
+"""Find a model's directory, and the files in it that are read. Other files are ignored."""
 
 import contextlib
 import logging
@@ -34,9 +34,9 @@ TOKENIZER_FILES = (
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT
 FETCHED = ["config.json", "generation_config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
 FETCHED += [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
-VARIANTS = ["*.fp16*", "*.bf16*", "*.fp32*"]  # the same weights once more
+VARIANTS = ["*.fp16*", "*.bf16*", "*.fp32*"]  # the same weights in another dtype, which are not downloaded
 
-# What stands where a model is missing, with what to do about it.
+# What a directory without a model may hold instead, and what to do about it.
 _INSTEAD = (
     (
         ADAPTER_CONFIG,
@@ -62,15 +62,15 @@ _LOG = logging.getLogger(__name__)
 def resolve(
     path_or_id: str | os.PathLike, revision: str | None = None, fetched: Sequence[str] = FETCHED
 ) -> pathlib.Path:
-    """The local directory of a model: the one named, or a snapshot of a Hub repository (downloaded once, then cached).
+    """Return the local directory of a model: the one named, or a snapshot of a Hub repository, downloaded once.
 
-    A directory that is there is taken before a repository of the same name.
+    A directory takes precedence over a repository of the same name.
 
     Args:
-        fetched: patterns of the files of a repository that are wanted.
+        fetched: patterns of the repository's files to download.
 
     Raises:
-        UserError: no such directory, or the Hub does not have it or cannot be reached.
+        UserError: there is no such directory, and the Hub does not have it or cannot be reached.
     """
     name = os.fspath(path_or_id) or "''"
     path = os.path.expanduser(name)
@@ -109,16 +109,16 @@ def _download(repository: str, revision: str | None, fetched: Sequence[str]) -> 
 
 
 def read_config(directory: epath.PathLike) -> ModelConfig:
-    """The architecture of the model in a directory, from its config.json alone; raises UserError like `load`."""
+    """Return the architecture of the model in a directory, from its config.json. Raise UserError as `load` does."""
     file = epath.Path(directory) / "config.json"
     return ModelConfig.from_huggingface(read_config_json(directory), str(file))
 
 
 def read_config_json(directory: epath.PathLike) -> dict[str, Any]:
-    """The parsed config.json of a model's directory.
+    """Return the parsed config.json of a model's directory.
 
     Raises:
-        UserError: there is none, with a guess at why.
+        UserError: there is none; the message guesses why.
     """
     directory = epath.Path(directory)
     file = directory / "config.json"
@@ -135,7 +135,7 @@ def read_config_json(directory: epath.PathLike) -> dict[str, Any]:
 
 
 def stored_tensors(directory: epath.PathLike) -> dict[str, safetensors.StoredTensor]:
-    """Every tensor of a model directory by name, from the files' headers alone.
+    """Return every tensor of a model's directory, by name, from the headers of its files.
 
     Raises:
         UserError: a file is missing or damaged, or a tensor is there twice.
@@ -167,7 +167,7 @@ def _shards(index: epath.Path) -> list[epath.Path]:
 
 
 def hub_name(directory: epath.PathLike) -> tuple[str, str | None]:
-    """The (repository, commit) whose snapshot a directory is, or (its absolute path, None)."""
+    """Return (repository, commit) of a Hub snapshot, and (absolute path, None) of any other directory."""
     match = re.search(r"/models--([^/]+)/snapshots/(\w+)/?$", os.fspath(directory))
     if match:
         return match[1].replace("--", "/"), match[2]
@@ -175,12 +175,12 @@ def hub_name(directory: epath.PathLike) -> tuple[str, str | None]:
 
 
 def has_weights(directory: epath.Path | pathlib.Path) -> bool:
-    """Whether there is a model's file of weights."""
+    """Whether a directory has a model's weights, or their index."""
     return (directory / WEIGHTS).exists() or (directory / INDEX).exists()
 
 
 def _why_none(directory: epath.Path) -> str | None:
-    """What a directory without a model holds instead."""
+    """Say what a directory without a model holds instead; None if nothing is known of it."""
     for name in ("config.json", WEIGHTS, INDEX):
         if os.path.islink(directory / name) and not (directory / name).exists():
             return f"{directory / name}: a link whose file is gone; download the model again"
@@ -190,7 +190,7 @@ def _why_none(directory: epath.Path) -> str | None:
 
 
 def tokenizer_files(directory: epath.PathLike) -> list[epath.Path]:
-    """The files of a tokenizer and its chat templates, those in a folder of their own too."""
+    """Return the files of a tokenizer and its chat templates, also those in a folder of their own."""
     directory = epath.Path(directory)
     found = {file for pattern in TOKENIZER_FILES for file in find(directory, pattern)}
     return sorted(file for file in found if file.is_file())
@@ -198,7 +198,7 @@ def tokenizer_files(directory: epath.PathLike) -> list[epath.Path]:
 
 @contextlib.contextmanager
 def downloaded(directory: epath.Path) -> Iterator[epath.Path]:
-    """The directory, or a local copy of a remote one: weights are mapped into memory, which an object store cannot."""
+    """Yield the directory, or a local copy if it is remote: files in an object store cannot be mapped into memory."""
     if not is_remote(directory):
         yield directory
         return
@@ -211,8 +211,8 @@ def downloaded(directory: epath.Path) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def uploaded(directory: epath.Path) -> Iterator[epath.Path]:
-    """The directory, or a local one that is copied to the remote one when written; config.json, the sign of a whole
-    model, goes last, and so does an adapter's."""
+    """Yield the directory; if it is remote, yield a local one, and copy its files afterwards. Copy config.json, or that
+    of an adapter, last: it shows that the model is complete."""
     if not is_remote(directory):
         yield directory
         return

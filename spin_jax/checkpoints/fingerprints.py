@@ -1,4 +1,4 @@
-"""What identifies a model, part by part, whatever its path and its files' times: a moved copy agrees with itself."""
+"""Identify a model by the content of its files, part by part: not by paths or times, so that a copy is the same."""
 
 import hashlib
 import itertools
@@ -11,21 +11,21 @@ from spin_jax.checkpoints import safetensors
 from spin_jax.checkpoints.directory import read_config, read_config_json, stored_tensors, tokenizer_files
 from spin_jax.runtime.files import read_json_if_there
 
-# Weights up to so many bytes are read whole. Of larger ones every tensor is: its first block, its last, and others at
-# even distances between them. Fine-tuning, of part of a model too, changes most numbers of each tensor that it changes.
+# Read up to so many bytes of weights whole. Of more, read blocks of every tensor: its first, its last, and others at
+# even distances. That suffices, since fine-tuning changes most numbers of each tensor that it changes.
 _WHOLE = 2**30
 _BLOCK = 2**18
 _TEMPLATES = ("chat_template", "additional_chat_templates")
 
 
 def fingerprint(directory: epath.PathLike, *, weights: bool = True) -> dict[str, str]:
-    """Hashes of a model's "architecture", "tokenizer", "chat template", "stop ids" and, where asked for, "weights".
+    """Hash a model's "architecture", "tokenizer", "chat template", "stop ids" and, with `weights`, its "weights".
 
-    They depend on what is loaded: not on paths and times, nor on how the weights are split over files.
+    The hashes depend on what is loaded, not on paths, times, or how weights are split over files.
 
     Args:
-        directory: a Hugging Face directory, gs:// included.
-        weights: takes about a second for a gigabyte, and no longer for more.
+        directory: a Hugging Face directory, local or gs://.
+        weights: hash them too, which takes about a second for a gigabyte, and no longer for more.
 
     Raises:
         UserError: there is no model, or a file of it is damaged.
@@ -53,7 +53,7 @@ def fingerprint(directory: epath.PathLike, *, weights: bool = True) -> dict[str,
 def _file_hash(file: epath.Path) -> str | None:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError:  # whoever needs the file says so
+    except OSError:  # a file that is needed is refused where it is read
         return None
 
 

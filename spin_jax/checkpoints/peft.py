@@ -1,8 +1,8 @@
-"""Adapters of Hugging Face's PEFT in and out: low-rank updates of linear layers, and the model that they are of.
+"""Save and load adapters of Hugging Face's PEFT: low-rank updates of the linear layers of a base model.
 
-An adapter's directory has adapter_config.json, which names its base, and adapter_model.safetensors with A [R, inputs]
-and B [outputs, R] of each updated layer (https://huggingface.co/docs/peft/developer_guides/checkpoint). One that a run
-starts from is merged into its base first, once: everything else sees models only.
+An adapter's directory has adapter_config.json, which names its base, and adapter_model.safetensors, with A [R, inputs]
+and B [outputs, R] of each updated layer (https://huggingface.co/docs/peft/developer_guides/checkpoint). To start from
+an adapter, merge it into its base first: all other code sees models only.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ from spin_jax.runtime.files import read_json, user_cache, writing
 _PREFIX = "base_model.model."
 _ONLY = {
     "peft_type": ("LORA",),
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # others change the base, too
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # other values change the base, too
 }
 _READ = ("base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", *_ONLY)
-# What changes nothing in a trained adapter's model; which layers it updates is seen from its tensors.
+# Fields that do not change what a trained adapter computes. Its tensors show which layers it updates.
 _IGNORED = ("task_type", "inference_mode", "auto_mapping", "peft_version", "target_modules", "exclude_modules")
 _IGNORED += ("layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core", "qalora_group_size")
 _OFF = (None, False, "none", {}, [])
@@ -49,13 +49,13 @@ _LOG = logging.getLogger(__name__)
 def save_adapter(
     directory: str | os.PathLike, config: ModelConfig, lora: LoraConfig, adapters: dict, *, base: os.PathLike
 ) -> None:
-    """Writes low-rank updates (the tree of `models.init_adapters`) as an adapter that PEFT reads, in float32.
+    """Write low-rank updates (the tree of `models.init_adapters`) as an adapter that PEFT reads, in float32.
 
-    Like `huggingface.save`: all processes must call it, and adapter_config.json comes last.
+    As with `huggingface.save`, all processes must call this, and adapter_config.json is written last.
 
     Args:
-        base: the directory of the model that they are updates of; adapter_config.json names it, or, of a snapshot of a
-            Hub repository, the repository and its commit.
+        base: directory of the model that is updated. adapter_config.json names it; for a Hub snapshot, it names the
+            repository and its commit.
     """
     directory, alpha = pathlib.Path(directory), lora.alpha
     if multihost.is_first():
@@ -74,18 +74,20 @@ def save_adapter(
 
 
 def describe(path_or_id: str | os.PathLike, revision: str | None = None) -> ModelConfig:
-    """Describe a model from its config.json, or an adapter's base, and download nothing else; raises like `resolve`
-    and `read_config`."""
+    """Describe a model, or an adapter's base, from its config.json. Download nothing else. Raise as `resolve` and
+    `read_config` do."""
     directory = directories.resolve(path_or_id, revision, fetched=["config.json", ADAPTER_CONFIG])
     return _of_base(directory, describe) if _is_adapter(directory) else read_config(directory)
 
 
 def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
-    """The local directory of a model, as `directory.resolve` finds it. Of an adapter: its base with the adapter merged
-    into it in float32, with the adapter's tokenizer if it has one; made once, and kept in the user's cache.
+    """Return the local directory of a model, as `directory.resolve` finds it.
+
+    For an adapter, return its base with the adapter merged in float32, and with the adapter's tokenizer if it has one.
+    It is made once, and kept in the user's cache.
 
     Raises:
-        UserError: also if the adapter is of another kind than we compute, or does not fit its base.
+        UserError: as `directory.resolve`; or the adapter is not supported, or does not fit its base.
     """
     directory = directories.resolve(path_or_id, revision)
     if not _is_adapter(directory):
@@ -100,7 +102,7 @@ def _is_adapter(directory: pathlib.Path) -> bool:
 
 
 def _of_base(directory: pathlib.Path, find: Callable) -> Any:
-    """`find` of the base that an adapter names, once the adapter is known to be supported."""
+    """Check that an adapter is supported, and return `find` of the base that it names."""
     file, content = directory / ADAPTER_CONFIG, _read_settings(directory)
     name, revision = content.get("base_model_name_or_path"), content.get("revision")
     if not isinstance(name, str) or not name or not isinstance(revision, str | None):
@@ -116,7 +118,7 @@ def _of_base(directory: pathlib.Path, find: Callable) -> Any:
 
 
 def _merged(directory: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
-    """The directory of the base with the adapter merged into it."""
+    """Merge an adapter into its base, unless the cache has the result, and return its directory."""
     content, model = _read_settings(directory), read_config(base)
     stored = directories.stored_tensors(base)
     huggingface.check_tensors(base, model, stored)
@@ -143,7 +145,7 @@ def _merged(directory: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
     merged = user_cache("merged") / hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
     if (merged / "config.json").is_file() and has_weights(merged):
         return merged
-    shutil.rmtree(merged, ignore_errors=True)  # what a cleaner of caches has left of it
+    shutil.rmtree(merged, ignore_errors=True)  # a program that cleans caches may have left parts of it
     _LOG.info("%s: an adapter of %s; the two merged are kept in %s", directory, base, merged)
     with writing(merged.parent):
         merged.parent.mkdir(parents=True, exist_ok=True)
@@ -156,14 +158,14 @@ def _merged(directory: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
             try:
                 whole.rename(merged)
             except OSError:
-                if not (merged / "config.json").is_file():  # else another process was faster
+                if not (merged / "config.json").is_file():  # if it is there, another process was faster
                     raise
     return merged
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """A param whose layers are read when they are asked for."""
+    """A param whose layers are read when they are indexed."""
 
     weight: Weight
     read: Callable[[Weight, int], np.ndarray]
@@ -173,7 +175,7 @@ class _Layers:
 
 
 def _read_settings(directory: pathlib.Path) -> dict[str, Any]:
-    """adapter_config.json of a kind of adapter that is a sum of w and scale B A, and nothing besides."""
+    """Read adapter_config.json. Refuse adapters whose weights are not w + scale B A alone."""
     file = directory / ADAPTER_CONFIG
     content = read_json(file)
     remedy = "merge it into its base with merge_and_unload() of peft, and name the merged model"
@@ -192,7 +194,7 @@ def _read_settings(directory: pathlib.Path) -> dict[str, Any]:
 def _updates(
     directory: pathlib.Path, base: pathlib.Path, model: ModelConfig, content: dict[str, Any]
 ) -> dict[str, tuple[safetensors.StoredTensor, safetensors.StoredTensor]]:
-    """(A, B) of each updated tensor of the base, by its name."""
+    """Return (A, B) of each updated tensor, by its name in the base."""
     file, rank = directory / ADAPTER_WEIGHTS, content["r"]
     if not file.is_file():
         raise UserError(f"{directory}: has no {ADAPTER_WEIGHTS}; save the adapter with peft anew, which writes it")

@@ -1,9 +1,9 @@
 """The safetensors file format, a tensor at a time.
 
 A file is 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and the tensors.
-The package of this name checks files. It opens local ones alone and writes what is all in memory at once; here tensors
-are found in object stores, too, a view of one reads only what it shows, and writing takes one after the other.
-https://huggingface.co/docs/safetensors
+The package `safetensors` checks files here, but it opens local files only, and writes tensors that are all in memory.
+The code below also finds tensors in object stores, reads only the parts of a tensor that are used, and writes one
+tensor after the other. https://huggingface.co/docs/safetensors
 """
 
 import json
@@ -37,15 +37,15 @@ class StoredTensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def map(self) -> np.ndarray:
-        """The tensor as a read-only view of its file: nothing is read until it is indexed and copied."""
+        """Map the tensor, as a read-only view of its file. Nothing is read until the view is copied."""
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
 def read_header(file: epath.PathLike) -> dict[str, StoredTensor]:
-    """The tensors of a file by name.
+    """Return where the tensors of a file lie, by name.
 
     Raises:
-        UserError: not a safetensors file, truncated, or with tensors that are neither f32, f16 nor bf16.
+        UserError: it is not a safetensors file, is truncated, or has tensors other than f32, f16 and bf16.
     """
     file = epath.Path(file)
     with reading(file, "download it again"):
@@ -73,7 +73,7 @@ def read_header(file: epath.PathLike) -> dict[str, StoredTensor]:
 def write(
     file: pathlib.Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterable[np.ndarray]
 ) -> None:
-    """Writes tensors of one dtype, in the order of `shapes`, taking each from `tensors` when its turn comes."""
+    """Write tensors of one dtype, in the order of `shapes`. Take each from `tensors` when its turn comes."""
     code = next(code for code, each in DTYPES.items() if each == dtype)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
     end = 0
@@ -92,7 +92,7 @@ def write(
 
 
 def write_whole(file: pathlib.Path, write_to: Callable[[BinaryIO], object]) -> None:
-    """A reader sees the whole file or none: it is written beside its name, flushed to the disk and renamed."""
+    """Write a file under another name, flush it to the disk and rename it, so that readers see all of it or none."""
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("wb") as stream:
         write_to(stream)

@@ -17,20 +17,20 @@ from spin_jax.runtime import multihost
 from spin_jax.runtime.files import first_line, writing
 from spin_jax.runtime.out_of_memory import is_exhausted
 
-KEEP = 2  # the newest, and the one before it, which takes its place where the newest cannot be read
+KEEP = 2  # the newest, and one before it, in case the newest cannot be read
 
 _LOG = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one training stage, under `directory` (local or gs://). All processes call every method: each
-    writes and reads the shards of its own devices.
+    """The checkpoints of one training stage, under `directory` (local or gs://).
 
-    Saving is asynchronous: the step goes on while the arrays travel. A checkpoint that was not finished is never
-    listed. Each has the checksum of its state, since what Orbax reads back need not be what it wrote.
+    All processes must call every method; each writes and reads the shards of its own devices. Saving is asynchronous:
+    training goes on while arrays are written. A checkpoint that was not finished is never listed. Each has a checksum
+    of its state, since Orbax may read a damaged one without an error.
 
     Raises:
-        UserError: the disk is full, or `directory` cannot be written; of a save, by whichever call waits for it.
+        UserError: the disk is full, or `directory` cannot be written. For a save, the next call that waits raises it.
     """
 
     def __init__(self, directory: epath.PathLike):
@@ -47,14 +47,15 @@ class Checkpoints:
             )
 
     def latest_step(self) -> int | None:
-        """The newest finished checkpoint's step, or None; as the first process sees it."""
+        """Return the step of the newest finished checkpoint, as process 0 sees it; None if there is none."""
         latest = self._checkpointer.latest
         return multihost.on_process_zero(lambda: None if latest is None else latest.step)
 
     def restore_newest(self, state):
-        """(state, step) of the newest checkpoint that can be read, or (`state`, 0). Those that cannot are set aside.
+        """Return (state, step) of the newest checkpoint that can be read, or (`state`, 0). Set aside damaged ones.
 
-        `state`: a tree of arrays, whose shardings may differ from those it was saved with.
+        Args:
+            state: a tree of arrays, whose shardings may differ from those it was saved with.
         """
         while (step := self.latest_step()) is not None:
             restored, why = self.read(step, state)
@@ -64,7 +65,7 @@ class Checkpoints:
         return state, 0
 
     def read(self, step: int, state) -> tuple[Any, str | None]:
-        """(the state, None), or (None, why it cannot be read)."""
+        """Read a checkpoint. Return (state, None), or (None, why it cannot be read)."""
         abstract = abstract_like({"state": state, "checksum": checksum(state)})
         try:
             saved = self._checkpointer.load(step, abstract)
@@ -94,8 +95,7 @@ class Checkpoints:
         )
 
     def save(self, step: int, state, *, wait: bool = False) -> None:
-        """Save `state` as `step`; with `wait`, return only when it is whole on disk. A step that is saved already is
-        left as it is."""
+        """Save `state` as `step`, unless that step is saved already. With `wait`, return only when it is on disk."""
         with self._writing():
             if self.latest_step() == step:
                 self._checkpointer.wait()
@@ -107,7 +107,7 @@ class Checkpoints:
                 self._checkpointer.wait()
 
     def close(self) -> None:
-        """Wait for what is being saved."""
+        """Wait for a save in progress, and close."""
         with self._writing():
             self._checkpointer.close()
 
@@ -115,12 +115,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception) -> None:
-        # On an error too: whoever tries again in this process must not meet a save that is still on its way.
+        # Also after an error: another try in this process must not meet a save in progress.
         self.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """`files.writing`, without what tensorstore prints of writes that a failed one has left behind."""
+        """`files.writing`, without what tensorstore prints about other writes after one has failed."""
         before = sys.unraisablehook
         sys.unraisablehook = lambda unraisable: "loop is closed" in str(unraisable.exc_value) or before(unraisable)
         try:
@@ -131,13 +131,13 @@ class Checkpoints:
 
 
 def damaged_of(directory: epath.Path) -> epath.Path:
-    """Where the damaged ones of the checkpoints in `directory` are put."""
+    """Return the directory to which damaged checkpoints of `directory` are moved."""
     return directory.with_name(f"{directory.name}_damaged")
 
 
 @jax.jit
 def checksum(state) -> jax.Array:
-    """The sum of all bits of a tree of arrays, as uint32: whatever their shardings, another one if a bit is flipped."""
+    """Sum the bits of a tree of arrays as uint32. It does not depend on shardings, and a flipped bit changes it."""
 
     def bits(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
@@ -148,7 +148,7 @@ def checksum(state) -> jax.Array:
 
 
 def abstract_like(state):
-    """The shapes, dtypes and shardings of a tree of arrays."""
+    """Return a tree of arrays as jax.ShapeDtypeStruct with shardings."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
@@ -159,6 +159,6 @@ def _root_of(error: BaseException) -> BaseException:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Orbax and tensorstore log an error in each of their threads, tasks and futures, and raise it besides."""
+    """Drop log records of Orbax and tensorstore: they log an error in each thread and future, and raise it too."""
     text = record.pathname + record.getMessage()
     return not any(name in text for name in ("orbax", "tensorstore"))

@@ -14,7 +14,7 @@ from spin_jax.devices.compiler_options import gpu_capability
 from spin_jax.kernels.block_mask import causal_mask
 from spin_jax.kernels.interface import Kernel
 
-# Before this version jax asks cuDNN for the gradient of every mask, a sum over heads of [T, T] that nobody reads.
+# Before this version jax makes cuDNN compute the gradient of the mask, a sum over heads of [T, T] that nobody reads.
 _NO_MASK_GRADIENT = (0, 11, 1)
 
 
@@ -31,15 +31,15 @@ def cudnn_attention(
 ) -> jax.Array:
     """cuDNN's fused attention, [B, T, N, H] in q's dtype; differentiable in q, k, v.
 
-    It has no mask of this kind: it is written down, [B, 1, T, T], and no tile is skipped. `implementation="xla"` is
-    asked for the same and runs anywhere, for tests.
+    cuDNN has no mask of this kind, so the mask is an array [B, 1, T, T], and no tile is skipped. For tests,
+    `implementation="xla"` computes the same anywhere.
     """
     del platform
     mask_B1TT = causal_mask(visible_until_BT, positions_BT, sliding_window)[:, None]
     if implementation != "cudnn" or jax.__version_info__ >= _NO_MASK_GRADIENT:
         return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TT, implementation=implementation)
-    # What that call makes of these arguments, the mask's gradient left out. No public argument leaves it out: a mask
-    # becomes a bias, and each bias has a gradient. The function is the same in all older versions that setup.py allows.
+    # Do what that call does, without the mask's gradient. No public argument leaves it out: a mask becomes a bias, and
+    # each bias has a gradient. The private function is the same in all older versions that setup.py allows.
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     bias_B1TT = fused.combine_bias_and_mask(None, mask_B1TT, q_BTNH.dtype)

@@ -160,8 +160,10 @@ def _bias(tokens_B2T: jax.Array, row: jax.Array, i: jax.Array, j: jax.Array, sli
 
 
 def kept_bits(x: jax.Array, name: str) -> jax.Array:
-    """`checkpoint_name`, but bfloat16 is kept as integers: XLA for CPUs moves bfloat16 about in float32 alone, and with
-    each layer that adds to it would convert what is kept of all layers, to and fro. Not differentiable."""
+    """`checkpoint_name`, but keep bfloat16 as integers. Not differentiable.
+
+    XLA for CPUs moves bfloat16 only as float32: each layer would convert what is kept of all layers, to and fro.
+    """
     if x.dtype != jnp.bfloat16:
         return checkpoint_name(x, name)
     bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)

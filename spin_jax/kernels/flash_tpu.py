@@ -1,8 +1,8 @@
 """FlashAttention of packed rows: forward and backward kernels for TPUs, in Pallas.
 
-Scores exist a tile of queries by keys at a time (FlashAttention, arXiv 2205.14135). A kernel does not pass over all
-tiles: it is given the list of those with a visible entry (`block_mask.py`), and its grid is as long as the list. The
-others are neither fetched nor computed, and cost no step.
+Scores exist a tile of queries by keys at a time (FlashAttention, arXiv 2205.14135). A kernel gets the list of tiles
+with a visible entry (`block_mask.py`), and its grid is as long as the list. Other tiles are neither fetched nor
+computed, and cost no grid step.
 
 Shape letters: docs/architecture.md.
 """
@@ -46,11 +46,11 @@ LANES = 128  # of a TPU's vector unit
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """What is static of a kernel.
+    """The static settings of a kernel.
 
     Attributes:
         tile: S, slots of a block, a multiple of LANES.
-        kv_heads: of a step, each with the `groups` query heads that share it.
+        kv_heads: of a grid step, each with the `groups` query heads that share it.
         sliding_window: in positions; None: unlimited.
         interpret: run as jax.numpy.
     """
@@ -63,7 +63,7 @@ class Tiling:
 
     @property
     def heads(self) -> int:
-        """Query heads of a step."""
+        """Query heads of a grid step."""
         return self.kv_heads * self.groups
 
 

@@ -1,4 +1,4 @@
-"""What an attention kernel is, and which one the config means on a device."""
+"""Define attention kernels, and choose the one for a device."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,11 +21,11 @@ class Kernel:
             sliding_window: int or None, platform) -> [B, T, N, H] in q's dtype, differentiable in q, k and v:
             softmax(q k / sqrt(H)) v over what each token sees (`block_mask.causal_mask`). Each device calls it with its
             own rows and heads; `platform` is the devices', which need not be of the process that compiles for them.
-        refusal: (device, head_dim, dtype of q, k and v) -> why it cannot run there, if so; read after
-            "--config.model.attention=NAME".
-        platforms: where "auto" takes it if it can run, of "cpu", "gpu" and "tpu".
-        row_length: tokens of a packed row that suit it, the default of `config.train.row_length`. Long rows are fuller,
-            but attention costs more in them unless the kernel skips what no token sees.
+        refusal: (device, head_dim, dtype of q, k and v) -> why it cannot run there, worded to follow
+            "--config.model.attention=NAME"; None if it can.
+        platforms: of "cpu", "gpu" and "tpu", those where "auto" takes it if it can run.
+        row_length: length of packed rows that suits it, the default of `config.train.row_length`. Long rows are fuller,
+            but attention costs more in them, unless the kernel skips tiles that no token sees.
     """
 
     attention: Callable[..., jax.Array]
@@ -35,13 +35,15 @@ class Kernel:
 
 
 def choose(asked: str, device: Device, head_dim: int, dtype: DTypeLike) -> str | None:
-    """The name of the kernel that `config.model.attention` means on a device; None is plain jax.numpy.
+    """Return the name of the kernel that `config.model.attention` means on a device; None is plain jax.numpy.
 
-    The device is one that a program is for, not one of the process: programs for TPUs are compiled where none is.
-    "auto" is plain where no kernel of the platform can run.
+    "auto" is plain if no kernel for the platform can run.
+
+    Args:
+        device: for which the program is compiled. The process need not have it.
 
     Raises:
-        UserError: a kernel was asked for by name that cannot run.
+        UserError: the config names a kernel that cannot run.
     """
     if asked == "plain":
         return None

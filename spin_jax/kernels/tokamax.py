@@ -17,7 +17,7 @@ TOKAMAX = "tokamax==0.0.17"  # the extra of setup.py: its masks by ranges have n
 
 
 def refusal(device: Device, head_dim: int, dtype: DTypeLike) -> str | None:
-    """Why tokamax cannot compute attention on such a device, if so. On CPUs it is plain XLA, for tests."""
+    """Return why tokamax cannot compute attention on a device; None if it can. On CPUs it is plain XLA, for tests."""
     if device.platform == "tpu":
         return "is a GPU kernel and these devices are of platform 'tpu'"
     if importlib.util.find_spec("tokamax") is None:
@@ -47,13 +47,13 @@ def tokamax_attention(
 
     On a `platform` of "gpu" these are kernels for Hopper and later, elsewhere plain XLA, for tests.
 
-    Who sees a key is its `q_end`, which 0.0.17 writes down as a mask. Tiles are skipped by `is_causal` in all kernels,
-    and in the forward one by the first key that a query sees.
+    `q_end` says which queries see a key; version 0.0.17 makes a mask of it. All kernels skip tiles by `is_causal`. The
+    forward kernel also skips tiles before the first key that a query sees.
     """
     from tokamax._src.ops.attention import api, base  # pyright: ignore[reportMissingImports]  (an extra)
 
     slots_T = jnp.arange(visible_until_BT.shape[1], dtype=jnp.int32)
-    # Padding sees itself: the kernels divide by the sum of a query's weights.
+    # Let padding see itself: the kernels divide by the sum of a query's weights.
     visible_until_BT = jnp.maximum(visible_until_BT, slots_T[None] + 1)
     mask = base.Mask(q_end=visible_until_BT[:, None], k_start=first_seen(visible_until_BT)[:, None], is_causal=True)
     if sliding_window is not None:
@@ -62,7 +62,7 @@ def tokamax_attention(
 
 
 def first_seen(visible_until_BT: jax.Array) -> jax.Array:
-    """The first slot that each slot sees, int32 [B, T]: the first whose end is beyond it."""
+    """Return the first slot that each slot sees, int32 [B, T]: the first whose `visible_until` is beyond it."""
     slots_T = jnp.arange(visible_until_BT.shape[1], dtype=jnp.int32)
     # The first end beyond a slot is where the largest end so far grows beyond it.
     largest_BT = jax.lax.cummax(visible_until_BT, axis=1)

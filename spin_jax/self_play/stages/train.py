@@ -9,8 +9,8 @@ from spin_jax.training.programs import is_mixed, is_scored
 
 # How far from l(0) an iteration's first loss may be. The log-probs of a stored opponent come from the step's own
 # program, so that only the order of the sum over pairs may differ. Those of a live opponent come from another part of
-# the program, which the compiler may round otherwise. Margins m of rounding alone raise the logistic loss by m^2 / 8, so
-# that 1e-2 allows for margins of 0.28: too little to matter.
+# the program, which the compiler may round otherwise. Margins m of rounding alone raise the logistic loss by m^2 / 8,
+# so 1e-2 allows for margins of 0.28: too little to matter.
 START_TOLERANCE = {"stored": 1e-4, "live": 1e-2}
 
 
