@@ -1,8 +1,7 @@
-"""Choose what a config leaves open by the number, kind and memory of the devices, before anything is downloaded.
+"""Choose the sizes that a config leaves open, by the number, kind and memory of the devices, before any download.
 
-Left to them are sizes that change no result beyond rounding: the mesh, `model.remat`, `train.micro_batches`,
-`train.row_length`, and the slots of sampling. A choice rests on an estimate of bytes, which tests hold against the TPU
-compiler's own figures.
+These sizes change results by rounding alone: the mesh, `model.remat`, `train.micro_batches`, `train.row_length`, and
+the slots of sampling. Choices rest on an estimate of bytes, which tests compare with the TPU compiler's own figures.
 """
 
 import logging
@@ -26,25 +25,25 @@ from spin_jax.objectives import OBJECTIVES
 
 _LOG = logging.getLogger(__name__)
 
-# Of a device's memory, for what the estimate misses. Where nothing fits in that, what needs least is tried, up to MISS.
+# Fill this share of a device's memory: the estimate may miss some. If nothing fits, take what needs least, up to MISS.
 SHARE, MISS = 0.93, 1.05
-# Remat policies that are worth their memory, the fastest first.
+# Remat policies to try, the fastest first; others are not worth their memory.
 POLICIES = ("mlp", "gate", "attention", "qkv", "full")
-# Above so many FLOPs in the time that a byte is read in, keeping more than "qkv" gains nothing: v6e.
+# On devices with more FLOPs in the time in which a byte is read (v6e), keeping more than "qkv" gains nothing.
 FAST_MATMULS = 400
-ROW_LENGTH = 1024  # of plain attention
-SLOTS = 512  # a copy of the weights; beyond it half of a decode step is the cache already
-SLOTS_CPU = 32  # beyond it a step takes longer in proportion
-PREFILL = 16  # prompts, a copy of the weights: with their tokens a large matmul
-PROGRAM = 0.3 * GiB  # of the step's code, and of buffers that are small beside all else
-REFILLS = 8  # how often each slot is filled at least, where the number of prompts is known: else most idle in the end
+ROW_LENGTH = 1024  # tokens of a packed row with plain attention
+SLOTS = 512  # for each copy of the weights; with more, reading the cache takes half of a decode step already
+SLOTS_CPU = 32  # with more, a step takes longer in proportion
+PREFILL = 16  # prompts for each copy of the weights: their tokens make a large matmul
+PROGRAM = 0.3 * GiB  # for a step's code, and for small buffers
+REFILLS = 8  # fill each slot so often, if the number of prompts is known: with fewer, most slots idle in the end
 
 
 def choose(config: Config, model: ModelConfig, devices: Sequence[Device], run: bool = True) -> Config:
-    """A copy of the config in which nothing is left to the devices, which are a run's or those of a described slice.
+    """Return a copy of the config with all sizes chosen for devices, a run's or those of a described slice.
 
     Args:
-        run: False where the model is only sampled from, and no f32 params are beside the copy that is.
+        run: False if the model is only sampled from or scored with, so that the devices hold no f32 params.
 
     Raises:
         UserError: mesh and devices do not go together.
@@ -59,7 +58,7 @@ def choose(config: Config, model: ModelConfig, devices: Sequence[Device], run: b
 
 
 class Target(NamedTuple):
-    """Devices, and how a config computes on them."""
+    """Devices, and how a config is computed on them."""
 
     slice: Slice
     dtype: jnp.dtype  # of matmuls
@@ -69,18 +68,18 @@ class Target(NamedTuple):
 
 
 def target(config: Config, model: ModelConfig, devices: Sequence[Device], run: bool = True) -> Target:
-    """What the config computes on; raises as `kernels.interface.choose`."""
+    """Return what the config is computed on. Raise as `kernels.interface.choose` does."""
     dtype = compute_dtype(config.model.compute_dtype, devices[0])
     kernel = choose_kernel(config.model.attention, devices[0], model.head_dim, dtype)
     return Target(found(devices), dtype, cache_dtype(dtype, devices[0].platform), kernel, run)
 
 
 def mesh_sizes(config: Config, total: int, tensor_axes: Sequence[int] = (), hidden_size: int = 0) -> list[int]:
-    """The sizes of `config.mesh` on so many devices, none of them -1; raises as `sharding.mesh_sizes`.
+    """Return the sizes of `config.mesh` on so many devices, none of them -1. Raise as `sharding.mesh_sizes` does.
 
     Args:
-        tensor_axes, hidden_size: of the model, which chosen tensor and fsdp axes divide; with `config.mesh.data=1`, the
-            default, the devices that do not fit in hold copies.
+        tensor_axes, hidden_size: of the model. Chosen tensor and fsdp sizes divide them. With `config.mesh.data=1`, the
+            default, devices that this leaves over hold copies of the params.
     """
     data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     if tensor == -1 and -1 in (data, fsdp):
@@ -98,7 +97,7 @@ def mesh_sizes(config: Config, total: int, tensor_axes: Sequence[int] = (), hidd
 
 
 def _choose_slots(config: Config, model: ModelConfig, on: Target) -> Config:
-    """As many slots as the cache may fill half of the memory with that weights leave, within SLOTS."""
+    """Choose the slots of sampling: so many that the cache fills half of the memory that weights leave, up to SLOTS."""
     batch_size, prefill = config.generate.batch_size, config.generate.prefill_batch_size
     copies = on.slice.devices // _decode_shards(config, model, on)
     if not batch_size:
@@ -114,21 +113,21 @@ def _choose_slots(config: Config, model: ModelConfig, on: Target) -> Config:
 
 
 def _decode_shards(config: Config, model: ModelConfig, on: Target) -> int:
-    """Devices that share a copy of the weights while sampling."""
+    """Return how many devices share a copy of the weights while sampling."""
     return sharding.decode_shards(on.slice.devices, config.mesh.decode_tensor, model.tensor_axes)
 
 
 def _slots_that_fit(config: Config, model: ModelConfig, on: Target, share: float) -> int:
-    """Slots of a copy of the weights, a power of two, whose cache takes a share of the memory that weights leave; 0 if
-    they leave none."""
+    """Return how many slots of a copy of the weights, a power of two, have a cache within a share of the memory that
+    weights leave; 0 if they leave none."""
     room = on.slice.chip.hbm_bytes - sum(sampling_bytes(config, model, on).values())
     slots = share * room / cache_bytes(config, model, on)
     return _power_of_two(slots) if slots >= 1 else 0
 
 
 def sampling_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, float]:
-    """Bytes a device by kind while sampling, without the cache: a run's params, and the copy that is sampled from. One
-    CPU samples from another copy than the files are loaded into (`decode_state.DecodeSpec.by_layer`)."""
+    """Estimate the bytes on a device while sampling, by kind and without the cache: a run's params, and the copy that
+    is sampled from. One CPU also has a copy into which the files are loaded (see `decode_state.DecodeSpec.by_layer`)."""
     count, held = num_params(model), {}
     if on.run:
         held["params"] = 4 * count / (config.mesh.fsdp * config.mesh.tensor)
@@ -138,14 +137,14 @@ def sampling_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, 
 
 
 def cache_bytes(config: Config, model: ModelConfig, on: Target) -> float:
-    """Bytes a device of a slot's keys and values."""
+    """Return the bytes of a slot's keys and values on a device."""
     tokens = config.data.max_prompt_length + config.generate.max_new_tokens
     of_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * on.cache_dtype.itemsize
     return of_token * tokens / _decode_shards(config, model, on)
 
 
 def _power_of_two(number: float) -> int:
-    """The largest that is not above; 1 at least."""
+    """Return the largest power of two that is not above `number`, and at least 1."""
     return 1 << max(0, math.floor(math.log2(max(1.0, number))))
 
 
@@ -153,7 +152,8 @@ def _power_of_two(number: float) -> int:
 
 
 def _choose_memory(config: Config, model: ModelConfig, on: Target) -> Config:
-    """Choose remat and micro-batches: the fewest parts, and in those the most kept, that fit; else what needs least."""
+    """Choose remat and micro-batches that fit: the fewest micro-batches, and with those the policy that keeps most. If
+    nothing fits, choose what needs least."""
     chip, num_shards = on.slice.chip, config.mesh.data * config.mesh.fsdp
     limit = SHARE * chip.hbm_bytes
     asked, parts = config.model.remat, config.train.micro_batches
@@ -170,11 +170,11 @@ def _choose_memory(config: Config, model: ModelConfig, on: Target) -> Config:
 
 
 def training_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, float]:
-    """Estimated bytes a device by kind in a training step of the longest pairs; the config leaves nothing open.
+    """Estimate the bytes on a device in a training step of the longest pairs, by kind. The config has all sizes chosen.
 
-    Params, optimizer and gradients follow from the number of params. The rest is the peak in the backward pass, as the
-    TPU's compiler has been seen to lay it out: what the policy keeps, the logits with softmax and gradient, and of a
-    layer its MLP, its gathered weights with the next one's, and the scores of plain attention.
+    Params, optimizer and gradients follow from the number of params. The rest is the peak in the backward pass, as TPU
+    programs have shown it: what the remat policy keeps; logits with softmax and gradient; of one layer the MLP, the
+    gathered weights with those of the next layer, and the scores of plain attention.
     """
     mesh, train = config.mesh, config.train
     shards, count = mesh.fsdp * mesh.tensor, num_params(model)
@@ -209,8 +209,8 @@ def training_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, 
 
 
 def longest_pair(config: Config) -> tuple[int, int, int]:
-    """Tokens of prompt, real and generated response of the longest pair that a config allows: both responses fill their
-    budgets. Generated responses that the data gives have the room of a human one."""
+    """Return the tokens of prompt, real and generated response of the longest pair that a config allows, in which both
+    responses fill their budgets. Generated responses from the data have the budget of a human response."""
     data = config.data
     given = data.layout in LAYOUTS and LAYOUTS[data.layout].generated
     generated = data.max_length if given else config.generate.max_new_tokens
@@ -221,14 +221,14 @@ def longest_pair(config: Config) -> tuple[int, int, int]:
 def check_memory(
     config: Config, model: ModelConfig, devices: Sequence[Device], trains: bool = True, run: bool = True
 ) -> None:
-    """Refuse a config, with nothing left open, for which the devices are too little.
+    """Refuse a config, with all sizes chosen, for which the devices have too little memory.
 
     Args:
-        trains: whether a training step is among what they are to hold.
+        trains: whether they must hold a training step.
         run: as in `choose`.
 
     Raises:
-        UserError: with the arithmetic, and what they could hold.
+        UserError: with the arithmetic, and what would fit.
     """
     on = target(config, model, devices, run)
     limit = on.slice.chip.hbm_bytes
@@ -256,13 +256,13 @@ def check_memory(
 
 
 def _largest_stage(config: Config, model: ModelConfig, on: Target, trains: bool) -> tuple[str, dict[str, float]]:
-    """The stage that needs most, and its bytes a device by kind."""
+    """Return the stage that needs most memory, and its bytes on a device by kind."""
     stages = stage_bytes(config, model, on, trains)
     return max(stages.items(), key=lambda stage: sum(stage[1].values()))
 
 
 def stage_bytes(config: Config, model: ModelConfig, on: Target, trains: bool = True) -> dict[str, dict[str, float]]:
-    """Estimated bytes a device by kind, of "sampling" with its cache and, if the run `trains`, of "training"."""
+    """Estimate the bytes on a device by kind: of "sampling" with its cache and, if the run `trains`, of "training"."""
     slots = config.generate.batch_size * _decode_shards(config, model, on) / on.slice.devices
     sampling = sampling_bytes(config, model, on) | {"cache": slots * cache_bytes(config, model, on)}
     return {"sampling": sampling} | ({"training": training_bytes(config, model, on)} if trains else {})
@@ -273,14 +273,14 @@ def _gib(size: float) -> str:
 
 
 def describe(devices: Sequence[Device]) -> str:
-    """Devices, as "8 x TPU v5e of 15.8 GiB"."""
+    """Describe devices, as "8 x TPU v5e of 15.8 GiB"."""
     there = found(devices)
     memory = f" of {there.chip.hbm_bytes / GiB:.1f} GiB" if there.chip.hbm_bytes else ""
     return f"{there.devices} x {there.chip.name}{memory}"
 
 
 def what(config: Config, chosen: Config) -> str:
-    """What was chosen, as flags."""
+    """Return what was chosen, as flags."""
     before = flatten(config)
     fields = (as_flag(field, value) for field, value in flatten(chosen).items() if value != before[field])
     return " ".join(fields) or "nothing was left to choose"

@@ -1,4 +1,4 @@
-"""The accelerators that a config can name, as in --config=configs/zephyr_7b.py:v5e-16, and those that a machine has."""
+"""Accelerators: those that a config can name, as in --config=configs/zephyr_7b.py:v5e-16, and those of this machine."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ GiB = 2**30
 
 
 class Device(Protocol):
-    """What is read of a `jax.Device`, or of one that is described."""
+    """The attributes that are read of a `jax.Device`, or of a described device."""
 
     @property
     def platform(self) -> str: ...
@@ -33,11 +33,11 @@ class Chip:
     """One device, as JAX counts them: a chip, or one of the two cores of a TPU v2, v3 or 7x.
 
     Attributes:
-        hbm_bytes: what programs can have, which is less than the data sheet says; 0 where nothing limits it.
-        flops: matmul FLOP/s in bfloat16 (float16 on GPUs without it) at the peak.
+        hbm_bytes: memory for programs, which is less than the data sheet says; 0 if it is not limited.
+        flops: peak matmul FLOP/s in bfloat16 (float16 on GPUs without it).
         hbm_bytes_per_second: peak.
-        ici_bytes_per_second: what a device sends over one axis of its torus, both directions together.
-        clock: Hz, at which the peak is reached; cycles of the compiler are turned into seconds with it.
+        ici_bytes_per_second: what a device sends over one axis of its torus, in both directions together.
+        clock: Hz at the peak, to turn the compiler's cycles into seconds.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Slice:
 
     Attributes:
         devices: how many.
-        topology: the name by which libtpu describes the slice without it; "" if it is not a TPU.
+        topology: name by which libtpu describes the slice to a machine that does not have it; "" if it is not a TPU.
         options: what libtpu needs besides that name.
     """
 
@@ -70,10 +70,10 @@ class Generation:
 
     Attributes:
         kind: `jax.Device.device_kind`.
-        cores: that a chip counts as in a slice's name, as in v4-8, which is four chips.
-        devices: that a chip is to JAX.
-        largest: slice, in chips.
-        axes: of its torus.
+        cores: how many a chip counts as in a slice's name: v4-8 is four chips.
+        devices: how many a chip is to JAX.
+        largest: chips of the largest slice.
+        axes: of the torus.
     """
 
     chip: Chip
@@ -108,9 +108,10 @@ TPUS = {
 }
 _ALIASES = {"v5litepod": "v5e"}  # Google's name of the type
 
-# XLA takes a share of a GPU's memory when it starts, and our commands ask for this one.
+# XLA reserves a share of a GPU's memory when it starts. Our commands set it to this.
 GPU_MEMORY_SHARE = 0.92
-# By the first pattern that is found in a device's kind, such as "NVIDIA A100-SXM4-80GB"; data sheets, dense matmuls.
+# name: (pattern, bytes, FLOP/s of dense matmuls, bytes a second), from data sheets. The first pattern that is found in
+# a device's kind, such as "NVIDIA A100-SXM4-80GB", names the GPU.
 _GPUS = {
     "t4": (r"\bT4\b", 16e9, 65e12, 320e9),
     "v100": (r"V100", 16e9, 125e12, 900e9),
@@ -132,10 +133,10 @@ GPUS = {
 
 
 def find_slice(name: str) -> Slice:
-    """The slice of that name: "cpu", a TPU's type, such as "v5e-16", or GPUs and their number, such as "h100-8".
+    """Return the slice of a name: "cpu", a TPU's type, such as "v5e-16", or GPUs and their number, such as "h100-8".
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such slice.
     """
     if name == "cpu":
         return Slice(1, CPU)
@@ -160,7 +161,7 @@ def is_slice(name: str) -> bool:
 
 
 def smallest(hbm_bytes: float) -> list[str]:
-    """The smallest slice of each TPU whose devices have so many bytes together."""
+    """Return the smallest slice of each kind of TPU whose devices have so many bytes together."""
     names = []
     for kind, one in TPUS.items():
         enough = (size for size in _sizes(one) if size * one.devices * one.chip.hbm_bytes > hbm_bytes)
@@ -178,15 +179,15 @@ def _tpu_slice(name: str, generation: Generation, kind: str, number: int) -> Sli
         raise UserError(f"{name!r} is not a slice: near to it are {there}")
     shape = _torus(chips, generation.axes)
     options: tuple[tuple[str, Any], ...] = ()
-    if chips == 1:  # libtpu takes four chips for a host's
+    if chips == 1:  # libtpu assumes four chips on a host
         options = (("chips_per_host_bounds", (1, 1, 1)),)
-    if kind == "v4":  # as on the machine, where a chip is one device; libtpu's default description has one a core
+    if kind == "v4":  # a chip is one device, as on the machine; by default libtpu describes one for each core
         options = (("chip_config_name", "megacore"),)
     return Slice(chips * generation.devices, generation.chip, f"{kind}:{'x'.join(map(str, shape))}", options)
 
 
 def _sizes(generation: Generation) -> list[int]:
-    """The chips of its slices: powers of two; in three dimensions cubes of 64 chips as well, joined."""
+    """Return the sizes of slices, in chips: powers of two, and in three dimensions also multiples of a cube of 64."""
     smallest = 1 if generation.cores == 1 else 4
     powers = [2**i for i in range(13) if smallest <= 2**i <= generation.largest and 2**i != 2]
     cubes = range(64, generation.largest + 1, 64) if generation.axes == 3 else ()
@@ -195,7 +196,7 @@ def _sizes(generation: Generation) -> list[int]:
 
 
 def _torus(chips: int, axes: int) -> tuple[int, ...]:
-    """The shape that is nearest to a square or cube; from 64 chips on a cube's sides are multiples of four."""
+    """Return the shape nearest to a square or cube. From 64 chips on, the sides of a cube are multiples of four."""
     if axes == 3 and chips == 4:
         return (2, 2, 1)
     step = 1 if axes == 2 else 2 if chips < 64 else 4
@@ -208,7 +209,7 @@ def _torus(chips: int, axes: int) -> tuple[int, ...]:
 
 
 def found(devices: Sequence[Device]) -> Slice:
-    """The slice that `jax.devices()` are, without a topology."""
+    """Describe `jax.devices()` as a slice, without a topology."""
     host = [device for device in devices if _process_of(device) == _process_of(devices[0])]
     return Slice(len(devices), chip_of(devices[0], len(host)))
 
@@ -218,10 +219,10 @@ def _process_of(device: Device) -> int:
 
 
 def chip_of(device: Device, beside: int = 1) -> Chip:
-    """What is known of a device by its kind; of a GPU its memory is asked, and CPU devices share the machine's.
+    """Return what is known of a device by its kind. Ask a GPU for its memory; CPU devices share the machine's.
 
     Args:
-        beside: how many devices its process has.
+        beside: how many devices the process has.
     """
     if device.platform == "cpu":
         return dataclasses.replace(CPU, hbm_bytes=host_bytes() / beside)
@@ -237,7 +238,7 @@ _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.
 
 
 def host_bytes() -> float:
-    """Memory that this process may have, as far as the system says; 0 if it does not. A quarter is left to all else."""
+    """Return three quarters of the memory that the system allows this process; 0 if it does not say."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
     for container in map(pathlib.Path, _CONTAINER_LIMITS):
         if container.exists() and (text := container.read_text().strip()).isdecimal():
@@ -246,7 +247,7 @@ def host_bytes() -> float:
 
 
 def use_slice(config: ConfigDict, name: str) -> None:
-    """Set the mesh of `config` for a slice; a run on other devices is refused. "" leaves it to the devices.
+    """Set the mesh of `config` for a slice, so that a run on other devices is refused. "" sets nothing.
 
     Raises:
         UserError: no such slice.
@@ -259,10 +260,10 @@ def use_slice(config: ConfigDict, name: str) -> None:
 
 
 def check_slice(name: str, devices: Sequence[Device]) -> None:
-    """Refuse devices that are not those of the slice that a config was made for; "" is any.
+    """Refuse devices that are not the slice that a config was made for; "" accepts any.
 
     Raises:
-        UserError: the slice, what is there, and what to do.
+        UserError: with the slice, the devices, and what to do.
     """
     if not name:
         return
@@ -275,9 +276,12 @@ def check_slice(name: str, devices: Sequence[Device]) -> None:
 
 
 def tensor_shards(devices: int, batch_size: int, tensor_axes: Sequence[int] = ()) -> int:
-    """Over how many devices heads and MLP are split: none, as everything over fsdp has the least exposed traffic for 7B
-    models, as far as each device has two pairs of a batch to fill a row with. (On v5e-64 rows of one pair each are 55%
-    full, and a step of zephyr_7b takes twice as long.) Up to eight devices are left to fsdp, with a pair for each."""
+    """Choose over how many devices heads and MLP are split.
+
+    One, as long as each device has two pairs of a batch to fill a row with: splitting over fsdp alone has the least
+    exposed traffic for 7B models. (On v5e-64, rows of one pair each are 55% full, and a step of zephyr_7b takes twice
+    as long.) Up to eight devices are left to fsdp, with a pair each.
+    """
     num_shards = 1
     most = min(batch_size, max(8, batch_size // 2))
     while devices // num_shards > most and math.gcd(devices, *tensor_axes) % (2 * num_shards) == 0:

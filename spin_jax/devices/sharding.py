@@ -1,9 +1,9 @@
-"""Where arrays live: the device meshes, and one table from logical axes to mesh axes.
+"""How arrays are split: the device meshes, and one table from logical axes to mesh axes.
 
-A run has two meshes over the same devices. Training splits params and optimizer state over "fsdp" and gathers each
-layer's weights as it is reached, since a step's matmuls are long enough to hide that. A decode step is not: it reads
-every weight for one token a row, and so its mesh splits matmuls over "tensor" instead and gathers nothing. The table
-serves both, because the decode mesh has an fsdp axis of 1.
+A run has two meshes over the same devices. Training splits params and optimizer state over "fsdp", and gathers each
+layer's weights when it is reached: a step's matmuls are long enough to hide that. A decode step is too short: it reads
+every weight for one token of each row. So its mesh splits matmuls over "tensor" instead, and gathers nothing. One table
+serves both meshes, because the decode mesh has an fsdp axis of 1.
 """
 
 import math
@@ -19,10 +19,11 @@ from spin_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Of params: "embed" is split over fsdp, what a matmul adds to or takes away over tensor;
-# "rank" is the inner axis of a low-rank update, for those of its two matrices that have no "embed".
-# Of activations: rows over data and fsdp together, every device working on its own rows; "sequence" is the axis of
-# tokens between matmuls, where tensor would otherwise hold copies (arXiv 2205.05198).
+# Logical axis -> mesh axes.
+# Params: "embed" is split over fsdp; vocabulary, MLP and heads are split over tensor. "rank" is the inner axis of a
+# low-rank update, which is split in the one of its two matrices that has no "embed".
+# Activations: "rows" are split over data and fsdp together, so that each device has its own. "sequence" is the axis of
+# tokens between matmuls, which is split because devices of the tensor axis would hold copies there (arXiv 2205.05198).
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "layers": None,
     "vocab": "tensor",
@@ -39,19 +40,19 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """The PartitionSpec of an array whose axes have these logical names; None is whole."""
+    """Return the PartitionSpec of an array whose axes have these logical names; None is not split."""
     return PartitionSpec(*(RULES[axis] for axis in axes))
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """Tell the partitioner, inside jit, how x is split; an axis that the mesh does not divide stays whole."""
+    """Tell the partitioner, inside jit, how x is split. An axis that the mesh does not divide stays whole."""
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, fitting(mesh, x.shape, axes))
 
 
 def fitting(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
-    """The sharding of an array with these logical axes; an axis that the mesh does not divide stays whole."""
+    """Return the sharding of an array with these logical axes. An axis that the mesh does not divide stays whole."""
     return NamedSharding(
         mesh,
         spec(*(axis if size % num_shards(mesh, axis) == 0 else None for axis, size in zip(axes, shape, strict=True))),
@@ -59,20 +60,20 @@ def fitting(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> Nam
 
 
 def gathered(axes: Sequence[str | None]) -> tuple[str | None, ...]:
-    """The logical axes of a param whose shards over fsdp were put together."""
+    """Return the logical axes of a param after its shards over fsdp were gathered."""
     return tuple(None if RULES[axis] == "fsdp" else axis for axis in axes)
 
 
 def num_shards(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
-    """Over how many devices a logical axis is split."""
+    """Return over how many devices a logical axis is split."""
     names = RULES[axis] or ()
     return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
-    """The training mesh over `devices` (None: all there are); a size of -1 takes those that remain.
+    """Make the training mesh over `devices` (None: all there are). A size of -1 takes the devices that remain.
 
-    TPUs are put in an order that keeps an axis's neighbours close.
+    TPUs are ordered so that neighbours along an axis are close to each other.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices; the message names sizes that do.
@@ -82,11 +83,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, total: int) -> list[int]:
-    """The sizes of a training mesh of `total` devices, none of them -1.
-
-    Raises:
-        UserError: as `make_mesh`.
-    """
+    """Return the sizes of a training mesh of `total` devices, none of them -1. Raise as `make_mesh` does."""
     sizes = [data, fsdp, tensor]
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, total // math.prod(size for size in sizes if size != -1))
@@ -114,15 +111,15 @@ def _mesh(devices: np.ndarray) -> Mesh:
 
 
 def decode_shards(devices: int, asked: int, sizes: Sequence[int]) -> int:
-    """How many devices share a copy of the weights while sampling.
+    """Return how many devices share a copy of the weights while sampling.
 
     Args:
-        asked: `config.mesh.decode_tensor`; -1: as many as possible up to 8, since with more chips a row the all-reduces
-            take longer than reading the weights.
+        asked: `config.mesh.decode_tensor`. -1 is as many as possible, up to 8: with more, all-reduces take longer than
+            reading the weights.
         sizes: of the model's axes that are split over tensor.
 
     Raises:
-        UserError: it does not divide the devices and all sizes; the message names ways that do.
+        UserError: the number does not divide the devices and all sizes; the message names numbers that do.
     """
     common = math.gcd(devices, *sizes)
     possible = [num_shards for num_shards in range(1, common + 1) if common % num_shards == 0]
@@ -136,17 +133,17 @@ def decode_shards(devices: int, asked: int, sizes: Sequence[int]) -> int:
 
 
 def decode_mesh(train: Mesh, num_shards: int) -> Mesh:
-    """The devices of the training mesh in the same order, for sampling: `num_shards` of them share each copy of the
-    weights, and rows are split over the copies."""
+    """Make the mesh for sampling, of the training mesh's devices in the same order. `num_shards` devices share each
+    copy of the weights, and rows are split over the copies."""
     return _mesh(train.devices.reshape(train.size // num_shards, 1, num_shards))
 
 
 def sum_line(mesh: Mesh) -> int:
-    """How many neighbours of the fsdp axis gradients are summed over by themselves; 0: all are taken at once.
+    """Return the length of the lines into which the fsdp axis is cut to sum gradients in two steps; 0 sums in one step.
 
-    On TPU v4 libtpu makes an all-reduce, which is twice the bytes, of a reduce-scatter over three dimensions of the
-    torus. Over z alone, and over the plane of x and y, it stays what it is. Where other axes share the torus, no line
-    is told from a plane, and the partitioner is left alone.
+    On TPU v4, libtpu turns a reduce-scatter over three dimensions of the torus into an all-reduce, which sends twice
+    the bytes. It does not do so over z alone, nor over the plane of x and y. If other mesh axes share the torus, lines
+    and planes cannot be told apart, so leave the sum to the partitioner.
     """
     devices = list(mesh.devices.flat)
     if devices[0].device_kind != "TPU v4" or mesh.shape["fsdp"] != mesh.size:
@@ -156,19 +153,19 @@ def sum_line(mesh: Mesh) -> int:
 
 
 def one_device_mesh() -> Mesh:
-    """A mesh of the first device alone, with the same axes."""
+    """Make a mesh of this process's first device alone."""
     return _mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1))
 
 
 def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
-    """The NamedSharding of every array of a tree.
+    """Return the NamedSharding of every array of a tree.
 
     Args:
         abstract: arrays or jax.ShapeDtypeStructs.
-        axes: for each, the tuple of its logical axes.
+        axes: tuple of logical axes for each.
 
     Raises:
-        UserError: a mesh axis does not divide the axis it splits.
+        UserError: a mesh axis does not divide the axis that it splits.
     """
 
     def one(leaf: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> NamedSharding:
@@ -184,15 +181,15 @@ def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over every device that does not share its work with others; the other axes whole."""
+    """Return the sharding of batches: rows are split over the data and fsdp axes, and other axes are not."""
     return NamedSharding(mesh, spec("rows"))
 
 
 def check_pairs(mesh: Mesh | AbstractMesh, pairs: int, micro_batches: int) -> None:
-    """Refuse a training batch whose rows could not all hold a pair.
+    """Refuse a training batch with fewer pairs than rows.
 
     Raises:
-        UserError: naming what to change.
+        UserError: with what to change.
     """
     rows = num_shards(mesh, "rows") * micro_batches
     if rows > pairs:
@@ -207,7 +204,7 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
     """Refuse a batch that the mesh cannot split evenly.
 
     Raises:
-        UserError: naming `field` and a size that works.
+        UserError: with `field`, and a size that works.
     """
     devices = num_shards(mesh, "rows")
     if size % devices:
@@ -218,7 +215,7 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
 
 
 def located(shapes, shardings):
-    """ShapeDtypeStructs with shardings; one sharding serves all of a tree."""
+    """Return ShapeDtypeStructs with shardings: a tree of these, or one for all."""
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -1,4 +1,4 @@
-"""Host arrays to the devices of a mesh and back, over one process or several."""
+"""Move arrays from the host to the devices of a mesh and back, with one process or several."""
 
 import typing
 
@@ -8,12 +8,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 
 def to_devices(arrays, sharding: jax.sharding.Sharding):
-    """A tree of host arrays that all processes have, on the devices: a process sends its own devices their rows."""
+    """Put a tree of host arrays, which all processes have, on the devices. Each process sends to its own devices."""
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)
 
 
 def place(tree, shardings):
-    """A tree of host or device arrays with these shardings; an array that lies so already is not copied."""
+    """Put a tree of host or device arrays on devices by shardings. Do not copy arrays that lie there already."""
 
     def one(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array) and (sharding.is_fully_addressable or not x.is_fully_addressable):
@@ -24,12 +24,12 @@ def place(tree, shardings):
 
 
 def everywhere(value: object, mesh: Mesh | AbstractMesh) -> jax.Array:
-    """A scalar on all devices of a mesh."""
+    """Put a scalar on all devices of a mesh."""
     return to_devices(np.asarray(value), NamedSharding(mesh, PartitionSpec()))
 
 
 def gathered(array: jax.Array) -> jax.Array:
-    """An array that is split over several processes, whole on each of its mesh's devices; any other as it is."""
+    """Gather an array that is split over several processes on each device of its mesh. Return any other as it is."""
     if array.is_fully_addressable:
         return array
     mesh = typing.cast(NamedSharding, array.sharding).mesh
@@ -37,5 +37,5 @@ def gathered(array: jax.Array) -> jax.Array:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of a small array that is split over a mesh, on every process."""
+    """Return the whole of a small array that is split over a mesh, on every process."""
     return np.asarray(gathered(array))
