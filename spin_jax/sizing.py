@@ -127,7 +127,7 @@ def _slots_that_fit(config: Config, model: ModelConfig, on: Target, share: float
 
 def sampling_bytes(config: Config, model: ModelConfig, on: Target) -> dict[str, float]:
     """Estimate the bytes on a device while sampling, by kind and without the cache: a run's params, and the copy that
-    is sampled from. One CPU also has a copy into which the files are loaded (see `decode_state.DecodeSpec.by_layer`)."""
+    is sampled from. One CPU also has a copy into which the files are loaded (`decode_state.DecodeSpec.by_layer`)."""
     count, held = num_params(model), {}
     if on.run:
         held["params"] = 4 * count / (config.mesh.fsdp * config.mesh.tensor)

@@ -1,4 +1,4 @@
-"""What a model is: one frozen, hashable description, read from and written to Hugging Face `config.json`."""
+"""A model's architecture: a frozen, hashable description, read from and written to Hugging Face `config.json`."""
 
 import collections
 import copy
@@ -39,19 +39,19 @@ class ModelConfig:
     """The architecture of a Llama, Mistral, Qwen2, Qwen3 or Gemma 3 decoder. Hashable, hence static under `jax.jit`.
 
     Attributes:
-        model_type: Hugging Face's name of the family; changes nothing by itself.
+        model_type: Hugging Face's name of the family. By itself it changes no computation.
         rope_scaling: None for plain rotary embeddings.
-        max_position_embeddings: the longest row, in tokens, that the model was made for. Nothing here enforces it.
-        sliding_window: a layer lets a token see itself and the `sliding_window - 1` tokens before it; None: all.
-        full_attention_every: n: the n-th, 2n-th, ... layers see all tokens despite the window, and only these turn by
-            rope_theta and rope_scaling; the others by local_rope_theta. None: all layers are alike.
-        qkv_bias: query, key and value projections have a bias (Qwen2).
-        qk_norm: queries and keys are RMS-normed per head before the rotation (Qwen3, Gemma 3).
-        query_pre_attn_scalar: scores are divided by its square root; None: by that of head_dim.
-        activation: of the MLP's gate: "silu", or "gelu_pytorch_tanh", GELU by its approximation with tanh.
-        scale_embeddings: embeddings are multiplied by the square root of hidden_size (Gemma 3).
-        post_norms: what attention and MLP add is RMS-normed first (Gemma 3).
-        norm_offset: RMS norms multiply by norm_offset + scale; 1 in Gemma 3, whose scales start at 0.
+        max_position_embeddings: longest row, in tokens, that the model was made for. It is not enforced here.
+        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it. None: all tokens before it.
+        full_attention_every: n, if the n-th, 2n-th, ... layers have no window. These rotate by rope_theta and
+            rope_scaling, and the others by local_rope_theta. None: all layers are alike.
+        qkv_bias: whether query, key and value projections have a bias (Qwen2).
+        qk_norm: whether each head's queries and keys are RMS-normed before the rotation (Qwen3, Gemma 3).
+        query_pre_attn_scalar: scores are divided by its square root. None: by that of head_dim.
+        activation: of the MLP's gate: "silu", or "gelu_pytorch_tanh", which is GELU approximated with tanh.
+        scale_embeddings: whether embeddings are multiplied by the square root of hidden_size (Gemma 3).
+        post_norms: whether the results of attention and MLP are RMS-normed before they are added (Gemma 3).
+        norm_offset: RMS norms multiply by norm_offset + scale. It is 1 in Gemma 3, whose scales start at 0.
     """
 
     model_type: str
@@ -80,36 +80,36 @@ class ModelConfig:
 
     @property
     def tensor_axes(self) -> tuple[int, ...]:
-        """Sizes of the axes that a mesh's tensor axis splits, and so must divide."""
+        """Sizes of the axes that a mesh's tensor axis splits; its size must divide them."""
         return self.num_heads, self.num_kv_heads, self.intermediate_size, self.vocab_size
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer; None: it sees all tokens before."""
+        """The sliding window of each layer; None if it has none."""
         every = self.full_attention_every or self.num_layers + 1
         return tuple(None if (i + 1) % every == 0 else self.sliding_window for i in range(self.num_layers))
 
     @functools.cached_property
     def window_shares(self) -> dict[int | None, float]:
-        """Each window that a layer has, and the share of layers that have it."""
+        """{window: share of the layers that have it}; the window None is full attention."""
         return {window: count / self.num_layers for window, count in collections.Counter(self.windows).items()}
 
     @property
     def furthest(self) -> int | None:
-        """Tokens that some layer sees, its own and those before it: the cache need not hold more. None: all."""
+        """How many tokens the cache must hold: the window, if all layers have it. None: all tokens."""
         return None if self.full_attention_every else self.sliding_window
 
     @staticmethod
     def from_huggingface(config: dict[str, Any], where: str) -> "ModelConfig":
-        """Reads a `config.json` written by transformers 4 or 5; a missing key means what it means to transformers.
+        """Read a `config.json` written by transformers 4 or 5. Missing keys have the defaults of transformers.
 
         Args:
             config: the parsed file.
             where: the file's name, for messages.
 
         Raises:
-            UserError: an architecture or option that is not supported and would change the computation, or a value of
-                the wrong kind. Nothing that matters is ignored.
+            UserError: the architecture, or an option that changes the computation, is not supported; or a value is of
+                the wrong kind.
         """
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in _FAMILIES:
@@ -138,7 +138,7 @@ class ModelConfig:
             rope = rope["full_attention"]
         rope_theta, rope_scaling = _rope(rope, where)
         if (theta := config.get("rope_theta")) not in (None, rope_theta):
-            # Where both are given transformers 4 obeys the first and transformers 5 the second.
+            # If both are given, transformers 4 obeys the first, and transformers 5 the second.
             raise UserError(f"{where}: rope_theta={theta!r} contradicts that of rope_parameters; remove the wrong one")
         sliding_window, full_attention_every = _windows(read, is_gemma, where)
         return ModelConfig(
@@ -157,12 +157,12 @@ class ModelConfig:
         )
 
     def to_huggingface(self, dtype: str, source: dict[str, Any] | None = None) -> dict[str, Any]:
-        """A `config.json` that transformers 4 and 5 both read as this model.
+        """Return a `config.json` that both transformers 4 and 5 read as this model.
 
         Args:
-            dtype: the dtype of the weights beside it, e.g. "bfloat16".
-            source: the config.json that the model came from. What describes another model is replaced; everything else
-                in it (token ids, the user's own keys) is kept.
+            dtype: of the weights in the same directory, such as "bfloat16".
+            source: the config.json of the model that training started from. Replace what describes another
+                architecture, and keep all else (token ids, the user's own keys).
         """
         out = dict(source or {})
         if source is None or ModelConfig.from_huggingface(source, "source config.json") != self:
@@ -180,10 +180,10 @@ class ModelConfig:
             out["rope_parameters"] = {"full_attention": out["rope_parameters"], "sliding_attention": local}
             out["rope_local_base_freq"] = self.local_rope_theta
         out.pop("dtype", None)
-        return out | {"torch_dtype": dtype}  # the name that every version reads
+        return out | {"torch_dtype": dtype}  # every version reads this name
 
     def _fields(self) -> dict[str, Any]:
-        """Everything but rope and dtype under Hugging Face's names."""
+        """All fields except rope and dtype, under Hugging Face's names."""
         fields = {theirs: getattr(self, ours) for ours, theirs in _SIZES.items()}
         fields |= {"model_type": self.model_type, "architectures": [_FAMILIES[self.model_type][0]]}
         fields |= {"head_dim": self.head_dim, "rms_norm_eps": self.rms_norm_eps}
@@ -232,7 +232,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 _ROPE_SCALINGS = {"default": None, "linear": LinearRopeScaling, "llama3": Llama3RopeScaling}
 
-# Options that change the computation, with the only value that is computed here.
+# Options that change the computation, with the only value that is supported.
 _ONLY_SUPPORTED: dict[str, Any] = {
     "attention_bias": False,  # Qwen2's bias is not an option of its config
     "mlp_bias": False,
@@ -266,7 +266,7 @@ def _refuse_unsupported(config: dict[str, Any], architecture: str, activation: s
         raise UserError(f"{where}: architectures={architectures!r} is not supported, only [{architecture!r}] is")
 
 
-_TOO_MANY_LAYERS = 10_000  # to be listed, as they are before the weights show how many there are
+_TOO_MANY_LAYERS = 10_000  # layers are listed before the weights show how many there are: keep the list short
 
 
 def _positive(value: Any, key: str, kind: type, where: str) -> Any:
@@ -279,13 +279,13 @@ def _positive(value: Any, key: str, kind: type, where: str) -> Any:
 
 
 def _read_by_transformers(config: dict[str, Any], where: str) -> Any:
-    """What transformers makes of a config.json: missing keys filled in, and the spellings of version 5 throughout."""
+    """Let transformers read a config.json: it fills in missing keys, and translates them to those of version 5."""
     _positive(config.get("num_hidden_layers", 1), "num_hidden_layers", int, where)
     plain: dict[str, Any] = copy.deepcopy(config) | {"dtype": None, "torch_dtype": None}
     from transformers import AutoConfig
 
     try:
-        # Reading changes what it is given. The weights have a dtype each, whatever config.json says of them.
+        # Give it a copy, since it changes its input, without dtypes: each stored tensor has its own.
         return AutoConfig.for_model(**plain)
     except Exception as error:  # transformers raises what it likes
         what = " ".join(str(error).split()).rpartition("Error: ")[2][:200]
@@ -293,7 +293,7 @@ def _read_by_transformers(config: dict[str, Any], where: str) -> Any:
 
 
 def _rope(given: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
-    """(theta, scaling) of transformers' `rope_parameters`."""
+    """Read (theta, scaling) from transformers' `rope_parameters`."""
     rope = {name: value for name, value in given.items() if value is not None and name != "type"}
     theta = _positive(rope.pop("rope_theta", None), "rope_theta", float, where)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -312,7 +312,11 @@ def _rope(given: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
 
 
 def _windows(read: Any, differ: bool, where: str) -> tuple[int | None, int | None]:
-    """(sliding_window, full_attention_every). `differ`: layers with a window and those without rotate differently."""
+    """Read (sliding_window, full_attention_every).
+
+    Args:
+        differ: whether layers with a window rotate otherwise than layers without.
+    """
     window = None if read.model_type == "llama" else read.sliding_window
     if window is not None:
         window = _positive(window, "sliding_window", int, where)
@@ -320,7 +324,7 @@ def _windows(read: Any, differ: bool, where: str) -> tuple[int | None, int | Non
     kinds = getattr(read, "layer_types", None) or alike
     full = [kind == "full_attention" for kind in kinds]
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    # Mistral's layers go by the window alone.
+    # Mistral's layers depend on the window alone, so layer_types must agree with it.
     if unknown or (window is None and not all(full)) or (read.model_type == "mistral" and kinds != alike):
         named = " and ".join(sorted(set(kinds)))
         raise UserError(f"{where}: layer_types of {named} with sliding_window={window!r} is not supported")

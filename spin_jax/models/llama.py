@@ -1,7 +1,7 @@
-"""Llama and its kin (Mistral, Qwen, Gemma): Flax NNX modules behind pure functions on one nested dict of arrays.
+"""The Llama family (also Mistral, Qwen, Gemma): Flax NNX modules behind pure functions on a nested dict of arrays.
 
-Modules live inside a call only: `forward` merges them with the params it is given and returns arrays. Everybody else
-sees params as data, so that policy, opponent, gradients and optimizer moments are all the same kind of tree.
+Modules exist inside a call only: `forward` merges them with the params that it is given, and returns arrays. All other
+code treats params as data, so that policy, opponent, gradients and optimizer moments are the same kind of tree.
 
 Shape letters: docs/architecture.md.
 """
@@ -38,7 +38,7 @@ from spin_jax.models.weights import Weight, weights
 
 
 class Block(nnx.Module):
-    """Holds what a branch of the table of weights has: weights as params, branches as the modules in `parts`."""
+    """A module made from a branch of the table of weights: weights become params, and inner branches the `parts`."""
 
     parts: ClassVar[dict[str, Callable[..., nnx.Module]]] = {}
 
@@ -46,7 +46,7 @@ class Block(nnx.Module):
         self.config, self.execution = config, execution
         for name, entry in table.items():
             if isinstance(entry, Weight):
-                # The metadata key is our own, so flax reads no mesh into it.
+                # "logical_axes" is a key of our own: flax would derive a sharding from its own key.
                 param = nnx.Param(entry.init(rngs.params(), entry.shape, dtype), logical_axes=entry.logical_axes)
                 setattr(self, name, param)
             else:
@@ -59,7 +59,7 @@ class Block(nnx.Module):
         return project_by(expression, x, weight, axes, self.execution, x.dtype)
 
     def norm(self, x: jax.Array, name: str) -> jax.Array:
-        """x RMS-normed by the scale of this name."""
+        """RMS-norm x with the scale of this name."""
         scale, offset = getattr(self, name)[...], self.config.norm_offset
         scale = offset + scale.astype(jnp.float32) if offset else scale
         return rms_norm(x, scale, self.config.rms_norm_eps, self.execution)
@@ -72,14 +72,14 @@ class Block(nnx.Module):
 
 
 class Tokens(NamedTuple):
-    """Where the tokens of a call stand.
+    """Positions of a call's tokens, and what they see.
 
     Attributes:
-        rope: the (cos, sin) of `rope_tables`.
-        positions_BT: int32, the places that the window is measured by.
-        visible_until_BT: int32, without a cache: the slots of their row from which on they are not seen, or None.
-        columns: with a cache: those of its columns that are written and read.
-        mask_BTS: with a cache: which of its columns each sees.
+        rope: (cos, sin) of `rope_tables`.
+        positions_BT: int32, positions for the sliding window.
+        visible_until_BT: int32, without a cache: slots of the row from which on a token is not seen; or None.
+        columns: with a cache: its columns to write and to read.
+        mask_BTS: with a cache: which of its columns each token sees.
     """
 
     rope: tuple[jax.Array, jax.Array]
@@ -90,23 +90,22 @@ class Tokens(NamedTuple):
 
 
 class Embedding(Block):
-    """Token ids to vectors; the transpose of the unembedding where the two are tied."""
+    """Token ids to vectors. If embeddings are tied, `unembed` uses the same table."""
 
     embedding: nnx.Param
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        # Each device looks its part of the vectors up for all rows, and then they are swapped for all parts of its own
-        # rows: neither the table nor its gradient, which is summed in the table's f32, ever travels.
+        # Let each device look up its part of the vectors for all rows, then exchange these for all parts of its own
+        # rows. So neither the table nor its gradient, which is summed in f32, is ever sent.
         dtype, tokens_BT = self.execution.dtype, self.constrain(tokens_BT, None, None)
         x_BTD = self.constrain(self.embedding[...][tokens_BT], None, None, "embed").astype(dtype)
-        if self.config.scale_embeddings:  # by a number rounded to their dtype, as the published models were trained
+        if self.config.scale_embeddings:  # the factor is rounded to this dtype, as in the training of published models
             x_BTD *= jnp.asarray(self.config.hidden_size**0.5, dtype)
         return self.constrain(x_BTD, "rows", "sequence", None)
 
 
 class Attention(Block):
-    """Grouped-query self-attention with rotary positions; with a cache, of the tokens to what layer `index` has
-    in it."""
+    """Grouped-query self-attention with rotary positions. With a cache, tokens attend to layer `index` of the cache."""
 
     q: nnx.Param
     k: nnx.Param
@@ -129,7 +128,7 @@ class Attention(Block):
             v_BTKH += self.v_bias[...].astype(dtype)[None, None]
         if config.qk_norm:
             q_BTNH, k_BTKH = self.norm(q_BTNH, "q_norm"), self.norm(k_BTKH, "k_norm")
-        # Scores are divided by the square root of head_dim in all kernels.
+        # All kernels divide scores by sqrt(head_dim): scale q to divide by another number.
         scale = (config.head_dim / (config.query_pre_attn_scalar or config.head_dim)) ** 0.5
         q_BTNH, k_BTKH = apply_rope(q_BTNH, *tokens.rope, scale), apply_rope(k_BTKH, *tokens.rope)
         if cache is None:
@@ -152,7 +151,7 @@ class Attention(Block):
 
 
 class MLP(Block):
-    """Gated: down(activation(x gate) * (x up)), SwiGLU where the activation is silu (arXiv 2002.05202)."""
+    """Gated MLP, down(activation(x gate) * (x up)); SwiGLU if the activation is silu (arXiv 2002.05202)."""
 
     gate: nnx.Param
     up: nnx.Param
@@ -166,8 +165,8 @@ class MLP(Block):
 
 
 class DecoderLayer(Block):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)); with post-norms, what is added is normed
-    as well."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)). With post-norms, norm both results before
+    adding them."""
 
     parts = {"attention": Attention, "mlp": MLP}
     attention: Attention
@@ -186,26 +185,26 @@ class DecoderLayer(Block):
             return self._plus(x_BTD, down_BTD, "mlp_post_norm", DOWN), cache
 
     def _normed(self, x_BTD: jax.Array, name: str) -> jax.Array:
-        # Whole along the sequence again, once for all the matmuls that read it.
+        # Gather along the sequence, once for all the matmuls that read it.
         return materialize(self.constrain(self.norm(x_BTD, name), "rows", None, None))
 
     def _plus(self, x_BTD: jax.Array, y_BTD: jax.Array, post_norm: str, name: str) -> jax.Array:
         if self.config.post_norms:
-            # The backward pass needs what is normed: to keep it under `name` spares the matmul that it came from.
+            # The backward pass needs the norm's input: keeping it under `name` spares the matmul that made it.
             y_BTD = self.remat_name(self.constrain(y_BTD, "rows", "sequence", None), name)
             y_BTD = self.norm(y_BTD, post_norm)
         return self.constrain(x_BTD + y_BTD, "rows", "sequence", None)
 
 
 def _stack(config: ModelConfig, execution: Execution, table: dict, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> DecoderLayer:
-    """All layers as one, whose params have a leading axis L."""
+    """Make all layers as one DecoderLayer, whose params have a leading axis L."""
     make = nnx.vmap(lambda key: DecoderLayer(config, execution, table, rngs=nnx.Rngs(key), dtype=dtype))
     return make(jax.random.split(rngs.params(), config.num_layers))
 
 
 class Llama(Block):
-    """Token ids to final-normed hidden states. `layers` is one DecoderLayer whose params have a leading axis L, or that
-    of the first layer where they are a tuple."""
+    """Token ids to final-normed hidden states. `layers` is a DecoderLayer whose params have a leading axis L; for
+    params by layer, it is the first layer."""
 
     parts = {"embed": Embedding, "layers": _stack}
     embed: Embedding
@@ -229,7 +228,7 @@ class Llama(Block):
             masks = {window: attention_mask(positions_BT, positions_BS, window) for window in ropes}
             seen = {"positions": positions_BS}
             cache = {name: x for name, x in cache.items() if name != "positions"}
-        # All layers share a kernel, and it has one window. Where all tokens stand at 0, that window cuts nothing off.
+        # All layers share a kernel with one window. Give layers without a window positions of 0, which it never cuts off.
         places = {w: positions_BT if w == config.sliding_window else jnp.zeros_like(positions_BT) for w in ropes}
         tokens = {w: Tokens(ropes[w], places[w], visible_until_BT, columns, masks[w]) for w in ropes}
         with jax.named_scope("embed"):
@@ -249,14 +248,14 @@ class Llama(Block):
         def apply_layer(carry: tuple, indexed_layer: tuple) -> tuple[tuple, None]:
             x_BTD, cache = carry
             index, layer = indexed_layer
-            if self.execution.on_one_cpu:  # elsewhere the input is kept as it is
+            if self.execution.on_one_cpu:  # keep it as integers there; elsewhere the scan keeps it anyway
                 x_BTD = self.remat_name(x_BTD, INPUT)
             return nnx.merge(layer_def, layer)(x_BTD, tokens_of(index), cache, index), None
 
         if self.execution.remat != "none":
-            # Inside a scan there is nothing to eliminate a recomputation against, so no barrier is needed.
+            # No barrier (prevent_cse) is needed: inside a scan XLA has no common subexpression to eliminate.
             apply_layer = jax.checkpoint(apply_layer, policy=REMAT_POLICIES[self.execution.remat], prevent_cse=False)
-        # The cache is carried, not scanned over: a scan would stack each layer's slice into a new copy of the whole.
+        # Carry the cache instead of scanning over it: a scan would stack the layers' slices into a new copy of it.
         indices_L = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (x_BTD, cache), _ = jax.lax.scan(apply_layer, (x_BTD, cache), (indices_L, layers))
         return x_BTD, cache
@@ -264,7 +263,7 @@ class Llama(Block):
     def _one_by_one(
         self, layers: tuple[dict, ...], x_BTD: jax.Array, tokens: dict[int | None, Tokens], cache: dict
     ) -> tuple[jax.Array, dict]:
-        """For sampling, with a cache by layer."""
+        """Apply the layers one by one, for sampling with a cache by layer."""
         layer_def, caches = nnx.graphdef(self.layers), []
         for layer, window, *of_layer in zip(layers, self.config.windows, *cache.values(), strict=True):
             of_layer = dict(zip(cache, of_layer, strict=True))
@@ -274,8 +273,8 @@ class Llama(Block):
 
 
 def _by_index(windows: tuple[int | None, ...], tokens: dict[int | None, Tokens]) -> Callable[[jax.Array], Tokens]:
-    """A layer's index -> the tokens of its window. The tables of both kinds are looked up in, and nothing branches: one
-    scan, with one attention kernel in it, serves layers of both."""
+    """Return a function: index of a layer -> the `Tokens` of its window. It looks them up in a table and does not
+    branch, so that one scan, with one attention kernel in it, serves layers of both kinds."""
     kinds = list(tokens)
     if len(kinds) == 1:
         return lambda index: tokens[kinds[0]]
@@ -286,7 +285,7 @@ def _by_index(windows: tuple[int | None, ...], tokens: dict[int | None, Tokens])
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, execution: Execution) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in f32, given back in x's dtype (arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467). Compute in f32, and return x's dtype."""
     x_f32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
     normed = _scaled(x_f32, inverse) if execution.on_one_cpu else x_f32 * inverse
@@ -295,8 +294,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, execution: Execution) -
 
 @jax.custom_vjp
 def _scaled(x: jax.Array, by: jax.Array) -> jax.Array:
-    """x * by, with one number of `by` for each vector of x. As autodiff has it, the gradient of `by` is a sum over
-    products, for which XLA for CPUs takes far longer than for the same sum as a matmul."""
+    """x * by, with one number of `by` for each vector of x.
+
+    Its gradient with respect to `by` is written as a matmul: XLA for CPUs takes far longer for a sum of products.
+    """
     return x * by
 
 
@@ -310,7 +311,7 @@ _scaled.defvjp(lambda x, by: (x * by, (x, by)), _scaled_backward)
 
 @functools.cache
 def _modules(config: ModelConfig, execution: Execution) -> nnx.GraphDef:
-    """The modules without arrays."""
+    """Return the modules of a model, without arrays."""
     make = functools.partial(Llama, config, execution, weights(config), dtype=jnp.float32)
     return nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
@@ -326,19 +327,19 @@ def forward(
     visible_until_BT: jax.Array | None = None,
     execution: Execution | None = None,
 ) -> tuple[jax.Array, dict | None]:
-    """Runs the decoder up to and including its final norm; `unembed` turns the result into logits.
+    """Run the decoder up to and including its final norm. `unembed` turns the result into logits.
 
     Args:
-        params: nested dict as `init_params` returns it, or as `models.lora.attach` or, with a cache by layer,
-            `split_layers` does. Matmuls run in `execution.dtype`, each layer cast as it is reached; norms, rotations
-            and softmax run in f32 whatever the dtypes.
-        tokens_BT: int32. Rows are padded on the right, where causality keeps the padding from the tokens.
-        positions_BT: int32, the place of each token in its sequence; 0, 1, ... if None.
-        cache: what earlier calls have seen, from `init_cache`. A token sees the columns whose position is not ahead of
-            its own; one that is padding is given the position EMPTY_POSITION, where nobody sees it.
-        columns: of the cache, those that this call writes and reads.
-        visible_until_BT: int32, without a cache, for rows that hold several sequences: token j is seen by those at
-            slots j to visible_until_BT[j] - 1 of its row. None where a row is one sequence.
+        params: nested dict from `init_params` or `models.lora.attach`; with a cache by layer, from `split_layers`. Each
+            layer is cast when it is reached, and matmuls run in `execution.dtype`. Norms, rotations and softmax always
+            run in f32.
+        tokens_BT: int32. Pad rows on the right, where no token sees the padding.
+        positions_BT: int32, position of each token in its sequence; 0, 1, ... if None.
+        cache: from `init_cache`, with what earlier calls have seen. A token sees columns whose position is not ahead of
+            its own. Give padding the position EMPTY_POSITION, which no token sees.
+        columns: the cache's columns that this call writes and reads.
+        visible_until_BT: int32, without a cache, for rows with several sequences: token j is seen by the tokens at
+            slots j to visible_until_BT[j] - 1 of its row. None if a row is one sequence.
 
     Returns:
         Hidden states [B, T, D] in `execution.dtype`, and the cache with this call's keys and values, or None.
@@ -352,7 +353,7 @@ def forward(
 
 
 def unembed(config: ModelConfig, params: dict, hidden: jax.Array, execution: Execution | None = None) -> jax.Array:
-    """Logits, f32 [..., V], of final-normed hidden states [B, D] or [B, T, D]; the matmul runs in their dtype."""
+    """Return logits, f32 [..., V], of final-normed hidden states [B, D] or [B, T, D], by a matmul in their dtype."""
     leading = "BT"[: hidden.ndim - 1]
     if config.tie_embeddings:
         expression, weights, axes = f"{leading}D,VD->{leading}V", params["embed"]["embedding"], ("vocab", "embed")
