@@ -228,7 +228,7 @@ class Llama(Block):
             masks = {window: attention_mask(positions_BT, positions_BS, window) for window in ropes}
             seen = {"positions": positions_BS}
             cache = {name: x for name, x in cache.items() if name != "positions"}
-        # All layers share a kernel with one window. Give layers without a window positions of 0: it then cuts nothing off.
+        # All layers share a kernel with one window. Give layers without a window positions of 0: it cuts nothing off.
         places = {w: positions_BT if w == config.sliding_window else jnp.zeros_like(positions_BT) for w in ropes}
         tokens = {w: Tokens(ropes[w], places[w], visible_until_BT, columns, masks[w]) for w in ropes}
         with jax.named_scope("embed"):
