@@ -20,7 +20,7 @@
         control/                     plain SFT for as much compute, where the config asks for it
       result.json, samples.jsonl     the starting model's
       timing.jsonl                   what each start computed with, and how long each of its loops took
-      summary.json, summary.txt, plots/
+      summary.json, summary.txt, report.html
 
 What exists under its final name is finished: starting again is resuming. Several processes share one workdir.
 """
