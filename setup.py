@@ -10,6 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["spin_jax", "spin_jax.*"]),
+    package_data={"spin_jax.reports": ["page.*"]},
     python_requires=">=3.11",
     install_requires=[
         # Below the next minor version: each removes what an earlier one deprecated. On Python 3.11 jax ends at 0.10 and
@@ -25,8 +26,7 @@ setup(
         "ml-collections>=1.1,<2",
         "absl-py>=2.1",
         "etils[epath]>=1.10",
-        "jinja2>=3.1",  # chat templates
-        "matplotlib>=3.9",
+        "jinja2>=3.1",  # chat templates, the report's page
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "pyarrow>=17",
@@ -48,6 +48,7 @@ setup(
         "notebooks": ["jupyterlab>=4", "ipywidgets>=8"],
         "test": [
             "pytest>=8",
+            "matplotlib>=3.9",  # pictures of benchmarks/, for the documents
             "lm-eval>=0.4.13",  # as "eval"
             "openai>=3,<4",  # as "judge"
             "sentencepiece>=0.2",

@@ -51,7 +51,7 @@ RUNS = {
     ),
     "processes": (),
 }
-TIMES = ("tokens_per_second", "model_tflops_per_second", "time")
+TIMES = ("seconds", "tokens_per_second", "model_tflops_per_second", "time")
 
 
 def main(command: str, *directories: str) -> int:

@@ -231,7 +231,7 @@ def spin(
     Args:
         model: the SFT model.
         examples: rows as a JSONL file would hold them, such as {"prompt": ..., "response": ...} or {"messages": [...]}.
-        workdir: where the starting model (`start/`), data, responses, metrics, plots and models are written.
+        workdir: where the starting model (`start/`), data, responses, metrics, the report and models are written.
         overrides: config fields by their dotted names, such as {"iterations": 1, "train.batch_size": 8}.
 
     Raises:

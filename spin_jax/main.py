@@ -116,7 +116,7 @@ def _tell(rows: list[dict], workdir: str) -> None:
     """Where the results are."""
     trained = [row["iteration"] for row in rows if row["iteration"] is not None]
     if trained:
-        print(f"the last policy: {workdir}/iteration_{trained[-1]}/model; curves: {workdir}/plots")
+        print(f"the last policy: {workdir}/iteration_{trained[-1]}/model; report: {workdir}/report.html")
     else:
         print(f"done: {', '.join(_STAGES.value)}; results are in {workdir}/iteration_0")
 

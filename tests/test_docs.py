@@ -20,7 +20,7 @@ from documents import blocks, files
 
 import spin_jax
 from spin_jax import config as config_lib
-from spin_jax import evaluate, generate, main, mt_bench  # noqa: F401  (main defines its flags)
+from spin_jax import evaluate, generate, main, mt_bench, report  # noqa: F401  (main and report define flags)
 from spin_jax.compile_check import __main__
 from spin_jax.data.layouts import LAYOUTS
 from spin_jax.data.sources import load_examples
@@ -151,10 +151,13 @@ def test_bash_blocks(where, command, monkeypatch, tmp_path, own_registries):
     elif words[:2] != ["python", "-m"]:
         assert words[0] in KNOWN_COMMANDS + CLOUD_COMMANDS, f"{where}: {command}"
     elif words[2].startswith("spin_jax"):
-        assert words[2].removeprefix("spin_jax.") in ("main", "generate", "evaluate", "mt_bench", "compile_check"), (
-            f"{where}: {command}"
-        )
+        programs = ("main", "generate", "evaluate", "mt_bench", "report", "compile_check")
+        assert words[2].removeprefix("spin_jax.") in programs, f"{where}: {command}"
         if words[3:] == ["--help"]:
+            return
+        if words[2] == "spin_jax.report":
+            with flagsaver.flagsaver():
+                assert all("/" in workdir for workdir in command_lib.parse_flags(words[2:], words=True)[1:])
             return
         monkeypatch.chdir(ROOT)
         for name, content in files(ROOT / "docs/extending.md").items() if where.startswith("extending") else ():

@@ -8,11 +8,20 @@ from spin_jax.config import at_iteration
 from spin_jax.data.pairs import Pair
 from spin_jax.evaluation.interface import Evaluator, Subject, needs_held_out
 from spin_jax.objectives.margin_losses import rewards as rewards_of
+from spin_jax.runtime import metric_writer, multihost
+from spin_jax.runtime.files import write_whole
+
+FILE = "rewards.jsonl"
 
 
-def held_out_rewards(policy_logps: np.ndarray, opponent_logps: np.ndarray, beta: float) -> dict[str, float]:
-    """Rewards (equation 4.6) of held-out pairs of a real and a generated response, from log-probs [pairs, 2]."""
-    real, generated = np.asarray(rewards_of(policy_logps.astype(np.float64), opponent_logps.astype(np.float64), beta)).T
+def pair_rewards(policy_logps: np.ndarray, opponent_logps: np.ndarray, beta: float) -> np.ndarray:
+    """Rewards (equation 4.6) of pairs of a real and a generated response, [pairs, 2], from such log-probs."""
+    return np.asarray(rewards_of(policy_logps.astype(np.float64), opponent_logps.astype(np.float64), beta))
+
+
+def held_out_rewards(of_pairs: np.ndarray) -> dict[str, float]:
+    """What the summary says of held-out pairs with such rewards, [pairs, 2]."""
+    real, generated = of_pairs.T
     return {
         "held_out/rewards/accuracy": float(np.mean(real > generated)),
         "held_out/rewards/margin": float(np.mean(real - generated)),
@@ -32,8 +41,21 @@ def _measure(subject: Subject) -> dict[str, float]:
     found = {"held_out/nats_per_token": nats_per_token(subject.held_out, logps)}
     if subject.opponent_logps and subject.iteration is not None:
         beta = at_iteration(subject.config.spin.beta, subject.iteration)
-        found |= held_out_rewards(logps, subject.opponent_logps(), beta)
+        of_pairs = pair_rewards(logps, subject.opponent_logps(), beta)
+        multihost.on_process_zero(lambda: _keep(subject, of_pairs))
+        found |= held_out_rewards(of_pairs)
     return found
+
+
+def _keep(subject: Subject, of_pairs: np.ndarray) -> None:
+    """The rewards of each pair in `rewards.jsonl`, under the names of `metrics.jsonl`: which ones a policy gets wrong,
+    and how they are spread, is not in a mean."""
+    lines = []
+    for pair, (real, generated) in zip(subject.held_out, of_pairs, strict=True):
+        lengths = dict(zip(("lengths/real", "lengths/generated"), map(len, pair.responses), strict=True))
+        line = {"row": pair.row, "rewards/real": real, "rewards/generated": generated, **lengths}
+        lines.append(metric_writer.to_json(line) + "\n")
+    write_whole(subject.directory / FILE, "".join(lines))
 
 
 rewards = Evaluator(_measure, needs_held_out, auto=True)

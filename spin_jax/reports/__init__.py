@@ -5,7 +5,7 @@ from spin_jax.registry import Registry
 REPORTS: Registry = Registry(
     {
         "summary": "spin_jax.reports.summary:summary",
-        "plots": "spin_jax.reports.plots:plots",
         "scores": "spin_jax.reports.scores:scores",
+        "html": "spin_jax.reports.html:html",
     }
 )

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from etils import epath
 
 from spin_jax.errors import UserError, as_flag
-from spin_jax.reports import REPORTS
+from spin_jax.reports import REPORTS, timing
 from spin_jax.runtime import files, metric_writer
 
 RESULT = "result.json"
+ITERATION, CONTROL = "iteration ", "SFT control "  # names of a policy and of its control, before their number
 SPENT, PETA = "petaflops", 1e15  # an iteration's model FLOPs, in its result
 _RENAMED = {"generated/cut": "generated/truncated"}  # since runs that may still go on
 
@@ -31,7 +32,9 @@ class RunRecord:
         results: what each model was measured by, in the order in which they were made: `model`, its name; `iteration`,
             the number of the iteration that trained it, or None; and its measures.
         metrics: iteration -> the rows of its training steps, each with `step` and what `metrics.jsonl` has.
-        directories: a model's name -> the directory of its result.
+        directories: a model's name -> the directory of its result, there or not yet, in the order of the results.
+        timing: the lines of `timing.jsonl`, see `spin_jax.reports.timing`.
+        unread: one line for each file that is damaged, and so left out.
     """
 
     workdir: epath.Path
@@ -39,24 +42,78 @@ class RunRecord:
     results: list[dict]
     metrics: dict[int, list[dict]]
     directories: dict[str, epath.Path] = dataclasses.field(default_factory=dict)
+    timing: list[dict] = dataclasses.field(default_factory=list)
+    unread: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def load(cls, workdir: epath.PathLike) -> "RunRecord":
-        """Read a run's directory; what is not there yet is empty."""
+    def load(cls, workdir: epath.PathLike, damaged: bool = False) -> "RunRecord":
+        """Read a run's directory; what is not there yet is empty.
+
+        Args:
+            damaged: also read a run whose files are damaged, without these.
+
+        Raises:
+            UserError: a `metrics.jsonl` is damaged, which nothing makes anew.
+        """
         workdir = epath.Path(workdir)
-        config = workdir / "config.json"
-        results, metrics = {workdir: read_result(workdir)}, {}
-        for t in itertools.count():
-            iteration = workdir / f"iteration_{t}"
-            if not iteration.exists():
-                break
-            results |= {one: read_result(one) for one in (iteration, iteration / "control")}
-            steps = iteration / metric_writer.FILE_NAME
-            if steps.exists() and (rows := metric_writer.read_metrics(steps)):
-                metrics[t] = rows
-        noted = json.loads(config.read_text()) if config.exists() else {}
-        rows = {directory: row for directory, row in results.items() if row}
-        return cls(workdir, noted, list(rows.values()), metrics, {row["model"]: one for one, row in rows.items()})
+        record = cls(workdir, {}, [], {}, _directories(workdir))
+        for name, directory in record.directories.items():
+            if (directory / RESULT).exists():
+                row = read_result(directory)
+                record.results.extend([row] if row else [])
+                record.unread.extend([] if row else [f"{directory / RESULT} is damaged"])
+            steps = directory / metric_writer.FILE_NAME
+            if name.startswith(ITERATION) and steps.exists():
+                try:
+                    rows = metric_writer.read_metrics(steps)
+                except (UserError, OSError) as error:
+                    if not damaged:
+                        raise
+                    record.unread.append(str(error))
+                else:
+                    record.metrics.update({int(name.removeprefix(ITERATION)): rows} if rows else {})
+        record.timing.extend(record.lines(record.workdir / timing.FILE))
+        config = record.workdir / "config.json"
+        if config.exists():
+            try:
+                noted = json.loads(config.read_text())
+                if not isinstance(noted, dict):
+                    raise TypeError("not an object")
+                record.config.update(noted)
+            except (OSError, ValueError, TypeError) as error:
+                record.unread.append(f"{config} is damaged: {error}")
+        return record
+
+    def lines(self, path: epath.Path) -> list[dict]:
+        """The objects in a file of JSON lines; none where it is not there. Damaged lines are left out, and noted."""
+        rows, damaged = [], 0
+        try:
+            content = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            self.unread.append(f"{path}: {error}")
+            return []
+        for line in content.splitlines():
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                row = json.loads(line, object_hook=metric_writer.restore)
+                if isinstance(row, dict):
+                    rows.append(row)
+                    continue
+            damaged += 1
+        if damaged:
+            self.unread.append(f"{path}: {damaged} damaged line(s)")
+        return rows
+
+
+def _directories(workdir: epath.Path) -> dict[str, epath.Path]:
+    found = {"SFT": workdir}
+    for t in itertools.count():
+        iteration = workdir / f"iteration_{t}"
+        if not iteration.exists():
+            break
+        found[f"{ITERATION}{t}"] = iteration
+        if (iteration / "control").exists():
+            found[f"{CONTROL}{t}"] = iteration / "control"
+    return found
 
 
 # A report: a run's record -> {name under the workdir: content}.

@@ -44,7 +44,7 @@ def summary_table(rows: Sequence[Mapping[str, object]], width: int = WIDTH) -> s
         values = [row.get(name) for row in rows]
         heading = name.split("/")
         errors = [row.get(f"{name}_stderr") for row in rows]
-        column = [""] * (depth - len(heading)) + heading + _cells(values, errors)
+        column = [""] * (depth - len(heading)) + heading + cells(values, errors)
         widest = max(map(len, column))
         column.insert(depth, "-" * widest)
         pad = str.ljust if any(isinstance(value, str) for value in values) else str.rjust
@@ -58,7 +58,7 @@ def summary_table(rows: Sequence[Mapping[str, object]], width: int = WIDTH) -> s
     return "\n\n".join(tables)
 
 
-def _cells(values: Sequence[Any], errors: Sequence[Any]) -> list[str]:
+def cells(values: Sequence[Any], errors: Sequence[Any]) -> list[str]:
     """The cells of one column, from its values and their standard errors."""
     values = [value if value is None or isinstance(value, str | numbers.Integral) else float(value) for value in values]
     sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value) and value]

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import functools
 import inspect
 import logging
 import os
@@ -36,11 +37,12 @@ _CHANGES = flags.DEFINE_multi_string(
 # ---- the command line
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Parses the flags and runs `main`: a user's mistake is one line on stderr, anything else a traceback."""
+def run(main: Callable[[list[str]], int | None], words: bool = False) -> None:
+    """Parses the flags and runs `main`: a user's mistake is one line on stderr, anything else a traceback. With `words`
+    the command takes arguments that are no flags."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     try:
-        app.run(main, flags_parser=parse_flags)
+        app.run(main, flags_parser=functools.partial(parse_flags, words=words))
     except UserError as error:
         print("spin_jax:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
@@ -60,21 +62,22 @@ def log_plainly() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # without the line of code that warns
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parse flags as absl does, but refuse an argument that is no flag, and give each error as one line."""
+def parse_flags(argv: list[str], words: bool = False) -> list[str]:
+    """Parse flags as absl does, but refuse an argument that is no flag, unless the command takes such `words`, and give
+    each error as one line."""
     if {"--help", "-help", "-h", "-?"} & set(argv):
         app.usage(shorthelp=True, writeto_stdout=True)
         sys.exit(0)
     try:
-        words = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
-        rest = flags.FLAGS([argv[0], *_gathered(words)])
+        given = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+        rest = flags.FLAGS([argv[0], *_gathered(given)])
     except flags.UnrecognizedFlagError as error:
         known = [*flags.FLAGS, *(f"config.{field}" for field in FIELDS)]
         advice = did_you_mean(error.flagname, known, "--")
         raise UserError(f"--{error.flagname} is not a flag{advice}") from None
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
-    if rest[1:]:
+    if rest[1:] and not words:
         raise UserError(
             f"{rest[1]!r} is not a flag: flags begin with -- and have no spaces, as --workdir=DIR and "
             "--config.train.batch_size=8"

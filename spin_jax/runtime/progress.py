@@ -1,11 +1,12 @@
-"""Progress of a long loop and of the whole run: a bar in a terminal or notebook, elsewhere a line now and then."""
+"""Progress of a long loop and of the whole run: a bar in a terminal or notebook, elsewhere a line now and then. What
+each loop of a run took can be noted."""
 
 import contextlib
 import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -36,6 +37,7 @@ class Loop:
         self.name, self.total, self.done = name, total, done
         self._unit, self._is_shown = unit, multihost.is_first()
         self._share = 1 - done / max(total, 1)  # that this process makes
+        self._begun_with = done
         live = self._is_shown and is_live()
         self._bar = tqdm(total=total, initial=done, desc=name, unit=unit) if live else None
         self._began = self._written = time.perf_counter()
@@ -52,6 +54,8 @@ class Loop:
             self._bar.close()
         elif kind is None and self.done > self._written_done:
             self._write()
+        if self._is_shown and self.done > self._begun_with:
+            _run.note(self._spent())
         if kind is None and self.done >= self.total:
             _run.end(self.name, self._share)
 
@@ -78,6 +82,19 @@ class Loop:
         if self._first is None or self.done == self._first[1]:
             return None
         return (time.perf_counter() - self._first[0]) / (self.done - self._first[1])
+
+    def _spent(self) -> dict[str, object]:
+        """What this process made of the loop. Useful seconds are those of its units at the rate after the first ones,
+        which waited for the compiler; of a loop that came in one piece that rate is not known."""
+        units, elapsed = self.done - self._begun_with, self.elapsed
+        useful = min(elapsed, units * (self._seconds_a_unit() or 0.0))
+        return {
+            "loop": self.name,
+            "unit": self._unit,
+            "units": units,
+            "seconds": elapsed,
+            "useful_seconds": useful,
+        }
 
     def _seconds_left(self) -> float | None:
         seconds = self._seconds_a_unit()
@@ -126,7 +143,8 @@ class Expected:
 class _Run:
     """The loops to come, and how long those of each kind have taken in this process."""
 
-    def __init__(self, loops: Sequence[Expected] = ()):
+    def __init__(self, loops: Sequence[Expected] = (), note: Callable[[Mapping[str, object]], None] = lambda _: None):
+        self.note = note
         self._loops = list(loops)  # the one that goes on and those after it
         self._seconds: dict[str, float] = {}  # by kind, for a size of 1, with what came before the loop
         self._ended = time.perf_counter()
@@ -169,10 +187,14 @@ _run = _Run()
 
 
 @contextlib.contextmanager
-def expected(loops: Sequence[Expected]) -> Iterator[None]:
-    """Announce the loops that a run makes inside, in order, so that each can say how long the whole will take."""
+def expected(
+    loops: Sequence[Expected], note: Callable[[Mapping[str, object]], None] = lambda _: None
+) -> Iterator[None]:
+    """Announce the loops that a run makes inside, in order, so that each can say how long the whole will take. After
+    each loop the first process calls `note` with what it took: `loop`, its name; `unit` and `units`; `seconds`, and how
+    many of them were `useful_seconds`."""
     global _run
-    _run = _Run(loops)
+    _run = _Run(loops, note)
     try:
         yield
     finally:

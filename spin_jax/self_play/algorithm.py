@@ -1,11 +1,14 @@
 """Algorithm 1 of SPIN (arXiv 2401.01335): generate, score, train, hand over."""
 
+import functools
+import time
 from collections.abc import Sequence
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax.config import STAGES, Config, freeze
+from spin_jax.reports import timing
 from spin_jax.reports.record import RunRecord, write_reports
 from spin_jax.reports.summary import read_summary, summary_table
 from spin_jax.runtime import compilation_cache, multihost, out_of_memory, progress
@@ -35,14 +38,15 @@ def self_play(
         UserError: a mistake in config, data, model or mesh, a full disk or memory, or a workdir in use; one line.
         preemption.Stopped: asked to stop; the same command goes on from there.
     """
-    config = freeze(config)
+    config, started = freeze(config), time.time()
     directory = multihost.on_each_process(lambda: make(workdir))
     compilation_cache.keep(directory)
     with held(directory, f"--workdir={directory}"):
         run = open_run(config, directory, trains=bool({"score", "train"} & set(only)), profile=profile)
         multihost.on_process_zero(lambda: check_matched(run))
         outlook.tell(run)
-        with progress.expected(outlook.loops(run, only)):
+        multihost.on_process_zero(lambda: timing.note(directory, {"started": started, **outlook.hardware()}))
+        with progress.expected(outlook.loops(run, only), functools.partial(timing.note, directory)):
             sft.fine_tune(run)
             for t in range(config.iterations):
                 if not _iterate(run, t, only):

@@ -1,13 +1,14 @@
 """What a run is about to do: its first lines, and the loops that it will make, from which its time is estimated."""
 
 import logging
+import platform
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from etils import epath
 
-from spin_jax import models
+from spin_jax import models, sizing
 from spin_jax.config import STAGES
 from spin_jax.evaluation.interface import chosen
 from spin_jax.runtime import multihost
@@ -26,6 +27,12 @@ def tell(run: Run) -> None:
     position = multihost.on_process_zero(lambda: _position(run))
     for line in (_devices(run), _computation(run), _model(run), _steps(run), position):
         _LOG.info("%s", line)
+
+
+def hardware() -> dict[str, object]:
+    """What the run computes with, for its `timing.jsonl`."""
+    versions = {"jax": jax.__version__, "python": platform.python_version()}
+    return {"devices": sizing.describe(jax.devices()), "processes": jax.process_count(), **versions}
 
 
 def loops(run: Run, only: Sequence[str] = STAGES) -> list[Expected]:

@@ -15,10 +15,12 @@
         model/                       the policy, a Hugging Face directory: the next opponent
         adapter/                     with config.lora.rank: what of model/ was trained, as an adapter of its start
         result.json                  the iteration's line in the summary
+        rewards.jsonl                the rewards of each held-out pair
         samples.jsonl                what the policy answers to the held-out prompts, beside the real and the opponent's
         control/                     plain SFT for as much compute, where the config asks for it
       result.json, samples.jsonl     the starting model's
-      summary.json, summary.txt, plots/
+      timing.jsonl                   what each start computed with, and how long each of its loops took
+      summary.json, summary.txt, report.html
 
 What exists under its final name is finished: starting again is resuming. Several processes share one workdir.
 """

@@ -160,6 +160,7 @@ class _StepLog:
         seconds = time.perf_counter() - self._last_read
         self._last_read += seconds
         rates = {
+            "seconds": seconds,
             "tokens_per_second": batch.tokens / seconds,
             "model_tflops_per_second": self._spec.flops_multiplier * batch.flops / seconds / 1e12,
         }

@@ -1,6 +1,7 @@
 """Objectives in a run: one without a reference, one of three responses, a mixed reference, and what is refused."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from spin_jax.errors import UserError
 from spin_jax.objectives import OBJECTIVES
 from spin_jax.objectives.interface import Objective
 from spin_jax.reports import REPORTS
+from spin_jax.reports.html import CHARTS
 from spin_jax.runtime.metric_writer import read_metrics
 from spin_jax.self_play.algorithm import self_play
 from spin_jax.self_play.pairs import pairs_of
@@ -30,8 +32,10 @@ def test_without_a_reference_nothing_is_scored_before_training(tiny_model, tmp_p
     assert not (iteration / "scores" / "steps.npz").exists()
     rows = read_metrics(iteration / "metrics.jsonl")
     # A mean over tokens, near log(vocabulary) for a random model: a sum over a response would be many times that.
-    drawn = {plot.stem for plot in (tmp_path / "plots").iterdir()}
-    assert drawn == {"loss", "logps_per_token", "entropy", "lengths", "grad_norm"}, "nothing else has a curve"
+    page = (tmp_path / "report.html").read_text()
+    absent = {chart.title for chart in CHARTS} - set(re.findall(r'class="chart">\s*<h3>(.*?)(?: <small>|</h3>)', page))
+    compared = {"Rewards", "Margin", "Reward accuracy", "Log-prob of a response", "KL from the opponent"}
+    assert absent == compared, "what it has not logged"
     assert 0 < rows[0]["loss"] < 10 and "rewards/margin" not in rows[0] and "lengths/generated" not in rows[0]
 
 

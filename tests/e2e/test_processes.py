@@ -92,7 +92,7 @@ def scores(workdir: pathlib.Path, t: int) -> np.ndarray:
 def metrics(workdir: pathlib.Path, t: int) -> list[dict]:
     """Without what a clock measured."""
     rows = read_metrics(workdir / f"iteration_{t}" / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if "per_second" not in name} for row in rows]
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
 
 
 def tensors(workdir: pathlib.Path, t: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import spin_jax
 from spin_jax import models
 from spin_jax.data.pairs import read_sampled
 from spin_jax.errors import UserError
-from spin_jax.reports.plots import PLOTS
+from spin_jax.reports import timing
 from spin_jax.reports.summary import read_summary
 from spin_jax.runtime.metric_writer import read_metrics
 from spin_jax.self_play import outlook
@@ -25,7 +25,7 @@ LEARNED |= {"logps/generated", "grad_norm", "learning_rate"}
 LEARNED |= {f"{name}/{y}" for name in ("logps_per_token", "entropy", "token_accuracy") for y in ("real", "generated")}
 LEARNED |= {"kl/generated"}
 COUNTED = {"lengths/real", "lengths/generated", "truncated/real", "truncated/generated", "fill"}
-TIMED = {"tokens_per_second", "model_tflops_per_second"}
+TIMED = {"seconds", "tokens_per_second", "model_tflops_per_second"}
 
 
 def weights(model) -> bytes:
@@ -113,12 +113,21 @@ def test_a_run_tells_what_it_goes_on_with(finished, tmp_path, gone, position):
 def test_workdir_is_laid_out_as_documented(finished):
     for t in range(2):
         names = {path.name for path in (finished.workdir / f"iteration_{t}").iterdir()}
-        assert names == {"generated", "scores", "metrics.jsonl", "tensorboard", "model", "result.json", "samples.jsonl"}
+        assert names == {
+            "generated",
+            "scores",
+            "metrics.jsonl",
+            "tensorboard",
+            "model",
+            "result.json",
+            "rewards.jsonl",
+            "samples.jsonl",
+        }
         assert [path.name for path in (finished.workdir / f"iteration_{t}" / "generated").iterdir()] == [
             "pairs.parquet"
         ]
         assert list((finished.workdir / f"iteration_{t}" / "tensorboard").glob("events.*"))
-    assert {path.name for path in (finished.workdir / "plots").iterdir()} == {f"{plot.name}.png" for plot in PLOTS}
+    assert (finished.workdir / "report.html").exists()
     assert not list(finished.workdir.rglob("*.partial"))
 
 
@@ -127,6 +136,33 @@ def test_summary_has_a_row_for_each_model(finished):
     assert read_summary(finished.workdir) == finished.rows
     text = (finished.workdir / "summary.txt").read_text()
     assert all(row["model"] in text for row in finished.rows) and "nats_per_token" in text
+
+
+def test_rewards_of_held_out_pairs_are_those_of_the_summary(finished):
+    for t, result in enumerate(finished.rows[1:]):
+        lines = (finished.workdir / f"iteration_{t}" / "rewards.jsonl").read_text().splitlines()
+        pairs = list(map(json.loads, lines))
+        train, held_out = rows_of_both_kinds(finished.config, finished.workdir)
+        assert {pair["row"] for pair in pairs} == held_out
+        for of in ("real", "generated"):
+            assert np.mean([pair[f"rewards/{of}"] for pair in pairs]) == result[f"held_out/rewards/{of}"]
+        assert (
+            np.mean([pair["rewards/real"] > pair["rewards/generated"] for pair in pairs])
+            == (result["held_out/rewards/accuracy"])
+        )
+
+
+def test_the_time_of_each_loop_is_noted(finished):
+    """Loops of each stage, in no more time than the run has taken; what it computed with; steps by the metrics."""
+    rows = [json.loads(line) for line in (finished.workdir / "timing.jsonl").read_text().splitlines()]
+    assert {"started", "devices", "processes", "jax", "python"} < rows[0].keys()
+    whole = timing.spent(rows)
+    stages = {"generate", "score held-out pairs", "score", "train", "evaluate", "sample"}
+    assert {(stage, t) for stage in stages for t in (0, 1)} | {("sample SFT", 0)} == whole.loops.keys()
+    assert 0 < whole.useful < sum(whole.loops.values()) < whole.wall and whole.starts == 1
+    for t in (0, 1):
+        steps = sum(row["seconds"] for row in read_metrics(finished.workdir / f"iteration_{t}" / "metrics.jsonl"))
+        assert 0 < steps <= whole.loops["train", t]
 
 
 def test_answers_to_the_held_out_prompts_are_kept(finished):

@@ -21,7 +21,7 @@ from spin_jax.devices import sharding
 from spin_jax.devices.transfer import to_devices
 from spin_jax.errors import UserError
 from spin_jax.evaluation import scoring
-from spin_jax.evaluation.rewards import held_out_rewards, nats_per_token
+from spin_jax.evaluation.rewards import held_out_rewards, nats_per_token, pair_rewards
 from spin_jax.evaluation.score_files import Parts, delete_parts, read_scores, write_scores
 from spin_jax.evaluation.scoring import Scorer, StepProgram, check_finite, score_batches, scores_key
 from spin_jax.generation.engine import Engine
@@ -309,7 +309,7 @@ def test_scores_that_are_not_finite_name_their_rows():
 
 def test_held_out_measures():
     policy, opponent = np.array([(-1.0, -9.0), (-4.0, -4.0)]), np.array([(-2.0, -5.0), (-4.0, -5.0)])
-    assert held_out_rewards(policy, opponent, 2.0) == {
+    assert held_out_rewards(pair_rewards(policy, opponent, 2.0)) == {
         "held_out/rewards/accuracy": 0.5,
         "held_out/rewards/margin": 4.0,
         "held_out/rewards/real": 1.0,

@@ -20,7 +20,7 @@ from spin_jax.runtime.metric_writer import read_metrics
 ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = {"train.epochs": 2.0}  # 4 steps, then 8
 STEPS = (4, 8)
-TIMED = {"tokens_per_second", "model_tflops_per_second"}
+TIMED = {"seconds", "tokens_per_second", "model_tflops_per_second"}
 
 # Python run before the command: `die(NUMBER)` sends the process a signal.
 DIE = "import os, signal\ndef die(number): os.kill(os.getpid(), number)\n"

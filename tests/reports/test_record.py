@@ -34,7 +34,7 @@ def test_a_run_is_read_from_its_files(tmp_path):
 
 
 def test_of_a_run_that_has_made_nothing_everything_is_empty(tmp_path):
-    assert RunRecord.load(tmp_path) == RunRecord(tmp_path, {}, [], {})
+    assert RunRecord.load(tmp_path) == RunRecord(tmp_path, {}, [], {}, {"SFT": tmp_path})
 
 
 def test_a_result_of_an_earlier_version_has_todays_names(tmp_path):
@@ -53,4 +53,4 @@ def test_every_registered_report_is_written(tmp_path, own_registries):
     write_run(tmp_path)
     write_reports(RunRecord.load(tmp_path))
     assert (tmp_path / "of" / "mine.txt").read_text() == "3 models"
-    assert (tmp_path / "summary.json").exists() and (tmp_path / "plots" / "loss.png").exists()
+    assert (tmp_path / "summary.json").exists() and (tmp_path / "report.html").exists()

@@ -102,6 +102,27 @@ def test_the_time_of_a_run_follows_from_loops_of_each_kind(log, monkeypatch):
     }
 
 
+def test_what_each_loop_took_is_noted(log, monkeypatch):
+    """Also of one that is interrupted; what an earlier process made is not this one's, and a loop that makes nothing
+    takes nothing. The first units waited for the compiler."""
+    clock, noted = Clock(monkeypatch), []
+    with progress.expected([], noted.append):
+        with contextlib.suppress(KeyboardInterrupt), Loop("0: train", 100, "step", 90) as loop:
+            clock.now += 50
+            loop.advance()
+            clock.now += 4
+            loop.advance(2)
+            raise KeyboardInterrupt
+        made("0: train", 10, done=10)
+        with Loop("0: evaluate", 5, "pair") as loop:
+            clock.now += 7
+            loop.advance(5)
+    assert noted == [
+        {"loop": "0: train", "unit": "step", "units": 3, "seconds": 54.0, "useful_seconds": 6.0},
+        {"loop": "0: evaluate", "unit": "pair", "units": 5, "seconds": 7.0, "useful_seconds": 0.0},
+    ]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.6, "1 min 0 s"), (330, "5 min 30 s"), (4800, "1 h 20 min"), (183600, "2 d 3 h")],
