@@ -85,10 +85,11 @@ def evaluation_config() -> config_lib.Config:
         "fewshot_as_multiturn": _FEWSHOT_AS_MULTITURN.value,
     }
     changes = {f"evaluate.{name}": value for name, value in given.items() if value is not None}
-    config_lib.override(config, changes | {"model.path": _MODEL.value[0], "data.train": "not read"})
-    if not config.evaluate.tasks:
+    config_lib.override(config, changes | {"model.path": (_MODEL.value or [""])[0], "data.train": "not read"})
+    frozen = config_lib.freeze(config)
+    if not frozen.evaluate.tasks:
         raise UserError("--tasks and --suite are missing: add --suite=open_llm, or a task as --tasks=arc_challenge:25")
-    return config_lib.freeze(config)
+    return frozen
 
 
 def _tasks() -> tuple[str, ...] | None:

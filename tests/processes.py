@@ -54,7 +54,7 @@ def run_together(
         "PYTHONPATH": str(ROOT),
     }
     if cache:
-        variables |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        variables |= {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     started = []
     for i, command in enumerate(commands):
         output = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop its process, and so the others

@@ -6,7 +6,6 @@ import logging
 import pathlib
 from collections.abc import Iterator
 
-import jax
 import pytest
 import tiny_files
 
@@ -14,19 +13,6 @@ from spin_jax.config import Config
 from spin_jax.runtime import progress
 from spin_jax.self_play import training_stage
 from spin_jax.self_play.algorithm import self_play
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once():
-    """Every run here, and every process that is started, compiles the same few programs in no time: they are kept all
-    the same. Elsewhere that costs more than it saves."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(name.upper(), "0")
-        jax.config.update(name, 0)
-        yield
-    jax.config.update(name, before)
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,13 @@ from spin_jax.config import replace
 from spin_jax.data.pairs import Pair
 from spin_jax.data.sources import Example
 from spin_jax.errors import UserError
-from spin_jax.evaluation import EVALUATORS
+from spin_jax.evaluation import EVALUATORS, lm_eval
 from spin_jax.evaluation.interface import Evaluator, Subject
 from spin_jax.evaluation.loaded_model import load_model
 from spin_jax.evaluation.mt_bench import SAMPLING
 from spin_jax.evaluation.mt_bench_answers import answer_alone
 from spin_jax.reports.record import RunRecord
+from spin_jax.reports.task_scores import TaskScores
 
 
 def greedy(subject: Subject) -> dict[str, float]:
@@ -55,16 +56,30 @@ def bench(tmp_path_factory) -> pathlib.Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> pathlib.Path:
+    """A task of the lm-evaluation-harness."""
+    directory = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": f"{i}+1=", "choices": ["a", "bc"], "label": i % 2} for i in range(6)]
+    rows = str(tiny_files.write_jsonl(directory / "rows.jsonl", rows))
+    task = {"task": "sums", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": rows}}}
+    task |= {"test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}"}
+    task |= {"doc_to_target": "label", "doc_to_choice": "choices", "metric_list": [{"metric": "acc"}]}
+    (directory / "sums.yaml").write_text(json.dumps(task))
+    return directory
+
+
 def answers_in(directory: pathlib.Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (directory / f"model_answer/{name}.jsonl").read_text().splitlines()]
 
 
-def test_an_evaluator_samples_scores_and_keeps_files(tiny_model, tmp_path, own_registries, bench):
+def test_an_evaluator_samples_scores_and_keeps_files(tiny_model, tmp_path, own_registries, bench, tasks):
     """Of the model that a run starts from, and of the one that it makes; its numbers are in the summary. Answers to
     MT-Bench are FastChat's lines, and those that the model gives outside of a run; the second turn comes after the
-    first."""
+    first. A task's scores are those that the exported model has outside of the run."""
     EVALUATORS.register("greedy", Evaluator(greedy))
-    settings = {"iterations": 1, "evaluate.evaluators": ("greedy", "mt_bench")}
+    settings = {"iterations": 1, "evaluate.evaluators": ("greedy", "mt_bench", "lm_eval")}
+    settings |= {"evaluate.tasks": ("sums:1",), "evaluate.include_path": str(tasks)}
     settings |= {"evaluate.mt_bench": str(bench), "evaluate.mt_bench_tokens": 12}
     spin_jax.spin(spin_jax.load(tiny_model), tiny_files.make_rows(), tmp_path, tiny_files.SETTINGS | settings)
     start, policy = RunRecord.load(tmp_path).results
@@ -75,6 +90,16 @@ def test_an_evaluator_samples_scores_and_keeps_files(tiny_model, tmp_path, own_r
         assert len((directory / "greedy.txt").read_text().splitlines()) >= 1
     assert start["greedy/logp"] != policy["greedy/logp"]
     assert "greedy" in (tmp_path / "summary.txt").read_text()
+
+    config = tiny_files.make_config(tiny_model, tmp_path, {name: settings[name] for name in settings if "task" in name})
+    config = replace(config, {"evaluate.include_path": str(tasks)})
+    lm_eval.evaluate(config, [str(tmp_path / "iteration_0/model")], tmp_path / "asked")
+    (alone,) = (TaskScores.read(path.parent, "sums") for path in (tmp_path / "asked").glob("*/sums.json"))
+    kept = TaskScores.read(tmp_path / "iteration_0/lm_eval", "sums")
+    assert kept.questions == alone.questions and kept.key == alone.key
+    assert policy["sums/acc"] == kept.values["acc"] and policy["sums/acc_stderr"] == kept.errors["acc"]
+    lines = (tmp_path / "scores.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["tasks", lines[1].split()[0], "SFT", "iteration", "less"]
 
     assert 1 <= start["mt_bench/tokens"] <= 12 and 0 <= policy["mt_bench/truncated"] <= 1
     rows = answers_in(tmp_path, "SFT")

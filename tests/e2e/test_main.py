@@ -123,7 +123,6 @@ main.run()
 def test_another_run_compiles_nothing_again(tmp_path, tiny_model, tiny_data, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # everything here is compiled in no time
     settings = tiny_files.SETTINGS | {"model.path": tiny_model, "data.train": tiny_data, "generate.max_new_tokens": 3}
     overrides = [f"--config.{field}={value}" for field, value in settings.items()]
     arguments = ["--config=configs/base.py", "--stages=generate", *overrides]

@@ -15,11 +15,11 @@ from processes import run_command
 from spin_jax.checkpoints import safetensors
 from spin_jax.runtime.metric_writer import read_metrics
 
-# Fewer kinds of program to compile than with the pairs of the iteration before mixed in.
-SETTINGS = tiny_files.SETTINGS | {"spin.previous_iterations": 0}
+# Fewer programs to compile than with the pairs of the iteration before mixed in, and rows of several lengths.
+SETTINGS = tiny_files.SETTINGS | {"spin.previous_iterations": 0, "train.length_multiple": 128}
 # One iteration of many steps, whose programs would all be on their way at once if nobody waited for any.
-LONG = SETTINGS | {"iterations": 1, "train.epochs": 36.0, "train.learning_rate": (1e-4,), "train.checkpoint_every": 10}
-STEPS = 72
+LONG = SETTINGS | {"iterations": 1, "train.epochs": 16.0, "train.learning_rate": (1e-4,), "train.checkpoint_every": 10}
+STEPS = 32
 
 ASK = "import os, signal\ndef ask(number): os.kill(os.getpid(), number)\n"
 # What process 1 runs before the command: a signal to itself, when it sends a batch to its devices.
@@ -73,8 +73,8 @@ def test_what_is_printed_into_a_file_is_some_dozens_of_lines_with_their_time(lon
     printed = long_run.with_suffix(".log").read_bytes().decode()
     assert "\r" not in printed and "\b" not in printed
     timed = re.findall(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)$", printed, re.M)
-    assert len(timed) <= 40  # of a run of 72 steps
-    (last,) = [line for _, line in timed if line.startswith("iteration 0: train: 72 of 72 steps, ")]
+    assert len(timed) <= 40  # of a run of 32 steps
+    (last,) = [line for _, line in timed if line.startswith("iteration 0: train: 32 of 32 steps, ")]
     assert re.search(r"loss [\d.e-]+, margin [\d.e-]+, accuracy [\d.]+, .* a (second|step), took ", last)
 
 
@@ -164,5 +164,5 @@ def test_stopped_killed_and_gone_on_by_other_processes_a_run_ends_with_the_same_
     assert ended[1].status == -signal.SIGKILL and ended[0].status not in (0, 75)
     assert not (tmp_path / "iteration_0" / "model" / "config.json").exists()
 
-    by_two()  # 52 steps in one go
+    by_two()  # 12 steps in one go
     assert_same_bits(tmp_path, long_run)

@@ -76,7 +76,6 @@ def command(tmp_path_factory):
     variables = {
         "XLA_FLAGS": "",
         "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
     def run(workdir: pathlib.Path, first: str = "") -> subprocess.CompletedProcess:
