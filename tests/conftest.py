@@ -31,7 +31,8 @@ from spin_jax.registry import Registry  # noqa: E402
 
 # Files that take minutes, the longest first; `--dist loadfile` would begin with those of the most tests.
 LONGEST = (
-    "processes main scoring harness benchmarks self_play kills decode_loop generate notebooks sharding low_rank"
+    "processes scoring benchmarks self_play harness decode_loop lm_eval evaluators kills main generate notebooks sharding "
+    "low_rank logprobs"
 ).split()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # a silent [B] + [B, 1] is a wrong loss

@@ -15,8 +15,8 @@ from processes import run_command
 from spin_jax.checkpoints import safetensors
 from spin_jax.runtime.metric_writer import read_metrics
 
-# Fewer programs to compile than with the pairs of the iteration before mixed in, and rows of several lengths.
-SETTINGS = tiny_files.SETTINGS | {"spin.previous_iterations": 0, "train.length_multiple": 128}
+# Fewer kinds of program to compile than with the pairs of the iteration before mixed in.
+SETTINGS = tiny_files.SETTINGS | {"spin.previous_iterations": 0}
 # One iteration of many steps, whose programs would all be on their way at once if nobody waited for any.
 LONG = SETTINGS | {"iterations": 1, "train.epochs": 16.0, "train.learning_rate": (1e-4,), "train.checkpoint_every": 10}
 STEPS = 32
