@@ -31,8 +31,8 @@ from spin_jax.registry import Registry  # noqa: E402
 
 # Files that take minutes, the longest first; `--dist loadfile` would begin with those of the most tests.
 LONGEST = (
-    "processes scoring benchmarks self_play harness decode_loop lm_eval evaluators kills main generate notebooks sharding "
-    "low_rank logprobs"
+    "processes scoring benchmarks self_play harness decode_loop lm_eval evaluators kills main generate notebooks "
+    "sharding low_rank logprobs"
 ).split()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # a silent [B] + [B, 1] is a wrong loss
