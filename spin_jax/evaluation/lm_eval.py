@@ -34,13 +34,14 @@ class Asked(NamedTuple):
     Attributes:
         name: of a task or group of tasks.
         shots: examples before each question; None is the task's own number.
-        task: the harness's object.
+        task: the harness's object, and the manager that made it.
         metrics: that go into a result; None is all.
     """
 
     name: str
     shots: int | None
     task: Any
+    manager: Any
     metrics: tuple[str, ...] | None
 
 
@@ -63,7 +64,7 @@ def load_tasks(settings: EvaluateConfig) -> list[Asked]:
             raise UserError(f"{name} is no task of the harness, nor of --config.evaluate.include_path{hint}")
         for match in matching:
             with _at(settings.data_dir):
-                found |= {one: Asked(one, shots, task, metrics) for one, task in _load(manager, match).items()}
+                found |= {one: Asked(one, shots, task, manager, metrics) for one, task in _load(manager, match).items()}
     return list(found.values())
 
 
@@ -167,7 +168,9 @@ def _ask(
     if known and known.key == key:
         return known
     simple_evaluate: Any = lm_eval.simple_evaluate  # a wrapper hides its arguments
-    results = simple_evaluate(model=model, tasks=[asked.task], num_fewshot=asked.shots, **options)
+    results = simple_evaluate(
+        model=model, tasks=[asked.task], task_manager=asked.manager, num_fewshot=asked.shots, **options
+    )
     scores = _scores(asked, results, key)
     multihost.on_process_zero(lambda: scores.write(directory))
     return scores

@@ -208,12 +208,12 @@ def score_table(questions: Sequence[Question], judgments: Iterable[Mapping], mod
             row: dict[str, object] = {"model": model, "turn": name}
             for category, ids in of_category.items():
                 row[category] = mean_and_error({key: score for key, score in rated.items() if key[0] in ids})[0]
-            row["all"], row["all/error"] = mean_and_error(rated)
+            row["all"], row["all_stderr"] = mean_and_error(rated)
             if len(models) > 1:
                 first = ratings[models[0]]
                 ahead = {key: score - first[key] for key, score in rated.items() if key in first}
                 difference = mean_and_error(ahead) if model != models[0] else (None, None)
-                row[f"minus {models[0]}"], row[f"minus {models[0]}/error"] = difference
+                row[f"minus {models[0]}"], row[f"minus {models[0]}_stderr"] = difference
             rows.append(row)
     return rows
 
@@ -240,7 +240,7 @@ def win_table(judgments: Iterable[Mapping], models: Sequence[str]) -> list[dict]
         row |= {
             name: sum(x == value for x in found.values()) for name, value in (("won", 1), ("tied", 0.5), ("lost", 0))
         }
-        row["win rate"], row["win rate/error"] = mean_and_error({key: float(x == 1) for key, x in found.items()})
-        row["half ties"], row["half ties/error"] = mean_and_error(found)
+        row["win rate"], row["win rate_stderr"] = mean_and_error({key: float(x == 1) for key, x in found.items()})
+        row["half ties"], row["half ties_stderr"] = mean_and_error(found)
         rows.append(row)
     return rows

@@ -403,7 +403,7 @@ def test_differences_are_paired():
     judgments[0]["score"] = -1
     rows = mt_bench.score_table(questions, judgments, ["sft", "spun"])
     assert [(row["model"], row["turn"]) for row in rows[2:4]] == [("sft", "both"), ("spun", "1")]
-    assert rows[-1]["minus sft"] == 1 and rows[-1]["minus sft/error"] == 0 and rows[-1]["all/error"] > 0.5
+    assert rows[-1]["minus sft"] == 1 and rows[-1]["minus sft_stderr"] == 0 and rows[-1]["all_stderr"] > 0.5
     assert rows[2]["minus sft"] is None
 
 
