@@ -48,6 +48,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module():
+    """Linux lets a process have 65,530 memory maps. Each compiled program takes some: all tests together take too many,
+    and the process then ends in the middle of compiling."""
+    yield
+    jax.clear_caches()
+
+
 def _directory(variable: str, what: str) -> pathlib.Path:
     value = os.environ.get(variable, "")
     if not value:

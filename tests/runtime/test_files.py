@@ -76,7 +76,7 @@ def test_so_is_one_that_a_model_does_not_fit_on(tmp_path):
 # The command in a file system of its own, with room for this and that.
 IN_A_SMALL_DISK = """
 mount -t tmpfs tmpfs {directory} || exit 99
-for size in 24k 320k 100m; do
+for size in 28k 320k 100m; do
     mount -o remount,size=$size {directory}
     {python} -c 'from spin_jax import main; main.run()' "$@"
     echo "with $size: $?"
@@ -102,7 +102,7 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(
     )
     if ended.returncode == 99 or "unshare" in ended.stderr:
         pytest.skip("no file system can be mounted here")
-    assert re.findall(r"^with (\w+): (\d+)$", ended.stdout, re.M) == [("24k", "2"), ("320k", "2"), ("100m", "0")]
+    assert re.findall(r"^with (\w+): (\d+)$", ended.stdout, re.M) == [("28k", "2"), ("320k", "2"), ("100m", "0")]
     said = [line for line in ended.stderr.splitlines() if line.startswith("spin_jax: ")]
     assert "Traceback" not in ended.stderr and len(said) == 2
     full = r"cannot be written: No space left on device \(\S+ MB are free there\); make room, and start the same again"
