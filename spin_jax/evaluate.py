@@ -24,7 +24,12 @@ from spin_jax.runtime import cli
 from spin_jax.runtime.files import expand
 
 flags.adopt_module_key_flags(cli)
-_MODEL = flags.DEFINE_list("model", None, "Hugging Face directories or Hub ids, such as an iteration's model/.")
+_MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "Hugging Face directories or Hub ids, with commas between them, such as an iteration's model/.",
+    allow_override=True,  # mt_bench.py has one, too
+)
 _TASKS = flags.DEFINE_list(
     "tasks", None, "Names of the harness's tasks and groups, or patterns such as mmlu_*; with shots, as gsm8k:5."
 )
@@ -60,7 +65,7 @@ def main(argv: list[str]) -> int:
     out = expand(_OUT.value or "")
 
     def run() -> None:
-        table = lm_eval.evaluate(config, _MODEL.value or [], out)
+        table = lm_eval.evaluate(config, _models(), out)
         multihost.on_process_zero(lambda: print(table))
 
     return preemption.exit_status(run)
@@ -85,11 +90,15 @@ def evaluation_config() -> config_lib.Config:
         "fewshot_as_multiturn": _FEWSHOT_AS_MULTITURN.value,
     }
     changes = {f"evaluate.{name}": value for name, value in given.items() if value is not None}
-    config_lib.override(config, changes | {"model.path": (_MODEL.value or [""])[0], "data.train": "not read"})
+    config_lib.override(config, changes | {"model.path": _models()[0], "data.train": "not read"})
     frozen = config_lib.freeze(config)
     if not frozen.evaluate.tasks:
         raise UserError("--tasks and --suite are missing: add --suite=open_llm, or a task as --tasks=arc_challenge:25")
     return frozen
+
+
+def _models() -> list[str]:
+    return (_MODEL.value or "").split(",")
 
 
 def _tasks() -> tuple[str, ...] | None:
