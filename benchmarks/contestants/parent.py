@@ -22,8 +22,8 @@ class Parent:
             `clip_norm`; step i takes batch i, and after the last one the first again, and answers with `loss` (before
             the update) and `real_logp` (mean of log p(y|x) over the real responses, in nats). sampling.py: `prompts`
             (lists of token ids), `max_new_tokens`, `stop_ids`; a step answers all prompts, and says how many `tokens`.
-            harness.py: `include_path` and `blocks` (`task`, `shots`, numbers of `questions`); step i answers block i, and
-            says its `score`.
+            harness.py: `include_path` and `blocks` (`task`, `shots`, numbers of `questions`); step i answers block i,
+            and says its `score`.
     """
 
     def __init__(self):
